@@ -1,0 +1,105 @@
+# Every target sets up .venv by itself. What must be on the machine: Python with venv and headers, g++, make.
+
+PYTHON ?= python3
+RANKS ?= 4
+# Options for the program or for pytest: make train ARGS="--steps 10", make test ARGS="-k combine -x"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+CXX_FOLDERS := $(wildcard src torch_library)
+# The folders are in the list too: a file that was added or removed changes its folder's time.
+CXX_INPUTS := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find $(CXX_FOLDERS) -type d -o -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS))
+
+.PHONY: help setup build train bench test test-quick test-long lint types format wheel wheel-check clean
+
+help:
+	@echo "make train       train a small MoE on RANKS=$(RANKS) processes (options in ARGS)"
+	@echo "make bench       run the benchmarks"
+	@echo "make test        the whole suite; test-quick: within 2 minutes; test-long: with many more random cases"
+	@echo "make lint types  check the style of the code and its types; format: rewrite the files in that style"
+	@echo "make wheel       output/deep_ep-*.whl; wheel-check: build it and try what is in it"
+	@echo "make clean       remove what was built; .venv stays"
+
+setup: $(STAMPS)/setup
+build: $(STAMPS)/build
+
+# Everything from PyPI: what the build needs (torch first of all, at its pinned version), dev and examples.
+$(STAMPS)/setup: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	  || { echo "make: $(PYTHON) is missing or older than 3.10 (Debian: python3; another one: make PYTHON=...)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "make: $(PYTHON) cannot make virtual environments (Debian: python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+	  || { echo "make: $(PYTHON) has no Python.h, which torch.compile needs (Debian: python3-dev)" >&2; exit 1; }
+	@command -v g++ >/dev/null || { echo "make: there is no g++ (Debian: g++)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS)
+	$(BIN)/python -c "$$LIST_REQUIREMENTS" > $(STAMPS)/requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements.txt
+	@touch $@
+
+define LIST_REQUIREMENTS
+try:
+    import tomllib
+except ImportError:
+    from pip._vendor import tomli as tomllib
+with open('pyproject.toml', 'rb') as f:
+    settings = tomllib.load(f)
+extras = settings['project']['optional-dependencies']
+print(*settings['build-system']['requires'], *extras['dev'], *extras['examples'], sep='\n')
+endef
+export LIST_REQUIREMENTS
+
+# The editable install compiles what changed since the last one.
+$(STAMPS)/build: $(STAMPS)/setup $(CXX_INPUTS)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+train: $(STAMPS)/build
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node=$(RANKS) examples/train_moe.py $(ARGS)
+
+bench: $(STAMPS)/build
+	$(BIN)/python -m benchmarks.ep $(or $(ARGS),--quick)
+
+test: $(STAMPS)/build
+	$(BIN)/python -m pytest tests -m "not long" $(ARGS)
+
+test-quick: $(STAMPS)/build
+	$(BIN)/python -m pytest tests -m "not slow and not long" $(ARGS)
+
+test-long: $(STAMPS)/build
+	DEEP_EP_HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests --timeout 3600 $(ARGS)
+
+lint: $(STAMPS)/setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+types: $(STAMPS)/setup
+	$(BIN)/mypy
+
+format: $(STAMPS)/setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: $(STAMPS)/setup
+	rm -f output/deep_ep-*.whl
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir output .
+	@ls output/deep_ep-*.whl
+
+# The wheel alone is imported, from a folder of its own: -S keeps the editable install out.
+wheel-check: wheel
+	test -f output/deep_ep-*-py3-none-linux_$$(uname -m).whl
+	rm -rf build/wheel-check
+	$(BIN)/python -m zipfile --extract output/deep_ep-*.whl build/wheel-check
+	! grep --quiet --fixed-strings "$(CURDIR)" build/wheel-check/deep_ep/libdeep_ep.so
+	PYTHONPATH=build/wheel-check:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))') \
+	  $(BIN)/python -S -c 'import deep_ep, torch; print(torch.ops.deep_ep.dispatch.default, deep_ep.__file__)'
+
+clean:
+	rm -rf build output $(STAMPS)/build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

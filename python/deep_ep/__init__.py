@@ -1,0 +1,31 @@
+"""Expert-parallel communication for Mixture-of-Experts layers, as torch.library ops that compile and differentiate.
+
+`init` prepares a group; `dispatch` sends tokens to the ranks of their experts, `combine` brings the results back. `Buffer`
+offers the same with the calls of DeepEP and DeepEP-Ascend.
+"""
+
+from .buffer import Buffer
+from .config import Config
+from .groups import destroy, init
+from .ops import combine_backward, dispatch_backward  # noqa: F401  (registers them)
+from .ops.combine import combine
+from .ops.dispatch import DispatchHandle, DispatchOutput, dispatch
+from .ops.get_dispatch_layout import get_dispatch_layout
+from .strategies import LowLatencyStrategy, NormalStrategy
+from .utils import EventHandle, EventOverlap
+
+__all__ = [
+    "Buffer",
+    "Config",
+    "DispatchHandle",
+    "DispatchOutput",
+    "EventHandle",
+    "EventOverlap",
+    "LowLatencyStrategy",
+    "NormalStrategy",
+    "combine",
+    "destroy",
+    "dispatch",
+    "get_dispatch_layout",
+    "init",
+]

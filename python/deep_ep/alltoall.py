@@ -1,0 +1,615 @@
+"""The `.alltoall` overloads: the normal-mode ops over torch.distributed, any device, any number of hosts.
+
+Each function is the kernel of the op of its name and has its schema's arguments. Symbols: T local tokens,
+H hidden, K top-k, E experts, R ranks, L = E/R local experts, N received rows, W num_worst_tokens (0 = exact
+mode). A slot is t * K + k, one (token, k) of its source rank.
+
+Every communicating op starts with an all-gather of one header per rank (`_Call.agree`). All ranks judge the
+same headers by the same rule, so a bad argument on one rank, or ranks in different ops, raise on every rank,
+and the group is ready for the next call. Collectives after the header:
+
+    dispatch           counts [E]; slots with their weights; each token once per destination
+    combine            rows, one per slot: the sum is taken in k order, so there are no partial sums
+    dispatch_backward  rows; gradients of the weights
+    combine_backward   weights; each token's gradient once per destination; gradients of the weights
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from . import reference
+
+_OPS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_TEXT_BYTES = 512
+# Elements of a block of rows whose fp32 sums stay in a core's cache.
+_BLOCK = 1 << 16
+
+
+# Argument checks: the message for the first bad argument, or None.
+
+
+def _tensor_error(
+    name: str, tensor: Tensor, shape: str, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> str | None:
+    if tensor.dim() != shape.count(",") + 1:
+        return f"{name} must have the shape {shape}, got {list(tensor.shape)}"
+    if tensor.dtype not in dtypes:
+        *others, last = (str(d).removeprefix("torch.") for d in dtypes)
+        allowed = f"{', '.join(others)} or {last}" if others else last
+        return f"{name} must be {allowed}, got {tensor.dtype}"
+    if tensor.device != device:
+        return f"{name} must be on {device}, got {tensor.device}"
+    if not tensor.is_contiguous():
+        return f"{name} must be contiguous, got the strides {list(tensor.stride())}"
+    return None
+
+
+def _shape_error(name: str, tensor: Tensor, allowed: list[int], why: str) -> str | None:
+    if list(tensor.shape) == allowed:
+        return None
+    return f"{name} must have the shape {allowed} ({why}), got {list(tensor.shape)}"
+
+
+def _range_error(name: str, what: str, tensor: Tensor, bound: int) -> str | None:
+    bad = (tensor < -1) | (tensor >= bound)
+    if not bad.any():
+        return None
+    at = bad.nonzero()[0].tolist()
+    allowed = f"-1 and 0..{bound - 1}" if bound > 0 else "-1"
+    return f"{name} has the {what} {int(tensor[tuple(at)])} at {at}; allowed are {allowed}"
+
+
+def _ranks_error(num_experts: int, num_ranks: int, group_size: int) -> str | None:
+    if num_ranks < 1:
+        return f"num_ranks must be at least 1, got {num_ranks}"
+    if num_ranks != group_size:
+        return f"num_ranks is {num_ranks}, but the group has {group_size} ranks"
+    if num_experts < 1:
+        return f"num_experts must be at least 1, got {num_experts}"
+    if num_experts % num_ranks:
+        return f"num_experts ({num_experts}) must be divisible by num_ranks ({num_ranks})"
+    return None
+
+
+def _layout_error(topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int) -> str | None:
+    if error := _ranks_error(num_experts, num_ranks, num_ranks):
+        return error
+    if num_nodes < 1 or num_ranks % num_nodes:
+        return f"num_ranks ({num_ranks}) must be divisible by num_nodes ({num_nodes})"
+    return _tensor_error("topk_idx", topk_idx, "[T, K]", (torch.int64,), topk_idx.device) or _range_error(
+        "topk_idx", "id", topk_idx, num_experts
+    )
+
+
+def _dispatch_error(
+    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int, num_worst_tokens: int
+) -> str | None:
+    if num_worst_tokens < 0:
+        return f"num_worst_tokens must be 0 (exact) or positive, got {num_worst_tokens}"
+    return (
+        _tensor_error("x", x, "[T, H]", _FLOATS, x.device)
+        or _tensor_error("topk_idx", topk_idx, "[T, K]", (torch.int64,), x.device)
+        or _shape_error("topk_idx", topk_idx, [x.shape[0], topk_idx.shape[1]], "the rows of x")
+        or _weights_error(topk_weights, topk_idx)
+        or _range_error("topk_idx", "id", topk_idx, num_experts)
+    )
+
+
+def _weights_error(topk_weights: Tensor, topk_idx: Tensor) -> str | None:
+    return _tensor_error(
+        "topk_weights", topk_weights, "[T, K]", (torch.float32,), topk_idx.device
+    ) or _shape_error("topk_weights", topk_weights, list(topk_idx.shape), "that of topk_idx")
+
+
+def _handle_error(
+    name: str,
+    rows: Tensor,
+    topk_idx: Tensor,
+    recv_src_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+) -> str | None:
+    """rows, the argument called `name`, stands in the row order of recv_x."""
+    error = (
+        _tensor_error(name, rows, "[N, H]", _FLOATS, rows.device)
+        or _tensor_error("topk_idx", topk_idx, "[T, K]", (torch.int64,), rows.device)
+        or _tensor_error("recv_src_idx", recv_src_idx, "[N, 3]", (torch.int32,), rows.device)
+        or _tensor_error("send_head", send_head, "[T, K]", (torch.int32,), rows.device)
+        or _shape_error("recv_src_idx", recv_src_idx, [rows.shape[0], 3], f"the rows of {name}")
+        or _shape_error("send_head", send_head, list(topk_idx.shape), "that of topk_idx")
+        or _range_error("topk_idx", "id", topk_idx, num_experts)
+        or _range_error("recv_src_idx[:, 0]", "source rank", recv_src_idx[:, 0], num_ranks)
+        or _range_error("recv_src_idx[:, 2]", "k", recv_src_idx[:, 2], topk_idx.shape[1])
+    )
+    if error:
+        return error
+    partial = (recv_src_idx >= 0).any(1) & (recv_src_idx < 0).any(1)
+    if partial.any():
+        row = int(partial.nonzero()[0])
+        return f"recv_src_idx[{row}] must be three values >= 0 or three -1, got {recv_src_idx[row].tolist()}"
+    stray = (send_head >= 0) & (topk_idx < 0)
+    if stray.any():
+        return f"send_head has a row at {stray.nonzero()[0].tolist()}, where topk_idx has no expert"
+    return None
+
+
+# Agreement and collectives
+
+
+class _Routes(NamedTuple):
+    """Which rows go back to which slots, from a dispatch's recv_src_idx and send_head."""
+
+    rows: Tensor  # this rank's used rows, ordered by (source rank, row)
+    slots: Tensor  # this rank's delivered slots, ordered by (destination, row there)
+    rows_per_rank: list[int]
+    slots_per_rank: list[int]
+    row_marks: list[int]  # per source rank: a hash of its set of (slot, row)
+    slot_marks: list[int]  # per destination: the same
+
+
+class _Header(NamedTuple):
+    """What every rank tells the others before an op."""
+
+    op: int
+    failed: int
+    T: int
+    W: int
+    common: list[int]  # the values of _COMMON
+    rows_per_rank: list[int]
+    slots_per_rank: list[int]
+    row_marks: list[int]
+    slot_marks: list[int]
+
+
+# Their values are numbers, a dtype's place in _FLOATS, and the first letters of a device's type.
+_COMMON = ("the hidden size", "the number of ids per token", "num_experts", "the dtype", "the device")
+
+
+class _Call:
+    """One op in its group, as this rank takes part in it."""
+
+    def __init__(self, op: str, group: str, tensor: Tensor) -> None:
+        self.op = op
+        self.group = distributed_c10d._resolve_process_group(cast(Any, group))
+        self.rank = self.group.rank()
+        self.size = self.group.size()
+        devices = [d.type for d in self.group._device_types]
+        # Headers and counts are wanted on the host. And a tensor that the group cannot send, or one of another
+        # device than the other ranks', must not keep this rank's header from arriving.
+        self.device = torch.device("cpu" if "cpu" in devices else devices[0])
+        self.device_error = None
+        if tensor.device.type not in devices:
+            allowed = " or ".join(sorted(devices))
+            self.device_error = f"tensors must be on {allowed} as their group, got {tensor.device}"
+
+    def agree(
+        self,
+        error: str | None,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_experts: int,
+        num_worst_tokens: int = 0,
+        routes: _Routes | None = None,
+    ) -> list[_Header]:
+        """Returns all ranks' headers, or raises the same error on all ranks.
+
+        error: what is wrong with this rank's arguments. x's columns are H.
+        """
+        R = self.size
+        header = [_OPS.index(self.op), 1] + [0] * (2 + len(_COMMON) + 4 * R)
+        if not error:
+            device_type = int.from_bytes(x.device.type.encode()[:7], "big")
+            common = [x.shape[1], topk_idx.shape[1], num_experts, _FLOATS.index(x.dtype), device_type]
+            header[1 : 4 + len(common)] = [0, topk_idx.shape[0], num_worst_tokens, *common]
+        if routes:
+            header[-4 * R :] = [value for per_rank in routes[2:] for value in per_rank]
+        gathered = self.all_gather("headers", torch.tensor(header, dtype=torch.int64))
+        headers = []
+        for op, failed, T, W, *values in gathered.tolist():
+            per_rank = [values[i : i + R] for i in range(len(_COMMON), len(values), R)]
+            headers.append(_Header(op, failed, T, W, values[: len(_COMMON)], *per_rank))
+        self._check_ops(headers)
+        if any(h.failed for h in headers):
+            self._raise_first(error)
+        self._check_common(headers)
+        self._check_routes(headers)
+        return headers
+
+    def _check_ops(self, headers: list[_Header]) -> None:
+        ranks_in: dict[int, list[str]] = {}
+        for rank, header in enumerate(headers):
+            ranks_in.setdefault(header.op, []).append(str(rank))
+        if len(ranks_in) > 1:
+            where = "; ".join(f"{_OPS[op]} on rank {', '.join(ranks)}" for op, ranks in ranks_in.items())
+            raise RuntimeError(f"deep_ep: the ranks are in different ops: {where}")
+
+    def _raise_first(self, error: str | None) -> None:
+        """Raises the message of the lowest rank that has one."""
+        text = (error or "").encode()[:_TEXT_BYTES]
+        texts = self.all_gather(
+            "errors", torch.tensor(list(text.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8)
+        )
+        for rank, row in enumerate(texts):
+            if message := bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore"):
+                raise RuntimeError(f"deep_ep.{self.op}: rank {rank}: {message}")
+
+    def _check_common(self, headers: list[_Header]) -> None:
+        def text(what: str, value: int) -> str:
+            if what == "the dtype":
+                return str(_FLOATS[value])
+            return value.to_bytes(7, "big").strip(b"\0").decode() if what == "the device" else str(value)
+
+        for rank, header in enumerate(headers):
+            for what, given, first in zip(_COMMON, header.common, headers[0].common, strict=True):
+                if given != first:
+                    raise RuntimeError(
+                        f"deep_ep.{self.op}: rank {rank}: {what} is {text(what, given)}, but on rank 0 it is "
+                        f"{text(what, first)}; it must be equal on all ranks"
+                    )
+
+    def _check_routes(self, headers: list[_Header]) -> None:
+        for d, at in enumerate(headers):
+            for s, to in enumerate(headers):
+                has, expected = at.rows_per_rank[s], to.slots_per_rank[d]
+                if has != expected:
+                    difference = f"recv_src_idx has {has} rows of rank {s}, whose send_head has {expected}"
+                elif at.row_marks[s] != to.slot_marks[d]:
+                    difference = f"recv_src_idx and the send_head of rank {s} differ in their {has} rows"
+                else:
+                    continue
+                raise RuntimeError(
+                    f"deep_ep.{self.op}: rank {d}: {difference}; all ranks must pass one dispatch's handle"
+                )
+
+    def all_gather(self, what: str, row: Tensor) -> Tensor:
+        """Returns [R, n] on the host, from every rank's [n]."""
+        gathered = torch.empty(self.size, row.numel(), dtype=row.dtype, device=self.device)
+        try:
+            dist.all_gather(list(gathered.unbind(0)), row.to(self.device), group=self.group)
+        except RuntimeError as error:
+            raise self._failure(what, error) from error
+        return gathered.cpu()
+
+    def all_to_all(
+        self, what: str, rows: Tensor, to: list[int], of: list[int], out: Tensor | None = None
+    ) -> Tensor:
+        """Sends to[i] rows to rank i and returns the of[i] rows of every rank i, ordered by i."""
+        if out is None:
+            out = rows.new_empty(sum(of), *rows.shape[1:])
+        try:
+            dist.all_to_all_single(out, rows, of, to, group=self.group)
+        except RuntimeError as error:
+            raise self._failure(what, error) from error
+        return out
+
+    def _failure(self, what: str, error: RuntimeError) -> RuntimeError:
+        return RuntimeError(f"deep_ep.{self.op}: rank {self.rank}: exchange of {what} failed: {error}")
+
+
+def _routes(
+    recv_src_idx: Tensor, topk_idx: Tensor, send_head: Tensor, num_experts: int, num_ranks: int
+) -> _Routes:
+    K = topk_idx.shape[1]
+    source, token, k = recv_src_idx.long().unbind(1)
+    rows, rows_per_rank = _sort_by_rank(source, source, num_ranks)
+    head = send_head.view(-1).long()
+    destination = (topk_idx.view(-1) // (num_experts // num_ranks)).where(head >= 0, -1)
+    slots, slots_per_rank = _sort_by_rank(destination, (destination << 32) + head, num_ranks)
+    return _Routes(
+        rows,
+        slots,
+        rows_per_rank,
+        slots_per_rank,
+        _marks(token[rows] * K + k[rows], rows, source[rows], num_ranks),
+        _marks(slots, head[slots], destination[slots], num_ranks),
+    )
+
+
+def _sort_by_rank(rank: Tensor, key: Tensor, num_ranks: int) -> tuple[Tensor, list[int]]:
+    """The entries with rank >= 0, ordered by key, which grows with rank; and their count per rank."""
+    unused, *counts = torch.bincount(rank + 1, minlength=num_ranks + 1).tolist()
+    return torch.argsort(key, stable=True)[unused:], counts
+
+
+def _marks(slot: Tensor, row: Tensor, rank: Tensor, num_ranks: int) -> list[int]:
+    """Per rank, a hash of the set of its (slot, row), in which order they may be given."""
+    # Odd multipliers and shifts as in splitmix64: every bit of the pair reaches every bit of the sum.
+    mark = slot * 0x1E3779B97F4A7C15 + row * 0x3F58476D1CE4E5B9
+    mark = (mark ^ (mark >> 31)) * 0x14D049BB133111EB
+    mark = mark ^ (mark >> 29)
+    return torch.zeros(num_ranks, dtype=torch.int64, device=slot.device).index_add_(0, rank, mark).tolist()
+
+
+def _distinct_tokens(rank: Tensor, token: Tensor, num_ranks: int, T: int) -> tuple[Tensor, Tensor]:
+    """Which tokens occur per rank, bool [R, T], and the place of each entry's token among all of them."""
+    occurs = torch.zeros(num_ranks, T, dtype=torch.bool, device=rank.device)
+    occurs[rank, token] = True
+    place = occurs.view(-1).cumsum(0).view(num_ranks, T) - 1
+    return occurs, place[rank, token]
+
+
+def _blocks(n: int, H: int) -> Iterator[slice]:
+    step = max(1, _BLOCK // max(1, H))
+    return (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+def _exclusive_cumsum(counts: Tensor) -> Tensor:
+    return counts.cumsum(0) - counts
+
+
+# Ops
+
+
+def get_dispatch_layout(
+    topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts of the local tokens; no communication. See reference.get_dispatch_layout."""
+    if error := _layout_error(topk_idx, num_experts, num_ranks, num_nodes):
+        raise RuntimeError(f"deep_ep.get_dispatch_layout: {error}")
+    return reference.get_dispatch_layout(topk_idx, num_experts, num_ranks, num_nodes)
+
+
+def dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    num_worst_tokens: int,
+    group: str,
+) -> reference.DispatchResult:
+    """Sends every (token, k) row to the rank of its expert. See reference.DispatchResult.
+
+    x: [T, H]; topk_idx: int64 [T, K]; topk_weights: fp32 [T, K].
+    Raises RuntimeError: on all ranks for a bad argument of any rank or ranks in different ops; and for a failed
+    exchange, such as with a peer that has died.
+    """
+    call = _Call("dispatch", group, x)
+    error = (
+        call.device_error
+        or _ranks_error(num_experts, num_ranks, call.size)
+        or _dispatch_error(x, topk_idx, topk_weights, num_experts, num_worst_tokens)
+    )
+    headers = call.agree(error, x, topk_idx, num_experts, num_worst_tokens)
+    device = x.device
+    (T, H), K, R, L = x.shape, topk_idx.shape[1], num_ranks, num_experts // num_ranks
+
+    # Who asks which expert to take how many rows, hence where every row goes: small tables, on the host.
+    expert = topk_idx.view(-1)
+    asked_here = torch.bincount(expert + 1, minlength=num_experts + 1)[1:]
+    asked = call.all_gather("counts", asked_here).view(R, R, L)  # [source, destination, local expert]
+    asked_in_row_order = asked.permute(1, 2, 0).reshape(R, L * R)
+    end = asked_in_row_order.cumsum(1)
+    start = end - asked_in_row_order
+    capacity = torch.tensor([[h.W or torch.iinfo(torch.int64).max] for h in headers])
+    kept = (end.minimum(capacity) - start.minimum(capacity)).view(
+        R, L, R
+    )  # [destination, local expert, source]
+
+    # This rank's slots in the order in which their destinations take them.
+    asked_here = asked[call.rank].view(-1)
+    first_row = start.view(R, L, R)[:, :, call.rank].reshape(-1)
+    num_asked = int(asked_here.sum())
+    slots = torch.argsort(expert, stable=True)[T * K - num_asked :]
+    offset = (first_row - _exclusive_cumsum(asked_here)).to(device)
+    head = torch.arange(num_asked, device=device) + offset.repeat_interleave(
+        asked_here.to(device), output_size=num_asked
+    )
+    kept_per_rank = kept[:, :, call.rank].sum(1)
+    if int(kept_per_rank.sum()) < num_asked:
+        fits = head < capacity.view(-1).to(device)[expert[slots] // L]
+        slots, head = slots[fits], head[fits]
+    send_head = torch.full((T * K,), -1, dtype=torch.int32, device=device)
+    send_head[slots] = head.to(torch.int32)
+
+    # One entry per row: its slot and the bits of its weight.
+    entries = torch.stack([slots.to(torch.int32), topk_weights.view(-1)[slots].view(torch.int32)], dim=1)
+    kept_here = kept[call.rank]  # [local expert, source]
+    N = int(kept_here.sum())
+    entries = call.all_to_all("slots", entries, kept_per_rank.tolist(), kept_here.sum(0).tolist())
+    # They arrive by (source, local expert) and stand by (local expert, source).
+    arrived_at = _exclusive_cumsum(kept_here.t().reshape(-1)).view(R, L).t().reshape(-1)
+    per_group = kept_here.reshape(-1).to(device)
+    shift = (arrived_at - _exclusive_cumsum(kept_here.reshape(-1))).to(device)
+    entries = entries[torch.arange(N, device=device) + shift.repeat_interleave(per_group, output_size=N)]
+    slot = entries[:, 0].long()
+    token, k = slot // K, slot % K
+    source = torch.arange(R, device=device).repeat(L).repeat_interleave(per_group, output_size=N)
+    local_expert = torch.arange(L, device=device).repeat_interleave(
+        kept_here.sum(1).to(device), output_size=N
+    )
+
+    # Each token goes to a rank once and is copied there to its rows.
+    leaves, _ = _distinct_tokens(expert[slots] // L, slots // K, R, T)
+    comes, place = _distinct_tokens(source, token, R, max(h.T for h in headers))
+    arrived = call.all_to_all(
+        "tokens", x.index_select(0, leaves.nonzero()[:, 1]), leaves.sum(1).tolist(), comes.sum(1).tolist()
+    )
+    rows = num_worst_tokens or N
+    recv_x = x.new_empty(rows, H)
+    torch.index_select(arrived, 0, place, out=recv_x[:N])
+    recv_x[N:].zero_()
+
+    recv_topk_idx = torch.full((rows, K), -1, dtype=torch.int64, device=device)
+    recv_topk_weights = torch.zeros(rows, K, device=device)
+    recv_src_idx = torch.full((rows, 3), -1, dtype=torch.int32, device=device)
+    row = torch.arange(N, device=device)
+    recv_topk_idx[row, k] = local_expert
+    recv_topk_weights[row, k] = entries[:, 1].contiguous().view(torch.float32)
+    torch.stack([source, token, k], dim=1, out=recv_src_idx[:N])
+
+    def to_int32(table: Tensor) -> Tensor:
+        return table.to(device, torch.int32)
+
+    return reference.DispatchResult(
+        recv_x,
+        recv_topk_idx,
+        recv_topk_weights,
+        kept_here.sum(1).to(device),
+        torch.tensor(int(asked[:, call.rank].sum()) - N, device=device),
+        to_int32(kept.sum(1).t().cumsum(0)),
+        to_int32(asked[call.rank].cumsum(1)),
+        to_int32(end[call.rank].view(L, R)),
+        recv_src_idx,
+        send_head.view(T, K),
+    )
+
+
+def combine(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+) -> Tensor:
+    """Returns [T, H], the weighted sum of each token's rows x [N, H] in k order in fp32, rounded once.
+
+    The other tensors are those of the dispatch that made the rows. Raises as dispatch does.
+    """
+    call = _Call("combine", group, x)
+    error = (
+        call.device_error
+        or _ranks_error(num_experts, num_ranks, call.size)
+        or _handle_error("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
+        or _weights_error(topk_weights, topk_idx)
+    )
+    routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
+    call.agree(error, x, topk_idx, num_experts, routes=routes)
+    assert routes
+    return _return_rows(call, x, routes, topk_idx, topk_weights)
+
+
+def dispatch_backward(
+    grad_recv_x: Tensor,
+    grad_recv_topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    topk_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of dispatch: grad_x [T, H], a combine with weights 1, and grad_topk_weights fp32 [T, K].
+
+    grad_recv_x: [N, H]; grad_recv_topk_weights: fp32 [N, K]. Raises as dispatch does.
+    """
+    call = _Call("dispatch_backward", group, grad_recv_x)
+    error = (
+        call.device_error
+        or _ranks_error(num_experts, num_ranks, call.size)
+        or _handle_error(
+            "grad_recv_x", grad_recv_x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks
+        )
+        or _tensor_error(
+            "grad_recv_topk_weights", grad_recv_topk_weights, "[N, K]", (torch.float32,), grad_recv_x.device
+        )
+        or _shape_error(
+            "grad_recv_topk_weights",
+            grad_recv_topk_weights,
+            [grad_recv_x.shape[0], topk_idx.shape[1]],
+            "the rows of grad_recv_x, the columns of topk_idx",
+        )
+    )
+    routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
+    call.agree(error, grad_recv_x, topk_idx, num_experts, routes=routes)
+    assert routes
+    grad_x = _return_rows(call, grad_recv_x, routes, topk_idx, None)
+    grads = grad_recv_topk_weights[routes.rows, recv_src_idx[routes.rows, 2].long()]
+    return grad_x, _return_scalars(call, grads, routes, topk_idx)
+
+
+def combine_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of combine: grad_x [N, H], a weighted dispatch, and grad_topk_weights fp32 [T, K].
+
+    grad_out: [T, H]; the other arguments are combine's. Raises as dispatch does.
+    """
+    call = _Call("combine_backward", group, x)
+    error = (
+        call.device_error
+        or _ranks_error(num_experts, num_ranks, call.size)
+        or _handle_error("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
+        or _weights_error(topk_weights, topk_idx)
+        or _tensor_error("grad_out", grad_out, "[T, H]", (x.dtype,), x.device)
+        or _shape_error("grad_out", grad_out, [topk_idx.shape[0], x.shape[1]], "T of topk_idx, H of x")
+    )
+    routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
+    headers = call.agree(error, x, topk_idx, num_experts, routes=routes)
+    assert routes
+    (T, H), K = grad_out.shape, topk_idx.shape[1]
+    rows, slots = routes.rows, routes.slots
+
+    weights = call.all_to_all(
+        "weights", topk_weights.view(-1)[slots], routes.slots_per_rank, routes.rows_per_rank
+    ).unsqueeze(1)
+    source, token, _ = recv_src_idx[rows].long().unbind(1)
+    destination = topk_idx.view(-1)[slots] // (num_experts // num_ranks)
+    leaves, _ = _distinct_tokens(destination, slots // K, num_ranks, T)
+    comes, place = _distinct_tokens(source, token, num_ranks, max(h.T for h in headers))
+    arrived = call.all_to_all(
+        "gradients",
+        grad_out.index_select(0, leaves.nonzero()[:, 1]),
+        leaves.sum(1).tolist(),
+        comes.sum(1).tolist(),
+    )
+
+    grad_x = torch.empty_like(x)
+    grad_x[recv_src_idx[:, 0] < 0] = 0
+    grads = torch.empty(rows.numel(), device=x.device)
+    for block in _blocks(rows.numel(), H):
+        grad = arrived.index_select(0, place[block]).float()
+        grads[block] = (grad * x.index_select(0, rows[block])).sum(1)
+        grad_x[rows[block]] = grad.mul_(weights[block]).to(x.dtype)
+    return grad_x, _return_scalars(call, grads, routes, topk_idx)
+
+
+def _return_rows(call: _Call, x: Tensor, routes: _Routes, topk_idx: Tensor, weights: Tensor | None) -> Tensor:
+    """Sends every row of x to its slot and returns [T, H], the sums over k; weights None means ones."""
+    (T, K), H, n = topk_idx.shape, x.shape[1], routes.slots.numel()
+    # Slots without a row add row n, which is 0.
+    arrived = x.new_empty(n + 1, H)
+    arrived[n] = 0
+    call.all_to_all(
+        "rows", x.index_select(0, routes.rows), routes.rows_per_rank, routes.slots_per_rank, arrived[:n]
+    )
+    place = torch.full((T * K,), n, device=x.device)
+    place[routes.slots] = torch.arange(n, device=x.device)
+    place = place.view(T, K).t().contiguous()
+    if weights is not None:
+        weights = weights.t().where(place < n, 0).unsqueeze(2)
+    out = x.new_empty(T, H)
+    for block in _blocks(T, H):
+        total = torch.zeros(block.stop - block.start, H, device=x.device)
+        for k in range(K):
+            rows = arrived.index_select(0, place[k, block])
+            total += rows if weights is None else rows * weights[k, block]
+        out[block] = total
+    return out
+
+
+def _return_scalars(call: _Call, scalars: Tensor, routes: _Routes, topk_idx: Tensor) -> Tensor:
+    """Sends every row's scalar, ordered as routes.rows, to its slot and returns fp32 [T, K]."""
+    out = torch.zeros(topk_idx.shape, device=scalars.device)
+    out.view(-1)[routes.slots] = call.all_to_all(
+        "weight gradients", scalars, routes.rows_per_rank, routes.slots_per_rank
+    )
+    return out

@@ -1,0 +1,128 @@
+"""What is known of a group: its size, the strategy chosen for it, and its windows."""
+
+import weakref
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from . import _compile
+from .strategies import MODES, NormalStrategy, mode_from
+from .windows import DEFAULT_BYTES, Windows, exchange, group_timeout
+
+Group = dist.ProcessGroup | str | None
+"""How functions take a group: a ProcessGroup, its name, or None for the default group."""
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """What an op call needs to know of a group. Immutable, so that a graph traced with it is guarded by it."""
+
+    name: str
+    size: int
+    normal: NormalStrategy
+
+
+_infos: dict[str, GroupInfo] = {}
+_windows: dict[str, Windows] = {}
+
+
+def process_group(group: Group) -> dist.ProcessGroup:
+    """The ProcessGroup that is meant."""
+    if isinstance(group, str):
+        return dist.distributed_c10d._resolve_process_group(group)
+    if group is None:
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "deep_ep: there is no default group; call torch.distributed.init_process_group first"
+            )
+        return dist.group.WORLD
+    return group
+
+
+def init(
+    group: Group = None,
+    *,
+    num_bytes: int | None = None,
+    strategy: str | None = None,
+    timeout: timedelta | None = None,
+) -> GroupInfo:
+    """Prepares a group for the ops. Collective: all ranks of the group call it, outside of compiled code.
+
+    Args:
+        group: the expert-parallel group; None is the default group.
+        num_bytes: bytes of every rank's shared-memory window (strategies ``default`` and ``ops``); None is 256 MiB.
+            Rows that do not fit go in rounds, so this bounds speed, not sizes. A window that is large enough already
+            is kept, a smaller one is replaced.
+        strategy: ``default``, ``alltoall`` or ``ops``; None takes DEEP_USE_MODE, read now.
+        timeout: how long an op waits for a peer without progress; None is the group's own timeout.
+
+    Raises:
+        ValueError: an unknown strategy, or num_bytes is not positive (on this rank, before it waits for others).
+        RuntimeError: on every rank, when windows cannot be made: too little memory on a rank, or ranks on several
+            hosts under ``default``.
+    """
+    mode = mode_from(strategy)
+    pg = process_group(group)
+    if num_bytes is not None and num_bytes <= 0:
+        raise ValueError(f"num_bytes must be positive, got {num_bytes}")
+    wishes = exchange(pg, (mode, _is_served(pg, num_bytes, timeout)))
+    modes = [wish[0] for wish in wishes]
+    if len(set(modes)) > 1:
+        raise RuntimeError(
+            f"deep_ep: the ranks of the group '{pg.group_name}' chose different strategies: {', '.join(modes)}"
+        )
+    normal, _ = MODES[mode]
+    if normal is NormalStrategy.DEFAULT and not all(wish[1] for wish in wishes):
+        _windows[pg.group_name] = Windows(pg, num_bytes or DEFAULT_BYTES, timeout or group_timeout(pg))
+    info = GroupInfo(pg.group_name, pg.size(), normal)
+    _infos[info.name] = info
+    weakref.finalize(pg, _forget, info)
+    _compile.prepare()
+    return info
+
+
+def _is_served(pg: dist.ProcessGroup, num_bytes: int | None, timeout: timedelta | None) -> bool:
+    windows = _windows.get(pg.group_name)
+    return (
+        windows is not None
+        and windows.group() is pg
+        and windows.num_bytes >= (num_bytes or 0)
+        and timeout in (None, windows.timeout)
+    )
+
+
+def _forget(info: GroupInfo) -> None:
+    if _infos.get(info.name) is info:
+        del _infos[info.name]
+        _windows.pop(info.name, None)
+
+
+def destroy(group: Group = None) -> None:
+    """Leaves the group's windows and forgets its strategy. Peers that wait for this rank in an op raise.
+
+    Tensors that lie in the window stay valid. Without this call the same happens when the ProcessGroup goes.
+    """
+    name = group if isinstance(group, str) else process_group(group).group_name
+    _infos.pop(name, None)
+    windows = _windows.pop(name, None)
+    if windows is not None:
+        windows.close()
+
+
+def info_of(group: Group) -> GroupInfo:
+    """What `init` recorded for the group; traceable."""
+    if group is None:
+        group = dist.group.WORLD
+    name = group if isinstance(group, str) else group.group_name
+    info = _infos.get(name)
+    if info is None:
+        raise RuntimeError(
+            f"deep_ep: the group '{name}' is not prepared; call deep_ep.init(group) first, on all its ranks"
+        )
+    return info
+
+
+def op_log(group: Group = None) -> list[str]:
+    """Names of the newest communicating ops that this rank issued under ``default``, oldest first."""
+    return _windows[info_of(group).name].log()

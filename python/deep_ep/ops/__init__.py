@@ -1,0 +1,1 @@
+"""One file per op: public function, fake, setup_context, backward, registration."""

@@ -1,0 +1,55 @@
+"""What is the same for all ops: where their parts are registered."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import _compile, _library  # noqa: F401  (defines the ops)
+
+_fragment = torch.library.Library("deep_ep", "FRAGMENT")
+
+
+def register(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    alltoall: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    communicates: bool = True,
+) -> None:
+    """Registers the Python parts of op `name` for its overloads.
+
+    Args:
+        fake: shapes and dtypes of the results.
+        alltoall: the kernel of the overload `.alltoall`, for every device.
+        setup_context, backward: the autograd formula; `backward` is called with `overload=`, the name of the overload
+            whose gradient is wanted. None: the results have no gradients.
+        communicates: whether ranks talk to each other in it.
+    """
+    _fragment.impl(f"{name}.alltoall", alltoall, "CompositeExplicitAutograd")
+    packet = getattr(torch.ops.deep_ep, name)
+
+    def prepared_fake(*args: Any) -> Any:
+        _compile.prepare()
+        return fake(*args)
+
+    for overload in packet.overloads():
+        op = getattr(packet, overload)
+        torch.library.register_fake(op, prepared_fake, lib=_fragment)
+        if backward is not None:
+            formula = functools.partial(backward, overload=overload)
+            torch.library.register_autograd(op, formula, setup_context=setup_context, lib=_fragment)
+        if communicates:
+            _compile.communicating(op)
+
+
+def no_second_derivative(name: str) -> Callable[..., Any]:
+    """An autograd formula for a backward op: gradients of gradients are an explicit error."""
+
+    def backward(ctx: Any, *grads: Any, overload: str) -> Any:
+        raise RuntimeError(f"deep_ep.{name}: second derivatives are not supported; do not use create_graph=True")
+
+    return backward

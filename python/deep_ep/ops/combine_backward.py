@@ -1,0 +1,38 @@
+"""combine_backward: gradients of the experts' rows and of topk_weights from that of combine's result.
+
+T local tokens · H hidden · K top-k · E experts · R ranks · N received rows.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import alltoall
+from ._registration import no_second_derivative, register
+
+
+def fake(
+    grad_out: Tensor,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), topk_weights.new_empty(topk_weights.shape)
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+register(
+    "combine_backward",
+    fake=fake,
+    alltoall=alltoall.combine_backward,
+    setup_context=setup_context,
+    backward=no_second_derivative("combine_backward"),
+)

@@ -1,0 +1,177 @@
+"""dispatch: sends each token to the ranks of its experts.
+
+T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N received rows ·
+W num_worst_tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import alltoall
+from ..groups import Group, GroupInfo, info_of
+from . import get_dispatch_layout
+from ._registration import register
+
+MAX_ROWS = 2**31 - 1
+
+
+class DispatchHandle(NamedTuple):
+    """What combine needs to send rows back, as tensors only. The order is that of DeepEP-Ascend's handle.
+
+    For both prefix matrices per channel, a channel is a local expert, and rows count before any are dropped.
+    """
+
+    rank_prefix_matrix: Tensor
+    """int32 [R, R]: [i, j] is the number of rows that ranks 0..i deliver to rank j."""
+    channel_prefix_matrix: Tensor
+    """int32 [R, L]: running count over l of the rows that this rank has for local expert l of rank d."""
+    recv_channel_prefix_matrix: Tensor
+    """int32 [L, R]: running count over (l, s) of the rows that rank s has for this rank's local expert l."""
+    recv_src_idx: Tensor
+    """int32 [N, 3]: source rank, token and k of every row, -1 in rows that hold nothing."""
+    is_token_in_rank: Tensor
+    """int32 [T, R]: whether a token has an expert at a rank."""
+    send_head: Tensor
+    """int32 [T, K]: the row at the expert's rank, -1 if there is none."""
+    topk_idx: Tensor
+    """int64 [T, K], as given to dispatch."""
+    topk_weights: Tensor
+    """fp32 [T, K], as given to dispatch; ones if none were given."""
+
+
+class DispatchOutput(NamedTuple):
+    """What dispatch returns."""
+
+    recv_x: Tensor
+    """[N, H] in x's dtype: rows ordered by local expert, source rank, token, k."""
+    recv_topk_idx: Tensor
+    """int64 [N, K]: the local expert in the column k that brought the row, else -1."""
+    recv_topk_weights: Tensor
+    """fp32 [N, K]: the weight in that column, else 0. Gradients flow back to topk_weights."""
+    num_recv_tokens_per_expert: Tensor
+    """int64 [L]: rows of each local expert."""
+    handle: DispatchHandle
+    num_dropped: Tensor
+    """int64 []: rows for this rank that did not fit into W; 0 in exact mode."""
+
+
+def dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None = None,
+    *,
+    num_experts: int,
+    group: Group = None,
+    num_worst_tokens: int = 0,
+) -> DispatchOutput:
+    """Sends every token once to each of its experts. Collective over the group; differentiable in x and topk_weights.
+
+    Args:
+        x: [T, H] bf16, fp16 or fp32, contiguous. T may differ between ranks and be 0.
+        topk_idx: int64 [T, K], expert ids 0..E-1, or -1 for none. Expert e lives on rank e // L.
+        topk_weights: fp32 [T, K]; None means ones.
+        num_experts: E, a multiple of R.
+        group: a group prepared with `deep_ep.init`.
+        num_worst_tokens: 0 for exact shapes (N is known once counts have been exchanged), or W for static
+            shapes: N = W, rows from W on are dropped and counted in num_dropped, unused rows are 0 with ids of -1.
+            Dropped rows add 0 to combine and to gradients. W may differ between ranks.
+
+    Raises:
+        RuntimeError: on all ranks, if an argument of any rank is wrong or ranks do not fit together; on all ranks
+            that wait, if a peer has died or the deadline has passed.
+    """
+    info = info_of(group)
+    layout = get_dispatch_layout.call(info, topk_idx, num_experts)
+    return call(info, x, topk_idx, topk_weights, num_experts, num_worst_tokens, is_token_in_rank=layout[3])
+
+
+def call(
+    info: GroupInfo,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    num_experts: int,
+    num_worst_tokens: int,
+    is_token_in_rank: Tensor,
+) -> DispatchOutput:
+    """The op's overload for `info`, with its results put in order."""
+    if topk_weights is None:
+        topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
+    op = getattr(torch.ops.deep_ep.dispatch, info.normal.value)
+    (
+        recv_x,
+        recv_topk_idx,
+        recv_topk_weights,
+        counts,
+        num_dropped,
+        rank_prefix,
+        channel_prefix,
+        recv_channel_prefix,
+        recv_src_idx,
+        send_head,
+    ) = op(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens, info.name)
+    handle = DispatchHandle(
+        rank_prefix,
+        channel_prefix,
+        recv_channel_prefix,
+        recv_src_idx,
+        is_token_in_rank,
+        send_head,
+        topk_idx,
+        topk_weights,
+    )
+    return DispatchOutput(recv_x, recv_topk_idx, recv_topk_weights, counts, handle, num_dropped)
+
+
+def fake(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    num_worst_tokens: int,
+    group: str,
+) -> tuple[Tensor, ...]:
+    T, H = x.shape
+    K, L = topk_idx.shape[1], num_experts // num_ranks
+    N: Any = num_worst_tokens
+    if num_worst_tokens == 0:
+        N = torch.library.get_ctx().new_dynamic_size(min=0)
+        torch._check(N <= MAX_ROWS)
+
+    def empty(dtype: torch.dtype, *shape: Any) -> Tensor:
+        return x.new_empty(shape, dtype=dtype)
+
+    return (
+        empty(x.dtype, N, H),
+        empty(torch.int64, N, K),
+        empty(torch.float32, N, K),
+        empty(torch.int64, L),
+        empty(torch.int64),
+        empty(torch.int32, num_ranks, num_ranks),
+        empty(torch.int32, num_ranks, L),
+        empty(torch.int32, L, num_ranks),
+        empty(torch.int32, N, 3),
+        empty(torch.int32, T, K),
+    )
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, topk_idx, _, num_experts, num_ranks, _, group = inputs
+    recv_src_idx, send_head = output[8:]
+    ctx.save_for_backward(recv_src_idx, topk_idx, send_head)
+    ctx.arguments = num_experts, num_ranks, group
+
+
+def backward(ctx: Any, grad_recv_x: Tensor, _: Any, grad_recv_topk_weights: Tensor, *__: Any, overload: str) -> Any:
+    """The transpose of sending rows: each token sums up what its rows bring back, unweighted."""
+    op = getattr(torch.ops.deep_ep.dispatch_backward, overload)
+    grad_x, grad_topk_weights = op(
+        grad_recv_x.contiguous(), grad_recv_topk_weights.contiguous(), *ctx.saved_tensors, *ctx.arguments
+    )
+    return grad_x, None, grad_topk_weights, None, None, None, None
+
+
+register("dispatch", fake=fake, alltoall=alltoall.dispatch, setup_context=setup_context, backward=backward)

@@ -1,0 +1,38 @@
+"""dispatch_backward: gradients of x and topk_weights from those of the received rows. The transpose of dispatch.
+
+T local tokens · H hidden · K top-k · E experts · R ranks · N received rows.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import alltoall
+from ._registration import no_second_derivative, register
+
+
+def fake(
+    grad_recv_x: Tensor,
+    grad_recv_topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    topk_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    T, K = topk_idx.shape
+    return grad_recv_x.new_empty((T, grad_recv_x.shape[1])), grad_recv_topk_weights.new_empty((T, K))
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+register(
+    "dispatch_backward",
+    fake=fake,
+    alltoall=alltoall.dispatch_backward,
+    setup_context=setup_context,
+    backward=no_second_derivative("dispatch_backward"),
+)

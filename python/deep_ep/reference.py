@@ -1,0 +1,198 @@
+"""What the normal-mode ops compute, for all ranks at once in one process: the model that tests compare with.
+
+Lists hold one entry per rank; entry s belongs to rank s. Symbols: T local tokens, H hidden, K top-k,
+E experts, R ranks, L = E/R local experts, N received rows, W num_worst_tokens (0 = exact mode).
+
+Rows: every (token t, slot k) with topk_idx[t, k] >= 0 is one row of rank topk_idx[t, k] // L. A rank's rows
+are ordered by local expert, source rank, source token, k. With W > 0 recv_x has W rows: those from index W on
+are dropped, unused ones are 0 with the index -1. Nothing here checks its arguments.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class DispatchResult(NamedTuple):
+    """The outputs of the op dispatch on one rank, in the order of its schema."""
+
+    recv_x: Tensor  # [N, H] as x
+    recv_topk_idx: Tensor  # int64 [N, K]: local expert in the column that brought the row, else -1
+    recv_topk_weights: Tensor  # fp32 [N, K]: weight in that column, else 0
+    num_recv_tokens_per_expert: Tensor  # int64 [L], after dropping
+    num_dropped: Tensor  # int64 []
+    rank_prefix_matrix: Tensor  # int32 [R, R]: [i, j] rows that ranks 0..i deliver to rank j
+    channel_prefix_matrix: Tensor  # int32 [R, L]: running over l, rows asked of d's expert l, not dropping
+    recv_channel_prefix_matrix: Tensor  # int32 [L, R]: running over (expert, source), not dropping
+    recv_src_idx: Tensor  # int32 [N, 3]: source rank, source token, k
+    send_head: Tensor  # int32 [T, K]: row in the destination's recv_x, or -1
+
+
+def get_dispatch_layout(
+    topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts of one rank's tokens; a token counts once per rank and once per node.
+
+    topk_idx: int64 [T, K]. Returns num_tokens_per_rank int32 [R], num_tokens_per_rdma_rank int32 [num_nodes],
+    num_tokens_per_expert int32 [E] (a repeated id counts each time), is_token_in_rank int32 [T, R]. Node n has
+    the ranks from n * R / num_nodes on.
+    """
+    T = topk_idx.shape[0]
+    has_expert = topk_idx >= 0
+    rank = topk_idx // (num_experts // num_ranks)
+    # Column R takes the slots without an expert.
+    in_rank = torch.zeros(T, num_ranks + 1, dtype=torch.int32, device=topk_idx.device)
+    in_rank.scatter_(1, rank.where(has_expert, num_ranks), 1)
+    is_token_in_rank = in_rank[:, :num_ranks].contiguous()
+    in_node = is_token_in_rank.view(T, num_nodes, num_ranks // num_nodes).amax(2)
+    return (
+        is_token_in_rank.sum(0, dtype=torch.int32),
+        in_node.sum(0, dtype=torch.int32),
+        torch.bincount(topk_idx[has_expert], minlength=num_experts).to(torch.int32),
+        is_token_in_rank,
+    )
+
+
+def dispatch(
+    xs: list[Tensor],
+    topk_idxs: list[Tensor],
+    topk_weights: list[Tensor],
+    num_experts: int,
+    num_worst_tokens: list[int],
+) -> list[DispatchResult]:
+    """Sends every (token, slot) row to the rank of its expert.
+
+    xs: [T, H]; topk_idxs: int64 [T, K]; topk_weights: fp32 [T, K]; num_worst_tokens: W. T and W may differ from
+    rank to rank.
+    """
+    R = len(xs)
+    L = num_experts // R
+    K = topk_idxs[0].shape[1]
+    # asked[s, d, l]: rows that rank s asks local expert l of rank d to take.
+    asked = torch.stack([torch.bincount(i[i >= 0], minlength=num_experts).view(R, L) for i in topk_idxs])
+    channel_prefix = asked.cumsum(2).to(torch.int32)
+    send_heads = [torch.full_like(i, -1, dtype=torch.int32) for i in topk_idxs]
+    delivered = torch.zeros(R, R, dtype=torch.int64)
+    received = []
+    for d in range(R):
+        rows = []
+        for s in range(R):
+            token, k = torch.nonzero(topk_idxs[s] // L == d, as_tuple=True)
+            rows.append(torch.stack([torch.full_like(token, s), token, k, topk_idxs[s][token, k] % L], dim=1))
+        source, token, k, expert = torch.cat(rows).unbind(1)
+        order = torch.argsort(expert, stable=True)
+        num_asked = order.numel()
+        W = num_worst_tokens[d] or num_asked
+        source, token, k, expert = (column[order[:W]] for column in (source, token, k, expert))
+
+        recv_x = xs[d].new_zeros(W, xs[d].shape[1])
+        recv_topk_idx = torch.full((W, K), -1)
+        recv_topk_weights = torch.zeros(W, K)
+        recv_src_idx = torch.full((W, 3), -1, dtype=torch.int32)
+        row = torch.arange(source.numel())
+        recv_topk_idx[row, k] = expert
+        recv_src_idx[row] = torch.stack([source, token, k], dim=1).to(torch.int32)
+        for s in range(R):
+            mine = source == s
+            recv_x[row[mine]] = xs[s][token[mine]]
+            recv_topk_weights[row[mine], k[mine]] = topk_weights[s][token[mine], k[mine]]
+            send_heads[s][token[mine], k[mine]] = row[mine].to(torch.int32)
+            delivered[s, d] = mine.sum()
+        received.append(
+            (
+                recv_x,
+                recv_topk_idx,
+                recv_topk_weights,
+                torch.bincount(expert, minlength=L),
+                torch.tensor(num_asked - source.numel()),
+                asked[:, d].t().reshape(-1).cumsum(0).view(L, R).to(torch.int32),
+                recv_src_idx,
+            )
+        )
+    rank_prefix = delivered.cumsum(0).to(torch.int32)
+    return [
+        DispatchResult(*received[r][:5], rank_prefix, channel_prefix[r], *received[r][5:], send_heads[r])
+        for r in range(R)
+    ]
+
+
+def combine(ys: list[Tensor], topk_weights: list[Tensor], recv_src_idxs: list[Tensor]) -> list[Tensor]:
+    """Each token's weighted sum, in k order in fp32, rounded once: out[t] = Σ_k w[t, k] · row(t, k).
+
+    ys: [N, H], in the row order of recv_x. Returns [T, H] per rank, in ys' dtype.
+    """
+    return _sum_rows(ys, topk_weights, recv_src_idxs)
+
+
+def dispatch_backward(
+    grad_recv_xs: list[Tensor],
+    grad_recv_topk_weights: list[Tensor],
+    recv_src_idxs: list[Tensor],
+    tokens: list[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of dispatch: grad_x [T, H], a combine with weights 1, and grad_topk_weights fp32 [T, K].
+
+    tokens: each rank's T.
+    """
+    K = grad_recv_topk_weights[0].shape[1]
+    grad_topk_weights = [torch.zeros(T, K) for T in tokens]
+    for grad, src in zip(grad_recv_topk_weights, recv_src_idxs, strict=True):
+        for s in range(len(tokens)):
+            row = torch.nonzero(src[:, 0] == s).view(-1)
+            token, k = src[row, 1].long(), src[row, 2].long()
+            grad_topk_weights[s][token, k] = grad[row, k]
+    return _sum_rows(grad_recv_xs, [torch.ones(T, K) for T in tokens], recv_src_idxs), grad_topk_weights
+
+
+def combine_backward(
+    grad_outs: list[Tensor], xs: list[Tensor], topk_weights: list[Tensor], recv_src_idxs: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of combine, grad_x [N, H] and grad_topk_weights fp32 [T, K].
+
+    grad_x is w · grad_out[token] in fp32, rounded once; grad_topk_weights is the fp32 dot <row, grad_out[token]>.
+
+    xs: [N, H], what combine was given.
+    """
+    grad_xs = [torch.zeros_like(x) for x in xs]
+    grad_topk_weights = [torch.zeros_like(w) for w in topk_weights]
+    for d, src in enumerate(recv_src_idxs):
+        for s in range(len(xs)):
+            row = torch.nonzero(src[:, 0] == s).view(-1)
+            token, k = src[row, 1].long(), src[row, 2].long()
+            grad = grad_outs[s][token].float()
+            grad_xs[d][row] = (topk_weights[s][token, k].unsqueeze(1) * grad).to(xs[d].dtype)
+            grad_topk_weights[s][token, k] = (xs[d][row].float() * grad).sum(1)
+    return grad_xs, grad_topk_weights
+
+
+def _sum_rows(ys: list[Tensor], weights: list[Tensor], recv_src_idxs: list[Tensor]) -> list[Tensor]:
+    outs = []
+    for s, w in enumerate(weights):
+        T, K = w.shape
+        acc = torch.zeros(T, ys[s].shape[1])
+        for k in range(K):
+            for y, src in zip(ys, recv_src_idxs, strict=True):
+                row = torch.nonzero((src[:, 0] == s) & (src[:, 2] == k)).view(-1)
+                token = src[row, 1].long()
+                acc[token] = acc[token] + w[token, k].unsqueeze(1) * y[row].float()
+        outs.append(acc.to(ys[s].dtype))
+    return outs
+
+
+def all_gather_ragged(tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Every rank's tensor on every rank; sizes may differ from rank to rank, dtype and dim() may not."""
+    R = dist.get_world_size(group)
+    shape = torch.tensor(tensor.shape, dtype=torch.int64)
+    shapes = [torch.empty_like(shape) for _ in range(R)]
+    dist.all_gather(shapes, shape, group=group)
+    sizes = [int(s.prod()) * tensor.element_size() for s in shapes]
+    padded = torch.zeros(max(*sizes, 1), dtype=torch.uint8)
+    padded[: sizes[dist.get_rank(group)]] = tensor.contiguous().view(-1).view(torch.uint8)
+    gathered = [torch.empty_like(padded) for _ in range(R)]
+    dist.all_gather(gathered, padded, group=group)
+    return [
+        g[:size].view(tensor.dtype).view(s.tolist())
+        for g, size, s in zip(gathered, sizes, shapes, strict=True)
+    ]

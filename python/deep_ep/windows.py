@@ -1,0 +1,104 @@
+"""Shared-memory windows of a group on one host: made by all ranks together, outside of graphs.
+
+The ops find them by the group's name. A name can come back after `destroy_process_group`, so the windows go with
+the ProcessGroup object that they were made for.
+"""
+
+import ctypes
+import os
+import socket
+import weakref
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ._library import ERROR_BYTES, library
+
+DEFAULT_BYTES = 256 << 20
+"""Bytes of a rank's window unless something else is asked for."""
+
+_OPS = ("dispatch", "combine", "dispatch_backward", "combine_backward", "combine_backward_weights")
+
+
+def group_timeout(group: dist.ProcessGroup) -> timedelta:
+    """The timeout that the group was made with."""
+    try:
+        return group._get_backend(torch.device("cpu")).options._timeout
+    except (RuntimeError, AttributeError):
+        return dist.distributed_c10d.default_pg_timeout
+
+
+def exchange(group: dist.ProcessGroup, mine: Any) -> list[Any]:
+    """What every rank of the group has for `mine`."""
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _raise_everywhere(group: dist.ProcessGroup, error: str | None) -> None:
+    errors = [f"rank {rank}: {text}" for rank, text in enumerate(exchange(group, error)) if text]
+    if errors:
+        raise RuntimeError(f"deep_ep: cannot make windows for the group '{group.group_name}': {'; '.join(errors)}")
+
+
+def _host() -> tuple[str, str, int]:
+    """What ranks must have in common to open each other's windows: machine, process namespace, user."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return f"{socket.gethostname()} ({boot})", os.readlink("/proc/self/ns/pid"), os.getuid()
+
+
+class Windows:
+    """The windows of one group, kept until `close()` or until the group is gone."""
+
+    def __init__(self, group: dist.ProcessGroup, num_bytes: int, timeout: timedelta) -> None:
+        self.name = group.group_name
+        self.timeout = timeout
+        self.group = weakref.ref(group)
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        self._handle = library.deep_ep_group_create(
+            group.rank(), group.size(), num_bytes, int(timeout.total_seconds() * 1000), error
+        )
+        self._close = weakref.finalize(group, _destroy, self._handle, self.name)
+        try:
+            _raise_everywhere(group, error.value.decode() or None)
+            self._connect(group)
+        except BaseException:
+            self._close()
+            raise
+        self.num_bytes = library.deep_ep_group_bytes(self._handle)
+
+    def _connect(self, group: dist.ProcessGroup) -> None:
+        handle, size = self._handle, group.size()
+        fd, num_bytes = library.deep_ep_group_fd(handle), library.deep_ep_group_bytes(handle)
+        peers = exchange(group, (_host(), os.getpid(), fd, num_bytes))
+        hosts = [peer[0] for peer in peers]
+        if len(set(hosts)) > 1:
+            places = ", ".join(f"rank {rank} on {host[0]}" for rank, host in enumerate(hosts))
+            raise RuntimeError(
+                f"deep_ep: the group '{self.name}' spans several hosts, containers or users ({places}); on CPU the "
+                "strategy 'default' works within one host, use DEEP_USE_MODE=alltoall"
+            )
+        pids, fds = ((ctypes.c_int64 * size)(*(peer[i] for peer in peers)) for i in (1, 2))
+        sizes = (ctypes.c_uint64 * size)(*(peer[3] for peer in peers))
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        library.deep_ep_group_connect(handle, pids, fds, sizes, error)
+        _raise_everywhere(group, error.value.decode() or None)
+        library.deep_ep_group_publish(handle, self.name.encode())
+
+    def log(self) -> list[str]:
+        """Names of the newest communicating ops of this rank, oldest first (at most 1024)."""
+        codes = (ctypes.c_uint32 * 1024)()
+        count = library.deep_ep_group_log(self._handle, codes, len(codes))
+        return [_OPS[code] for code in codes[:count]]
+
+    def close(self) -> None:
+        """Leaves the group: peers that still wait for this rank raise. Tensors in the window stay valid."""
+        self._close()
+
+
+def _destroy(handle: int | None, name: str) -> None:
+    if handle is not None:
+        library.deep_ep_group_destroy(handle, name.encode())

@@ -1,0 +1,38 @@
+// Waiting between processes: a counter in shared memory that a waiter sleeps on (futex) and peers ring.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace deep_ep {
+
+// Lives in the window of the rank that waits. All ranks of a host may ring it; only its owner sleeps on it.
+struct Bell {
+  std::atomic<uint32_t> rings;
+  std::atomic<uint32_t> sleeping;
+
+  // Call after the change that a waiter looks for has been stored.
+  void ring();
+
+  // Returns true once `ready()` holds, false after at most `milliseconds`. Yields first, then sleeps.
+  template <typename Ready>
+  bool wait(Ready&& ready, int milliseconds) {
+    constexpr int kYields = 16;
+    for (int i = 0; i < kYields; ++i) {
+      if (ready()) return true;
+      yield();
+    }
+    sleeping.store(1, std::memory_order_seq_cst);
+    const uint32_t seen = rings.load(std::memory_order_seq_cst);
+    const bool done = ready();
+    if (!done) sleep(seen, milliseconds);
+    sleeping.store(0, std::memory_order_relaxed);
+    return done || ready();
+  }
+
+ private:
+  static void yield();
+  void sleep(uint32_t seen, int milliseconds);
+};
+
+}  // namespace deep_ep

@@ -1,0 +1,70 @@
+// What Python needs to make and drop groups (python/deep_ep/windows.py), through ctypes: no op, so invisible to dispatch
+// modes and graphs. Functions return nullptr or nonzero and fill `error` when they fail.
+#include <chrono>
+#include <cstring>
+#include <exception>
+#include <memory>
+
+#include "group.h"
+
+#define DEEP_EP_API extern "C" __attribute__((visibility("default")))
+
+using deep_ep::Group;
+
+namespace {
+
+using Handle = std::shared_ptr<Group>;
+
+constexpr size_t kErrorBytes = 512;
+
+template <typename Body>
+int guarded(char* error, Body&& body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::exception& e) {
+    std::strncpy(error, e.what(), kErrorBytes - 1);
+    return 1;
+  }
+}
+
+}  // namespace
+
+DEEP_EP_API void* deep_ep_group_create(int rank, int size, uint64_t bytes, int64_t timeout_ms, char* error) {
+  Handle* handle = nullptr;
+  guarded(error, [&] {
+    handle = new Handle(std::make_shared<Group>(rank, size, bytes, std::chrono::milliseconds(timeout_ms)));
+  });
+  return handle;
+}
+
+DEEP_EP_API int deep_ep_group_fd(void* handle) { return (*static_cast<Handle*>(handle))->fd(); }
+
+DEEP_EP_API uint64_t deep_ep_group_bytes(void* handle) { return (*static_cast<Handle*>(handle))->bytes(); }
+
+DEEP_EP_API int deep_ep_group_connect(void* handle, const int64_t* pids, const int64_t* fds,
+                                      const uint64_t* bytes, char* error) {
+  return guarded(error, [&] { (*static_cast<Handle*>(handle))->connect(pids, fds, bytes); });
+}
+
+// The ops on the group `name` use these windows from now on.
+DEEP_EP_API void deep_ep_group_publish(void* handle, const char* name) {
+  const Handle& group = *static_cast<Handle*>(handle);
+  group->seal();
+  deep_ep::groups::put(name, group);
+}
+
+// Up to `capacity` codes of the newest operations, oldest first; returns how many.
+DEEP_EP_API int deep_ep_group_log(void* handle, uint32_t* ops, int capacity) {
+  const auto log = (*static_cast<Handle*>(handle))->log();
+  const int count = static_cast<int>(log.size()) < capacity ? static_cast<int>(log.size()) : capacity;
+  for (int i = 0; i < count; ++i) ops[i] = static_cast<uint32_t>(log[log.size() - count + i]);
+  return count;
+}
+
+// Frees the handle; the group goes with the last operation and the registry entry under `name`, if it is its own.
+DEEP_EP_API void deep_ep_group_destroy(void* handle, const char* name) {
+  auto* group = static_cast<Handle*>(handle);
+  deep_ep::groups::remove(name, group->get());
+  delete group;
+}

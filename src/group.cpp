@@ -1,0 +1,375 @@
+#include "group.h"
+
+#include <poll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <map>
+#include <utility>
+
+#include "error.h"
+
+namespace deep_ep {
+namespace {
+
+constexpr int kHealthMilliseconds = 100;
+
+void copy_text(char* to, const std::string& text) {
+  const size_t size = std::min<size_t>(text.size(), kTextBytes - 1);
+  std::memcpy(to, text.data(), size);
+  to[size] = '\0';
+}
+
+}  // namespace
+
+Group::Group(int rank, int size, uint64_t bytes, std::chrono::milliseconds timeout)
+    : rank_(rank),
+      size_(size),
+      bytes_(std::max(bytes, kMinWindowBytes)),
+      timeout_(timeout),
+      peers_(size) {
+  const WindowLayout at = WindowLayout::of(size_, kMaxExperts, bytes_);
+  own_.reset(new OwnWindow{Window::create(at.total()), Pool(at.pool, at.pool_bytes)});
+  peers_[rank_].at = at;
+}
+
+Group::~Group() {
+  close(State::closed, "");
+  for (const Peer& peer : peers_)
+    if (peer.pidfd >= 0) ::close(peer.pidfd);
+}
+
+void Group::connect(const int64_t* pids, const int64_t* fds, const uint64_t* bytes) {
+  for (int r = 0; r < size_; ++r) {
+    Peer& peer = peers_[r];
+    peer.pid = pids[r];
+    if (r == rank_) continue;
+    peer.at = WindowLayout::of(size_, kMaxExperts, bytes[r]);
+    peer.window = Window::open(pids[r], fds[r], peer.at.total());
+    peer.pidfd = static_cast<int>(syscall(SYS_pidfd_open, pids[r], 0));
+    if (peer.pidfd < 0)
+      throw Error(str("cannot watch process ", pids[r], " of rank ", r, ": ", std::strerror(errno)));
+  }
+}
+
+std::vector<Op> Group::log() const {
+  std::lock_guard lock(mutex_);
+  std::vector<Op> ops;
+  for (uint64_t n = sequence_ > kLogged ? sequence_ - kLogged : 0; n < sequence_; ++n)
+    ops.push_back(log_[n % kLogged]);
+  return ops;
+}
+
+std::byte* Group::address(int rank, uint64_t offset) const {
+  return rank == rank_ ? own_->window.at(offset) : peers_[rank].window.at(offset);
+}
+
+Control& Group::control(int rank) const { return *reinterpret_cast<Control*>(address(rank, 0)); }
+
+std::atomic<uint64_t>& Group::done(int rank, int source) const {
+  return (reinterpret_cast<Done*>(address(rank, peers_[rank].at.done)) + source)->progress;
+}
+
+Post& Group::post(int rank, uint64_t sequence) const {
+  const WindowLayout& at = peers_[rank].at;
+  return *reinterpret_cast<Post*>(address(rank, at.posts + sequence % 2 * at.post_stride));
+}
+
+bool Group::has_exited(int rank) const {
+  pollfd exited{peers_[rank].pidfd, POLLIN, 0};
+  return rank != rank_ && poll(&exited, 1, 0) == 1;
+}
+
+void Group::ring_all() const {
+  for (int r = 0; r < size_; ++r)
+    if (r == rank_ || peers_[r].pidfd >= 0) control(r).bell.ring();
+}
+
+void Group::close(State state, const std::string& reason) {
+  Control& own = control(rank_);
+  if (own.state.load() != State::open) return;
+  copy_text(own.reason, reason);
+  own.state.store(state, std::memory_order_release);
+  ring_all();
+}
+
+Operation::Operation(Group& group, Post mine, const std::vector<int32_t>& words, const std::string& rejected,
+                     const std::function<std::string(const Operation&)>& check)
+    : group_(group), lock_(group.mutex_), op_(mine.op) {
+  Control& own = group_.control(group_.rank_);
+  if (own.state.load() == State::broken)
+    throw Error(str(prefix(), "the windows of this group were given up and cannot be used again; make a new group (", own.reason, ")"));
+
+  sequence_ = ++group_.sequence_;
+  if (group_.log_.size() < Group::kLogged) group_.log_.resize(Group::kLogged);
+  group_.log_[(sequence_ - 1) % Group::kLogged] = op_;
+  offered_ = group_.own_->pool.take_largest();
+  open_ = true;
+
+  Post& post = group_.post(group_.rank_, sequence_);
+  post = mine;
+  post.rejected = !rejected.empty();
+  copy_text(post.text, rejected);
+  post.pool_offset = offered_.offset;
+  post.pool_bytes = offered_.bytes;
+  post.num_words = words.size();
+  std::copy(words.begin(), words.end(), reinterpret_cast<int32_t*>(&post + 1));
+  own.sequence.store(sequence_, std::memory_order_release);
+  group_.ring_all();
+
+  const auto missing = [this](int r) {
+    return group_.control(r).sequence.load(std::memory_order_acquire) < sequence_;
+  };
+  const auto all_posted = [&] {
+    for (int r = 0; r < size(); ++r)
+      if (missing(r)) return false;
+    return true;
+  };
+  wait("to enter", all_posted, missing, [](int) { return true; });
+
+  const std::string wrong = verdict(check);
+  if (wrong.empty()) return;
+  finish();
+  throw Error(str(prefix(), wrong));
+}
+
+Operation::~Operation() {
+  if (open_) group_.close(State::broken, str(prefix(), "rank ", rank(), " failed in the middle of the operation"));
+}
+
+void Operation::finish() {
+  group_.own_->pool.give_back(std::exchange(offered_, {}));
+  open_ = false;
+}
+
+std::string Operation::prefix() const { return str("deep_ep.", name_of(op_), ": "); }
+
+void Operation::give_up(const std::string& reason) {
+  group_.close(State::broken, reason);
+  open_ = false;
+  throw Error(reason);
+}
+
+// The same on all ranks: it depends on the posts only.
+std::string Operation::verdict(const std::function<std::string(const Operation&)>& check) const {
+  const auto differ = [this](const char* what, auto value) {
+    std::string text;
+    for (int r = 1; r < size(); ++r)
+      if (value(post(r)) != value(post(0)))
+        text += str(text.empty() ? str(what, " differs: rank 0 has ", value(post(0))) : "", ", rank ", r,
+                    " has ", value(post(r)));
+    return text;
+  };
+  const auto op_name = [](const Post& p) { return std::string(name_of(p.op)); };
+  if (std::string text = differ("the operation", op_name); !text.empty())
+    return text + str(" (operation number ", sequence_, " of this group); all ranks must issue the same operations in the same order");
+
+  std::string rejected;
+  for (int r = 0; r < size(); ++r)
+    if (post(r).rejected) rejected += str(rejected.empty() ? "" : "; ", "rank ", r, ": ", post(r).text);
+  if (!rejected.empty()) return rejected;
+
+  const std::pair<const char*, int64_t Post::*> shared[] = {{"num_experts", &Post::experts},
+                                                            {"the hidden size", &Post::hidden},
+                                                            {"top-k", &Post::top_k},
+                                                            {"the dtype code", &Post::dtype}};
+  for (const auto& [what, field] : shared)
+    if (std::string text = differ(what, [f = field](const Post& p) { return p.*f; }); !text.empty())
+      return text + "; it must be the same on all ranks";
+  try {
+    return check ? check(*this) : "";
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+void Operation::wait(const char* phase, const std::function<bool()>& ready,
+                     const std::function<bool(int)>& missing, const std::function<bool(int)>& needed) {
+  const auto start = std::chrono::steady_clock::now();
+  Control& own = group_.control(rank());
+  while (!own.bell.wait(ready, kHealthMilliseconds)) {
+    for (int r = 0; r < size(); ++r) {
+      const bool exited = group_.has_exited(r);
+      const State state = group_.control(r).state.load(std::memory_order_acquire);
+      if (r == rank() || (!exited && state == State::open)) continue;
+      if (ready()) return;  // asked after the above: it may have done its part just before it went
+      if (!needed(r)) continue;
+      const std::string who = str(prefix(), "rank ", rank(), " waits for rank ", r, " ", phase, " (operation number ", sequence_, "), but ");
+      if (state == State::broken) give_up(str(who, "rank ", r, " gave up: ", group_.control(r).reason));
+      if (state == State::closed) give_up(str(who, "rank ", r, " has left the group"));
+      give_up(str(who, "rank ", r, " (process ", group_.peers_[r].pid, ") has died"));
+    }
+    const auto waited = std::chrono::steady_clock::now() - start;
+    if (waited < group_.timeout_) continue;
+    std::string late;
+    for (int r = 0; r < size(); ++r)
+      if (missing(r)) {
+        const uint64_t at = group_.control(r).sequence.load(std::memory_order_acquire);
+        late += str(late.empty() ? "" : ", ", "rank ", r, " (",
+                    at < sequence_ ? str("last seen in operation number ", at) : "in this operation", ")");
+      }
+    give_up(str(prefix(), "rank ", rank(), " waited ", group_.timeout_.count() / 1000.0, " s for ", late, " ", phase,
+                " (operation number ", sequence_, ")"));
+  }
+}
+
+std::optional<Region> Operation::pool_region(int rank, int64_t num_slots, int64_t total_rows,
+                                             uint64_t row_bytes, uint64_t meta_bytes) const {
+  Region region;
+  region.offset = post(rank).pool_offset;
+  region.metas = Pool::aligned(total_rows * row_bytes);
+  if (region.metas + num_slots * meta_bytes > post(rank).pool_bytes) return std::nullopt;
+  region.num_slots = num_slots;
+  region.slots_per_chunk = std::max<int64_t>(num_slots, 1);
+  return region;
+}
+
+Region Operation::staging_region(int rank, int64_t num_slots, int64_t granularity, uint64_t row_bytes,
+                                 uint64_t meta_bytes) const {
+  const WindowLayout& at = group_.peers_[rank].at;
+  const uint64_t slot_bytes = row_bytes + meta_bytes;
+  Region region;
+  region.offset = at.staging;
+  region.num_slots = num_slots;
+  region.slots_per_chunk = std::max<int64_t>(num_slots, 1);
+  if (num_slots * slot_bytes + kLine > at.staging_bytes) {
+    if (const auto region = pool_region(rank, num_slots, num_slots, row_bytes, meta_bytes)) return *region;
+    region.num_buffers = 2;
+    region.stride = at.staging_bytes / 2;
+    region.slots_per_chunk = (region.stride - kLine) / slot_bytes / granularity * granularity;
+    if (region.slots_per_chunk == 0)
+      throw Error(str("the window of rank ", rank, " is too small: ", granularity, " rows of ", slot_bytes, " bytes do not fit into half of its staging memory (", region.stride, " bytes); ask for more with num_nvl_bytes or num_bytes"));
+  }
+  region.metas = round_up(region.slots_per_chunk * row_bytes, kLine);
+  return region;
+}
+
+void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& regions, uint64_t row_bytes,
+                         uint64_t meta_bytes, const Write& write, const Consume& consume) {
+  const Region& mine = regions[rank()];
+  std::vector<int64_t> sent(size(), 0);   // chunks delivered in full, by destination
+  std::vector<int64_t> allowed(size(), 0);  // chunks that may be written, by destination
+  int64_t consumed = 0;
+  Control& own = group_.control(rank());
+  // A rank that receives nothing is done at once, and so are its senders.
+  const auto source_done = [&](int r) {
+    return Progress::chunks(group_.done(rank(), r).load(std::memory_order_acquire), sequence_);
+  };
+  const auto chunk_arrived = [&] {
+    for (int r = 0; r < size(); ++r)
+      if (static_cast<int64_t>(source_done(r)) <= consumed) return false;
+    return true;
+  };
+  const auto may_send = [&] {
+    bool more = false;
+    for (int d = 0; d < size(); ++d) {
+      const uint64_t credit = Progress::chunks(group_.control(d).credit.load(std::memory_order_acquire), sequence_);
+      allowed[d] = std::min<int64_t>(regions[d].num_chunks(), regions[d].num_buffers + credit);
+      more |= allowed[d] > sent[d];
+    }
+    return more;
+  };
+  const auto push = [&] {
+    const auto sent_now = [&](const Entry& entry) {
+      const Region& region = regions[entry.dest];
+      if (entry.slot >= region.num_slots)
+        throw Error(str(prefix(), "slot ", entry.slot, " of rank ", entry.dest, " is out of range; is the handle intact?"));
+      const int64_t chunk = entry.slot / region.slots_per_chunk;
+      if (chunk >= allowed[entry.dest]) return false;
+      const int64_t slot = entry.slot - chunk * region.slots_per_chunk;
+      std::byte* base = group_.address(entry.dest, region.chunk(chunk));
+      write(entry, base + slot * row_bytes, base + region.metas + slot * meta_bytes);
+      return true;
+    };
+    pending.erase(std::remove_if(pending.begin(), pending.end(), sent_now), pending.end());
+  };
+  const auto report = [&](int d) {
+    const bool all = sent[d] == regions[d].num_chunks();
+    group_.done(d, rank()).store(Progress::encode(sequence_, all ? Progress::kAll : sent[d]), std::memory_order_release);
+    group_.control(d).bell.ring();
+  };
+
+  for (int d = 0; d < size(); ++d)
+    if (regions[d].num_chunks() == 0) report(d);
+  while (true) {
+    if (may_send()) {
+      push();
+      for (int d = 0; d < size(); ++d)
+        if (sent[d] < allowed[d]) {
+          sent[d] = allowed[d];
+          report(d);
+        }
+    }
+    while (consumed < mine.num_chunks() && chunk_arrived()) {
+      const int64_t first = consumed * mine.slots_per_chunk;
+      std::byte* rows = group_.address(rank(), mine.chunk(consumed));
+      consume(first, std::min(first + mine.slots_per_chunk, mine.num_slots), rows, rows + mine.metas);
+      own.credit.store(Progress::encode(sequence_, ++consumed), std::memory_order_release);
+      if (mine.num_chunks() > mine.num_buffers) group_.ring_all();
+    }
+    const auto unsent = [&](int d) { return sent[d] < regions[d].num_chunks(); };
+    const auto missing = [&](int r) {
+      return unsent(r) || (consumed < mine.num_chunks() && static_cast<int64_t>(source_done(r)) <= consumed);
+    };
+    const bool all_sent = [&] {
+      for (int d = 0; d < size(); ++d)
+        if (unsent(d)) return false;
+      return true;
+    }();
+    if (all_sent && consumed == mine.num_chunks()) return;
+    wait(consumed < mine.num_chunks() ? "to send its rows" : "to take rows",
+         [&] { return may_send() || (consumed < mine.num_chunks() && chunk_arrived()); },
+         missing, missing);
+  }
+}
+
+std::shared_ptr<std::byte> Operation::keep(uint64_t bytes) {
+  const Block block = group_.own_->pool.trim(std::exchange(offered_, {}), bytes);
+  return {group_.own_->window.at(block.offset),
+          [own = group_.own_, block](std::byte*) { own->pool.give_back(block); }};
+}
+
+namespace groups {
+namespace {
+
+struct Registry {
+  std::mutex mutex;
+  std::map<std::string, std::shared_ptr<Group>> by_name;
+};
+
+// Never destroyed: tensors and threads may outlive static destruction.
+Registry& registry() {
+  static Registry& instance = *new Registry;
+  return instance;
+}
+
+}  // namespace
+
+void put(const std::string& name, std::shared_ptr<Group> group) {
+  std::lock_guard lock(registry().mutex);
+  registry().by_name[name].swap(group);
+}
+
+std::shared_ptr<Group> get(const char* op, const std::string& name) {
+  std::lock_guard lock(registry().mutex);
+  const auto found = registry().by_name.find(name);
+  if (found == registry().by_name.end())
+    throw Error(str("deep_ep.", op, ": there are no windows for the group '", name,
+                    "' on this rank; call deep_ep.init(group) or make a deep_ep.Buffer first"));
+  return found->second;
+}
+
+void remove(const std::string& name, const Group* group) {
+  std::shared_ptr<Group> removed;  // destroyed after the lock is released
+  std::lock_guard lock(registry().mutex);
+  const auto found = registry().by_name.find(name);
+  if (found == registry().by_name.end() || found->second.get() != group) return;
+  removed = std::move(found->second);
+  registry().by_name.erase(found);
+}
+
+}  // namespace groups
+}  // namespace deep_ep

@@ -1,0 +1,165 @@
+// The windows of a group of ranks, and the one way to communicate through them.
+//
+// R ranks · T local tokens · H hidden · K top-k · E experts · N rows.
+//
+// An operation has two steps. Opening it (`Operation`) publishes a post, waits for the posts of all ranks and checks
+// that they fit together; all ranks see the same posts and reach the same verdict, so an operation that is
+// rejected is rejected everywhere before a byte of payload moves, and the group stays usable. `exchange` then
+// moves rows into slots of the receivers' windows.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "pool.h"
+#include "window.h"
+#include "window_layout.h"
+
+namespace deep_ep {
+
+// The own window with its pool. Tensors whose memory lies in it keep it alive beyond the group.
+struct OwnWindow {
+  Window window;
+  Pool pool;
+};
+
+class Group {
+ public:
+  static constexpr uint64_t kMaxExperts = 1 << 15;
+
+  Group(int rank, int size, uint64_t bytes, std::chrono::milliseconds timeout);
+  ~Group();
+
+  // Maps the windows of all ranks. Rank r is process pids[r] and holds its window of bytes[r] as descriptor fds[r].
+  void connect(const int64_t* pids, const int64_t* fds, const uint64_t* bytes);
+
+  // All ranks are connected: nobody opens the own window any more.
+  void seal() { own_->window.close_fd(); }
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  uint64_t bytes() const { return bytes_; }
+  int fd() const { return own_->window.fd(); }
+
+  // The operations issued so far, oldest first, the last kLogged of them.
+  std::vector<Op> log() const;
+
+ private:
+  friend class Operation;
+  static constexpr uint64_t kLogged = 1024;
+
+  struct Peer {
+    Window window;  // unused for the own rank
+    WindowLayout at{};
+    int pidfd = -1;
+    int64_t pid = 0;
+  };
+
+  std::byte* address(int rank, uint64_t offset) const;
+  Control& control(int rank) const;
+  std::atomic<uint64_t>& done(int rank, int source) const;
+  Post& post(int rank, uint64_t sequence) const;
+  bool has_exited(int rank) const;
+  void ring_all() const;
+  void close(State state, const std::string& reason);
+
+  const int rank_;
+  const int size_;
+  const uint64_t bytes_;
+  const std::chrono::milliseconds timeout_;
+  std::shared_ptr<OwnWindow> own_;
+  std::vector<Peer> peers_;
+  uint64_t sequence_ = 0;
+  std::vector<Op> log_;
+  mutable std::mutex mutex_;
+};
+
+// Where the rows that a rank receives in one operation lie: slots 0..num_slots-1, in chunks. Chunk c lies in
+// buffer c % num_buffers; within a chunk, all rows come first, then all metas.
+struct Region {
+  uint64_t offset = 0;
+  uint64_t metas = 0;  // of the first buffer, relative to offset
+  uint64_t stride = 0;
+  int64_t num_slots = 0;
+  int64_t slots_per_chunk = 1;
+  int num_buffers = 1;
+
+  int64_t num_chunks() const { return (num_slots + slots_per_chunk - 1) / slots_per_chunk; }
+  uint64_t chunk(int64_t index) const { return offset + (index % num_buffers) * stride; }
+};
+
+// One row to send: from source row `row` to `slot` of rank `dest`.
+struct Entry {
+  int32_t dest;
+  int32_t slot;
+  int32_t row;
+};
+
+class Operation {
+ public:
+  // Enters `mine.op` on `group`. `words` are published with the post; `rejected`, unless empty, says why this rank
+  // cannot take part. `check` runs once all posts are there, may look at all of them, must come to the same
+  // result on every rank, and returns what is wrong (or throws Error), or nothing.
+  Operation(Group& group, Post mine, const std::vector<int32_t>& words, const std::string& rejected,
+            const std::function<std::string(const Operation&)>& check = {});
+
+  // Without finish() before it, the operation failed on this rank alone: the group is given up, and peers raise.
+  ~Operation();
+
+  int rank() const { return group_.rank_; }
+  int size() const { return group_.size_; }
+  const Post& post(int rank) const { return group_.post(rank, sequence_); }
+  const int32_t* words(int rank) const { return reinterpret_cast<const int32_t*>(&post(rank) + 1); }
+
+  // A place for num_slots slots of row_bytes + meta_bytes at `rank`. For rows that are kept: the pool block that `rank`
+  // offered, with room for `total_rows` rows, or nothing if it is too small. For rows that are consumed:
+  // staging, in rounds of chunks if need be, each a multiple of `granularity` slots; throws if not even one fits.
+  std::optional<Region> pool_region(int rank, int64_t num_slots, int64_t total_rows, uint64_t row_bytes,
+                                    uint64_t meta_bytes) const;
+  Region staging_region(int rank, int64_t num_slots, int64_t granularity, uint64_t row_bytes,
+                        uint64_t meta_bytes) const;
+
+  // Sends `entries` and receives into regions[rank()]. For each entry `write(entry, row, meta)` fills the slot. For each
+  // chunk that has arrived, in order, `consume(first_slot, end_slot, rows, metas)`.
+  using Write = std::function<void(const Entry&, std::byte* row, std::byte* meta)>;
+  using Consume = std::function<void(int64_t first, int64_t end, std::byte* rows, std::byte* metas)>;
+  void exchange(std::vector<Entry> entries, const std::vector<Region>& regions, uint64_t row_bytes,
+                uint64_t meta_bytes, const Write& write, const Consume& consume);
+
+  // The first `bytes` of the own pool region, given back when the pointer dies.
+  std::shared_ptr<std::byte> keep(uint64_t bytes);
+
+  void finish();
+
+ private:
+  // Waits until ready(). `missing(r)`: rank r still owes something; `needed(r)`: nothing can become ready if rank r
+  // is gone; `phase` names what is waited for.
+  void wait(const char* phase, const std::function<bool()>& ready, const std::function<bool(int)>& missing,
+            const std::function<bool(int)>& needed);
+  std::string verdict(const std::function<std::string(const Operation&)>& check) const;
+  [[noreturn]] void give_up(const std::string& reason);
+  std::string prefix() const;
+
+  Group& group_;
+  std::unique_lock<std::mutex> lock_;
+  const Op op_;
+  uint64_t sequence_ = 0;
+  Block offered_;
+  bool open_ = false;
+};
+
+// Groups by name, as torch.distributed names them. A name that comes back replaces the group it had.
+namespace groups {
+void put(const std::string& name, std::shared_ptr<Group> group);
+std::shared_ptr<Group> get(const char* op, const std::string& name);
+// Forgets `group` if it is still the one of this name.
+void remove(const std::string& name, const Group* group);
+}  // namespace groups
+
+}  // namespace deep_ep

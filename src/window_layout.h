@@ -1,0 +1,90 @@
+// What lies where in a rank's window. Every rank of a group maps the windows of all ranks.
+//
+//   [ Control | done[R] | posts[2] | staging | pool ]
+//
+// R ranks. `posts` are what the owner publishes at the start of an operation, one for even and one for odd sequence
+// numbers: a rank posts n+2 only after all ranks have posted n+1, so nobody still reads n. `staging` takes
+// rows that are consumed within the operation; `pool` holds rows that outlive it (recv_x).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "bell.h"
+
+namespace deep_ep {
+
+constexpr uint64_t kLine = 64;
+constexpr uint64_t kPage = 4096;
+constexpr uint64_t kMinWindowBytes = 1 << 20;
+constexpr int kTextBytes = 512;
+
+constexpr uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
+
+enum class Op : uint32_t { dispatch, combine, dispatch_backward, combine_backward, combine_backward_weights };
+
+constexpr const char* name_of(Op op) {
+  constexpr const char* names[] = {"dispatch", "combine", "dispatch_backward", "combine_backward",
+                                   "combine_backward (weights)"};
+  return names[static_cast<uint32_t>(op)];
+}
+
+// What a rank says of itself when it enters an operation.
+struct Post {
+  Op op;
+  uint32_t rejected;  // 1: `text` says why this rank cannot take part; the operation fails on all ranks
+  int64_t tokens;     // T
+  int64_t hidden;     // H
+  int64_t top_k;      // K
+  int64_t experts;    // E
+  int64_t dtype;
+  int64_t rows;              // of the tensor that receives expert rows; dispatch: W, 0 in exact mode
+  uint64_t pool_offset;      // the pool block that this rank offers for rows of this operation
+  uint64_t pool_bytes;
+  uint64_t num_words;  // of what follows the post
+  char text[kTextBytes];
+};
+
+enum class State : uint32_t { open, closed, broken };
+
+struct alignas(kLine) Control {
+  Bell bell;
+  std::atomic<State> state;
+  char reason[kTextBytes];                   // valid once state is broken
+  alignas(kLine) std::atomic<uint64_t> sequence;  // of the newest post
+  alignas(kLine) std::atomic<uint64_t> credit;    // Progress of chunks that senders may write
+};
+
+// How far something got within the operation `sequence`. Values of earlier operations compare smaller.
+struct Progress {
+  static constexpr uint64_t kAll = (1u << 24) - 1;
+  static constexpr uint64_t encode(uint64_t sequence, uint64_t chunks) { return sequence << 24 | chunks; }
+  static constexpr uint64_t chunks(uint64_t value, uint64_t sequence) {
+    return value >> 24 == sequence ? value & kAll : 0;
+  }
+};
+
+struct alignas(kLine) Done {
+  std::atomic<uint64_t> progress;  // chunks that one source has delivered in full
+};
+
+struct WindowLayout {
+  uint64_t done, posts, post_stride, staging, staging_bytes, pool, pool_bytes;
+
+  // `bytes` is the payload (staging and pool); `max_words` bounds the 32-bit words that follow a post.
+  static constexpr WindowLayout of(int num_ranks, uint64_t max_words, uint64_t bytes) {
+    WindowLayout at{};
+    at.done = round_up(sizeof(Control), kLine);
+    at.posts = at.done + num_ranks * sizeof(Done);
+    at.post_stride = round_up(sizeof(Post) + 4 * max_words, kLine);
+    at.staging = round_up(at.posts + 2 * at.post_stride, kPage);
+    at.staging_bytes = round_up(bytes * 3 / 8, kPage);
+    at.pool = at.staging + at.staging_bytes;
+    at.pool_bytes = round_up(bytes - at.staging_bytes, kPage);
+    return at;
+  }
+
+  constexpr uint64_t total() const { return pool + pool_bytes; }
+};
+
+}  // namespace deep_ep

@@ -1,0 +1,358 @@
+"""Processes that act as ranks in tests.
+
+`RankPool` holds WORLD_SIZE processes for the whole pytest session and runs functions on the first R of them.
+`spawn_ranks` starts processes of its own, for tests that kill ranks or make process groups again.
+
+A function that runs on ranks is top-level in a module that the ranks can import (a test module will do), is
+called as fn(ctx, *args) with a RankContext, and returns something that can be pickled. The store that the
+ranks meet at lives in the parent, so that it outlives every rank.
+"""
+
+import datetime
+import faulthandler
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import resource
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import deep_ep
+
+WORLD_SIZE = 4
+STRATEGIES = ("default", "alltoall")
+
+# A lost message becomes an error of the collective (GROUP_TIMEOUT) before the run as a whole counts as hung
+# (RUN_TIMEOUT). Once a rank has failed, the others have GRACE to fail too.
+GROUP_TIMEOUT = datetime.timedelta(seconds=30)
+RUN_TIMEOUT = 60.0
+GRACE = 5.0
+EXIT_TIMEOUT = 10.0
+
+# The server imports torch once, in a process that starts no threads, and the ranks are its forks.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["torch", "torch.distributed", "hypothesis", "pytest"])
+
+
+class RankError(Exception):
+    """What went wrong on the ranks of a run.
+
+    `exceptions` has one entry per rank, None where the rank returned.
+    """
+
+    def __init__(self, message: str, exceptions: list[BaseException | None]):
+        super().__init__(message)
+        self.exceptions = exceptions
+
+
+class RankDied(Exception):
+    """The process of a rank ended before it returned."""
+
+
+class RankHung(Exception):
+    """A rank did not return in time. It was killed."""
+
+
+@dataclass
+class RankContext:
+    """What a function on a rank gets.
+
+    `group` has the ranks 0 .. size-1 and was not given to deep_ep.init; it is WORLD if it has all
+    ranks. `store` reaches the store in the parent.
+    """
+
+    rank: int
+    size: int
+    store: dist.Store
+    group: dist.ProcessGroup | None = None
+    _groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
+    _num_bytes: dict[str, int | None] = field(default_factory=dict)
+    _generation: int = 0
+
+    def init_process_group(self) -> None:
+        """Makes WORLD, collectively. After dist.destroy_process_group() it can be called again."""
+        store = dist.PrefixStore(f"world-{self._generation}", self.store)
+        self._generation += 1
+        dist.init_process_group(
+            "gloo", store=store, rank=self.rank, world_size=self.size, timeout=GROUP_TIMEOUT
+        )
+        self.group = dist.group.WORLD
+        self.make_groups()
+
+    def make_groups(self) -> None:
+        """Makes the groups of this size, collectively over WORLD."""
+        ranks = list(range(self.size))
+        if self.size < dist.get_world_size():
+            self.group = dist.new_group(ranks, timeout=GROUP_TIMEOUT)
+        self._groups = {strategy: dist.new_group(ranks, timeout=GROUP_TIMEOUT) for strategy in STRATEGIES}
+        self._num_bytes.clear()
+
+    def prepared_group(self, strategy: str, num_bytes: int | None = None) -> dist.ProcessGroup:
+        """The group of the ranks 0 .. size-1 that is for this strategy, ready for deep_ep's ops.
+
+        deep_ep.init runs at the first call, and again where num_bytes changes. Collective over the group.
+        """
+        group = self._groups[strategy]
+        if strategy not in self._num_bytes or self._num_bytes[strategy] != num_bytes:
+            if strategy in self._num_bytes:
+                deep_ep.destroy(group)
+            deep_ep.init(group, strategy=strategy, num_bytes=num_bytes)
+            self._num_bytes[strategy] = num_bytes
+        return group
+
+
+@dataclass
+class Outcome:
+    """How a run ended on one rank."""
+
+    value: Any = None
+    exception: BaseException | None = None
+    traceback: str = ""
+
+
+class Ranks:
+    """`world_size` processes that stand ready, with a gloo WORLD if `init` is set.
+
+    A context manager: leaving it ends them.
+    """
+
+    def __init__(self, world_size: int, *, init: bool = True):
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._folder = Path(tempfile.mkdtemp(prefix="deep_ep-ranks-"))
+        self._connections: list[multiprocessing.connection.Connection] = []
+        self._running = 0
+        self._pending: set[int] = set()
+        self.processes: list[BaseProcess] = []
+        for rank in range(world_size):
+            ours, theirs = _processes.Pipe()
+            process = _processes.Process(
+                target=_serve,
+                args=(theirs, rank, world_size, self.store.port, str(self._stack_file(rank)), init),
+                name=f"rank {rank}",
+                daemon=True,
+            )
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self.processes.append(process)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.processes]
+
+    def submit(self, size: int, fn: Callable, *args: Any) -> None:
+        """Starts fn(ctx, *args) on the ranks 0 .. size-1. `outcomes` waits for the end."""
+        request = pickle.dumps((size, fn, args))
+        self._running = size
+        self._pending = set(range(size))
+        for connection in self._connections[:size]:
+            connection.send_bytes(request)
+
+    def outcomes(self, *, timeout: float = RUN_TIMEOUT, grace: float | None = None) -> list[Outcome]:
+        """The outcome of every rank of the run.
+
+        Ranks that do not end in `timeout` seconds, or within `grace` seconds of another one's failure, are
+        killed; their exception is a RankHung, their traceback the Python stacks.
+        """
+        outcomes = [Outcome() for _ in range(self._running)]
+        deadline = time.monotonic() + timeout
+        while self._pending:
+            waiting = {self._connections[rank]: rank for rank in self._pending}
+            ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                rank = waiting[connection]
+                self._pending.remove(rank)
+                try:
+                    outcomes[rank] = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionError):
+                    outcomes[rank] = self._death(rank)
+                if outcomes[rank].exception is not None and grace is not None:
+                    deadline = min(deadline, time.monotonic() + grace)
+        for rank in self._pending:
+            self.kill(rank, signal.SIGABRT)
+        for rank in self._pending:
+            stacks = self._death(rank).traceback
+            outcomes[rank] = Outcome(exception=RankHung(f"rank {rank} did not return"), traceback=stacks)
+        self._pending.clear()
+        return outcomes
+
+    def kill(self, rank: int, signum: int = signal.SIGKILL) -> None:
+        os.kill(self.processes[rank].pid, signum)
+
+    def close(self) -> None:
+        """Ends the processes, by force where a rank is still in a run."""
+        for rank in self._pending:
+            self.processes[rank].kill()
+        for connection in self._connections:
+            connection.close()
+        deadline = time.monotonic() + EXIT_TIMEOUT
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _stack_file(self, rank: int) -> Path:
+        return self._folder / f"stacks-{rank}"
+
+    def _death(self, rank: int) -> Outcome:
+        process = self.processes[rank]
+        process.join(EXIT_TIMEOUT)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        stack_file = self._stack_file(rank)
+        stacks = stack_file.read_text() if stack_file.exists() else ""
+        return Outcome(
+            exception=RankDied(f"rank {rank} ended with exit code {process.exitcode}"), traceback=stacks
+        )
+
+
+class RankPool:
+    """WORLD_SIZE ranks, started at the first run.
+
+    A run that fails ends them, since what a failure leaves in the groups is unknown; the next one starts anew.
+    """
+
+    def __init__(self) -> None:
+        self._ranks: Ranks | None = None
+
+    def run(
+        self,
+        size: int,
+        fn: Callable,
+        *args: Any,
+        expect_errors: bool = False,
+        timeout: float = RUN_TIMEOUT,
+    ) -> list[Any]:
+        """Calls fn(ctx, *args) on the ranks 0 .. size-1 and returns what they return, by rank.
+
+        Raises RankError with the tracebacks of all ranks if one of them failed or hung. With expect_errors it
+        returns the exceptions by rank instead (None where the rank returned), and only a hang raises.
+        """
+        if self._ranks is None:
+            self._ranks = Ranks(WORLD_SIZE)
+        try:
+            self._ranks.submit(size, fn, *args)
+            outcomes = self._ranks.outcomes(timeout=timeout, grace=None if expect_errors else GRACE)
+        except BaseException:
+            self.close()
+            raise
+        exceptions = [outcome.exception for outcome in outcomes]
+        if any(exception is not None for exception in exceptions):
+            self.close()
+        if expect_errors and not any(isinstance(exception, RankHung) for exception in exceptions):
+            return exceptions
+        raise_failures(outcomes)
+        return [outcome.value for outcome in outcomes]
+
+    def close(self) -> None:
+        if self._ranks is not None:
+            ranks, self._ranks = self._ranks, None
+            ranks.close()
+
+
+def spawn_ranks(size: int, fn: Callable, *args: Any, init: bool = True) -> Ranks:
+    """Starts fn(ctx, *args) on `size` processes of its own and returns at once.
+
+    with spawn_ranks(2, fn) as ranks:
+        ranks.store.wait(["rank 1 is in combine"])
+        ranks.kill(1)
+        outcomes = ranks.outcomes()
+
+    init=False leaves making the process group to fn: ctx.init_process_group().
+    """
+    ranks = Ranks(size, init=init)
+    try:
+        ranks.submit(size, fn, *args)
+    except BaseException:
+        ranks.close()
+        raise
+    return ranks
+
+
+def raise_failures(outcomes: list[Outcome]) -> None:
+    """Raises RankError with the tracebacks of all ranks if one of them failed."""
+    exceptions = [outcome.exception for outcome in outcomes]
+    if any(exception is not None for exception in exceptions):
+        reports = [
+            f"rank {rank}: {type(outcome.exception).__name__}: {outcome.exception}\n{outcome.traceback}"
+            for rank, outcome in enumerate(outcomes)
+            if outcome.exception is not None
+        ]
+        raise RankError("\n".join(reports), exceptions)
+
+
+def _serve(
+    connection: multiprocessing.connection.Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    stack_file: str,
+    init: bool,
+) -> None:
+    """The life of a rank: requests until the parent closes the connection."""
+    # SIGABRT writes the stacks and ends the process, wherever it hangs.
+    stacks = open(stack_file, "w")  # noqa: SIM115
+    faulthandler.enable(stacks)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=GROUP_TIMEOUT)
+    contexts = {world_size: RankContext(rank, world_size, store)}
+    if init:
+        contexts[world_size].init_process_group()
+        for size in range(1, world_size):
+            contexts[size] = RankContext(rank, size, store)
+            contexts[size].make_groups()
+
+    while True:
+        try:
+            request = connection.recv_bytes()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            size, fn, args = pickle.loads(request)
+            outcome = Outcome(value=fn(contexts[size], *args))
+            answer = pickle.dumps(outcome)
+        except BaseException as error:
+            answer = pickle.dumps(Outcome(exception=_picklable(error), traceback=traceback.format_exc()))
+        connection.send_bytes(answer)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _picklable(error: BaseException) -> BaseException:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -1,0 +1,274 @@
+"""dispatch, combine and their backward ops against the reference, on 1 to 4 ranks.
+
+Everything is compared bit by bit but the gradient of topk_weights, an inner product over H whose order of
+summation is free.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import (
+    DTYPES,
+    Case,
+    Inputs,
+    assert_close,
+    assert_dispatched,
+    assert_same,
+    bits,
+    cases,
+    expert_outputs,
+    make_inputs,
+)
+from hypothesis import given
+from ranks import STRATEGIES, RankContext, RankPool
+from torch import Tensor
+
+import deep_ep
+from deep_ep import reference
+
+
+def overload(name: str, strategy: str):
+    return getattr(getattr(torch.ops.deep_ep, name), strategy)
+
+
+class Expected:
+    """The results of the whole group for one case, from the reference."""
+
+    def __init__(self, case: Case) -> None:
+        self.inputs: Inputs = make_inputs(case)
+        xs, ids, weights, worst = self.inputs
+        generator = torch.Generator().manual_seed(case.seed + 1)
+        self.dispatched = reference.dispatch(xs, ids, weights, case.E, worst)
+        self.src = [d.recv_src_idx for d in self.dispatched]
+        self.ys = [expert_outputs(d.recv_x, d.recv_src_idx) for d in self.dispatched]
+        self.outs = reference.combine(self.ys, weights, self.src)
+        self.grad_outs = [torch.randn(x.shape, generator=generator).to(case.dtype) for x in xs]
+        self.grad_recv_weights = [
+            torch.randn(d.recv_topk_weights.shape, generator=generator) for d in self.dispatched
+        ]
+        self.grad_ys, self.combine_grad_weights = reference.combine_backward(
+            self.grad_outs, self.ys, weights, self.src
+        )
+        self.grad_recv_xs = [expert_outputs(g, s) for g, s in zip(self.grad_ys, self.src, strict=True)]
+        self.grad_xs, self.dispatch_grad_weights = reference.dispatch_backward(
+            self.grad_recv_xs, self.grad_recv_weights, self.src, list(case.tokens)
+        )
+
+
+def weight_tolerance(expected: Expected, rank: int) -> Tensor:
+    """For the rounding errors of <row, grad_out>: 1e-6 of the product of the norms."""
+    grad_norm = expected.grad_outs[rank].double().norm(dim=1, keepdim=True)
+    row_norms = torch.cat([y.double().norm(dim=1) for y in expected.ys]).nan_to_num()
+    return 1e-6 * grad_norm * max([0.0, *row_norms.tolist()])
+
+
+def check_case(ctx: RankContext, case: Case, strategy: str, num_bytes: int | None = None) -> None:
+    group = ctx.prepared_group(strategy, num_bytes)
+    expected = Expected(case)
+    check_ops(ctx, case, strategy, group.group_name, expected)
+    check_autograd(ctx, case, group, expected)
+
+
+def check_ops(ctx: RankContext, case: Case, strategy: str, group: str, expected: Expected) -> None:
+    """The four ops by themselves, called with the handles that the reference gives."""
+    r, sizes = ctx.rank, (case.E, case.R, group)
+    x, ids, weights = (tensors[r] for tensors in expected.inputs[:3])
+    src, send_head = expected.src[r], expected.dispatched[r].send_head
+
+    dispatched = overload("dispatch", strategy)(
+        x, ids, weights, case.E, case.R, expected.inputs.num_worst_tokens[r], group
+    )
+    returned = overload("combine", strategy)(
+        dispatched[0], ids, weights, dispatched[8], dispatched[9], *sizes
+    )
+    out = overload("combine", strategy)(expected.ys[r], ids, weights, src, send_head, *sizes)
+    grad_y, combine_grad_weights = overload("combine_backward", strategy)(
+        expected.grad_outs[r], expected.ys[r], ids, weights, src, send_head, *sizes
+    )
+    grad_x, dispatch_grad_weights = overload("dispatch_backward", strategy)(
+        expected.grad_recv_xs[r], expected.grad_recv_weights[r], src, ids, send_head, *sizes
+    )
+
+    assert_dispatched(dispatched, expected.dispatched[r])
+    assert_weighted(returned, x, weights, send_head)
+    assert_same("combine", out, expected.outs[r])
+    assert_same("combine_backward's grad_x", grad_y, expected.grad_ys[r])
+    assert_close(
+        "combine_backward's grad_topk_weights",
+        combine_grad_weights,
+        expected.combine_grad_weights[r],
+        weight_tolerance(expected, r),
+    )
+    assert_same("dispatch_backward's grad_x", grad_x, expected.grad_xs[r])
+    assert_same(
+        "dispatch_backward's grad_topk_weights", dispatch_grad_weights, expected.dispatch_grad_weights[r]
+    )
+
+
+def check_autograd(ctx: RankContext, case: Case, group: dist.ProcessGroup, expected: Expected) -> None:
+    """The public functions, forward and through autograd."""
+    r = ctx.rank
+    x, ids, weights = (tensors[r] for tensors in expected.inputs[:3])
+    x, weights = x.requires_grad_(), weights.requires_grad_()
+
+    output = deep_ep.dispatch(
+        x,
+        ids,
+        weights,
+        num_experts=case.E,
+        group=group,
+        num_worst_tokens=expected.inputs.num_worst_tokens[r],
+    )
+    out = deep_ep.combine(expert_outputs(output.recv_x, expected.src[r]), output.handle, group=group)
+    torch.autograd.backward(
+        [out, output.recv_topk_weights], [expected.grad_outs[r], expected.grad_recv_weights[r]]
+    )
+
+    handle = output.handle
+    assert_dispatched(
+        (
+            output.recv_x,
+            output.recv_topk_idx,
+            output.recv_topk_weights,
+            output.num_recv_tokens_per_expert,
+            output.num_dropped,
+            handle.rank_prefix_matrix,
+            handle.channel_prefix_matrix,
+            handle.recv_channel_prefix_matrix,
+            handle.recv_src_idx,
+            handle.send_head,
+        ),
+        expected.dispatched[r],
+    )
+    assert_same("handle's topk_idx", handle.topk_idx, ids)
+    assert_same("handle's topk_weights", handle.topk_weights, weights)
+    layout = reference.get_dispatch_layout(ids, case.E, case.R, 1)
+    assert_same("handle's is_token_in_rank", handle.is_token_in_rank, layout[3])
+    assert_same("combine", out, expected.outs[r])
+    assert_same("x.grad", x.grad, expected.grad_xs[r])
+    assert_close(
+        "topk_weights.grad",
+        weights.grad,
+        expected.combine_grad_weights[r] + expected.dispatch_grad_weights[r],
+        weight_tolerance(expected, r) + 1e-6 * expected.dispatch_grad_weights[r].abs(),
+    )
+
+
+def assert_weighted(returned: Tensor, x: Tensor, weights: Tensor, send_head: Tensor) -> None:
+    """combine(dispatch(x)) = x · Σ w over what was delivered: K roundings in fp32 and one to the dtype."""
+    delivered = weights.double() * (send_head >= 0)
+    wanted = x.double() * delivered.sum(1, keepdim=True)
+    terms = x.double().abs() * delivered.abs().sum(1, keepdim=True)
+    finfo = torch.finfo(x.dtype)
+    subnormal = finfo.smallest_normal * finfo.eps
+    tolerance = finfo.eps * wanted.abs() + 2 * weights.shape[1] * 2**-24 * terms + subnormal
+    assert_close("combine(dispatch(x))", returned, wanted.to(x.dtype), tolerance)
+
+
+MODES = ("exact", "capacity")
+
+EXTREMES = {
+    "T=4096": Case((4096, 7), K=1),
+    "K=16": Case((5, 3, 4), K=16, local_experts=8),
+    "E=1024": Case((40, 0, 17, 33), local_experts=256, ids="distinct"),
+    "H=7168": Case((5, 6), H=7168, dtype=torch.bfloat16),
+    "H=8": Case((5, 6, 7, 8), H=8, dtype=torch.float16),
+    "T=0 on all": Case((0, 0, 0)),
+    "T=0 on some": Case((0, 9, 0, 4)),
+    "all to one expert": Case((11, 7, 5), K=1, ids="one expert", absent=0.0),
+    "all to one rank": Case((11, 7, 5), ids="one rank", absent=0.0),
+    "no expert anywhere": Case((6, 5), ids="none"),
+    "repeated ids": Case((6, 5, 3), K=5, ids="repeated"),
+    "one rank": Case((13,), K=3),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("mode", MODES)
+@given(case=cases())
+def test_any_sizes(pool: RankPool, strategy: str, mode: str, case: Case) -> None:
+    if mode == "exact":
+        case = replace(case, capacity=None)
+    pool.run(case.R, check_case, case, strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes(pool: RankPool, strategy: str, mode: str, name: str) -> None:
+    case = EXTREMES[name]
+    if mode == "capacity":
+        case = replace(case, capacity=(0.5,) * case.R)
+    pool.run(case.R, check_case, case, strategy)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ids", ["any", "one rank"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_payload_larger_than_the_window(pool: RankPool, dtype: torch.dtype, ids: str, mode: str) -> None:
+    capacity = (0.7, 0.9, 1.2) if mode == "capacity" else None
+    case = Case((300, 40, 510), H=1024, K=4, dtype=dtype, ids=ids, capacity=capacity)
+    pool.run(case.R, check_case, case, "default", 1 << 20)
+
+
+def check_bit_patterns(ctx: RankContext, strategy: str, dtype: torch.dtype) -> None:
+    """Every 16-bit pattern (fp32: in the upper half), NaN payloads included, to the next rank and back."""
+    group = ctx.prepared_group(strategy).group_name
+    patterns = torch.arange(1 << 16, dtype=torch.int32)
+    patterns = patterns << 16 | 0x155 if dtype == torch.float32 else patterns.to(torch.int16)
+    x = patterns.view(dtype).view(256, 256)
+    ids = torch.full((256, 1), (ctx.rank + 1) % ctx.size)
+    weights = torch.ones(256, 1)
+    recv_x, _, _, _, _, _, _, _, src, send_head = overload("dispatch", strategy)(
+        x, ids, weights, ctx.size, ctx.size, 0, group
+    )
+    out = overload("combine", strategy)(recv_x, ids, weights, src, send_head, ctx.size, ctx.size, group)
+    assert_same("recv_x", bits(recv_x), bits(x))
+    # 0 + 1·(-0) is +0.
+    assert_same("combine", out, torch.where(x == 0, 0.0, x))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_bit_pattern_travels(pool: RankPool, strategy: str, dtype: torch.dtype) -> None:
+    pool.run(2, check_bit_patterns, strategy, dtype)
+
+
+def check_several_alive(ctx: RankContext, strategy: str, batches: list[Case]) -> None:
+    """All dispatches before any combine, combines in another order, some results freed in between."""
+    group = ctx.prepared_group(strategy).group_name
+    r = ctx.rank
+    expected = [Expected(case) for case in batches]
+    dispatched = []
+    for case, wanted in zip(batches, expected, strict=True):
+        x, ids, weights = (tensors[r] for tensors in wanted.inputs[:3])
+        worst = wanted.inputs.num_worst_tokens[r]
+        dispatched.append(overload("dispatch", strategy)(x, ids, weights, case.E, case.R, worst, group))
+    for i in reversed(range(len(batches))):
+        case, wanted = batches[i], expected[i]
+        y = expert_outputs(dispatched[i][0], dispatched[i][8])
+        _, ids, weights = (tensors[r] for tensors in wanted.inputs[:3])
+        out = overload("combine", strategy)(
+            y, ids, weights, dispatched[i][8], dispatched[i][9], case.E, case.R, group
+        )
+        assert_same(f"combine {i}", out, wanted.outs[r])
+        if i % 2:
+            dispatched[i] = None
+    for i, wanted in enumerate(expected):
+        if dispatched[i] is not None:
+            assert_dispatched(dispatched[i], wanted.dispatched[r])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_several_dispatches_alive(pool: RankPool, strategy: str) -> None:
+    batches = [
+        Case((4, 4096), H=16, seed=1),
+        Case((4096, 4), H=16, seed=2),
+        Case((9, 9), H=512, dtype=torch.bfloat16, seed=3),
+        Case((50, 70), K=6, capacity=(0.5, 2.0), seed=4),
+        Case((0, 3), seed=5),
+    ]
+    for _ in range(3):
+        pool.run(2, check_several_alive, strategy, batches)

@@ -1,0 +1,78 @@
+// What the ops' kernels share on the side of torch: argument types and argument checks.
+//
+// A check collects the first thing that is wrong instead of throwing: a rank with a bad argument still enters the
+// operation, so that all ranks raise (src/group.h).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "arithmetic.h"
+#include "error.h"
+#include "group.h"
+
+namespace deep_ep {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The `str group` argument. (torch's own conversion to std::string leaks, as of torch 2.13.)
+struct GroupName {
+  std::string value;
+};
+
+class Checks {
+ public:
+  // Shape entries: a size, or kAny.
+  static constexpr int64_t kAny = -1;
+
+  Checks& tensor(const char* name, const Tensor& tensor, const std::vector<ScalarType>& dtypes,
+                 const std::vector<int64_t>& shape);
+  Checks& rows(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape);
+  // E, R and K as every op has them; group_size 0 when no group is involved.
+  Checks& experts(int64_t num_experts, int64_t num_ranks, int64_t group_size);
+  Checks& require(bool holds, const std::string& message);
+
+  const std::string& wrong() const { return wrong_; }
+  bool passed() const { return wrong_.empty(); }
+
+ private:
+  std::string wrong_;
+};
+
+DType dtype_of(const Tensor& tensor);
+std::vector<int64_t> sizes_of(const Tensor& tensor);
+
+Checks check_get_dispatch_layout(const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks,
+                                 int64_t num_nodes);
+Checks check_dispatch(const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weights,
+                      int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens, int64_t group_size);
+// The arguments that combine, combine_backward and dispatch_backward share; `expert_rows` [N, H] is the one called
+// `rows_name`.
+Checks check_handle(const char* rows_name, const Tensor& expert_rows, const Tensor& topk_idx,
+                    const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts,
+                    int64_t num_ranks, int64_t group_size);
+
+}  // namespace deep_ep
+
+namespace torch::stable::detail {
+
+template <>
+struct ToImpl<deep_ep::GroupName> {
+  static deep_ep::GroupName call(StableIValue value, uint64_t, bool) {
+    const auto handle = to<StringHandle>(value);
+    size_t length;
+    const char* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    deep_ep::GroupName name{std::string(data, length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return name;
+  }
+};
+
+}  // namespace torch::stable::detail

@@ -1,0 +1,72 @@
+#include "recv_rows.h"
+#include "send_back.h"
+
+namespace deep_ep {
+namespace {
+
+// Two operations: grad_out goes to the experts' ranks, where it meets x and becomes grad_x, then <x, grad_out> of every row
+// comes back.
+std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor topk_idx, Tensor topk_weights,
+                                            Tensor recv_src_idx, Tensor send_head, int64_t num_experts,
+                                            int64_t num_ranks, GroupName group_name) {
+  const std::shared_ptr<Group> group = groups::get("combine_backward", group_name.value);
+  Checks checks = check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group->size());
+  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx))
+      .tensor("grad_out", grad_out, {x.scalar_type()}, {sizes_of(topk_idx)[0], sizes_of(x).back()});
+  HandleArguments arguments(Op::combine_backward, checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks);
+  const Handle& handle = arguments.handle;
+
+  std::vector<float> products(handle.num_rows, 0.0f);  // <x, grad_out> of every row
+  std::optional<Tensor> grad_x;
+  {
+    RecvRows recv;
+    Operation op(*group, arguments.post, arguments.words, arguments.wrong, [&](const Operation& op) {
+      std::string wrong = Handle::check(op);
+      if (wrong.empty())
+        recv.place(op, x, sizeof(float), [&](int r) { return Handle::rows_at(op, r); },
+                   [&](int r) { return op.post(r).rows; });
+      return wrong;
+    });
+    recv.allocate(x);
+    const auto* gradients = static_cast<const std::byte*>(grad_out.const_data_ptr());
+    const auto* weights = topk_weights.const_data_ptr<float>();
+    const auto* rows = static_cast<const std::byte*>(x.const_data_ptr());
+    const uint64_t row_bytes = recv.row_bytes();
+    op.exchange(
+        handle.sends(), recv.regions(), row_bytes, sizeof(float),
+        [&](const Entry& entry, std::byte* row, std::byte* meta) {
+          std::memcpy(row, gradients + entry.row / handle.top_k * row_bytes, row_bytes);
+          std::memcpy(meta, weights + entry.row, sizeof(float));
+        },
+        [&](int64_t first, int64_t end, std::byte* chunk, std::byte* metas) {
+          std::byte* row = recv.settle(first, end, chunk);
+          for (int64_t n = first; n < end; ++n, row += row_bytes, metas += sizeof(float)) {
+            float weight;
+            std::memcpy(&weight, metas, sizeof weight);
+            products[n] = dot_and_scale(dtype_of(x), row, rows + n * row_bytes, weight, x.size(1));
+          }
+        });
+    grad_x = recv.take(op, x, Handle::rows_at(op, op.rank()));
+    op.finish();
+  }
+
+  arguments.post.op = Op::combine_backward_weights;
+  SendBack back{.handle = handle, .scalars = products.data()};
+  std::vector<Region> regions;
+  Operation op(*group, arguments.post, {}, "", [&](const Operation& op) {
+    regions = back.place(op);
+    return std::string();
+  });
+  Tensor grad_topk_weights = new_empty(topk_weights, {topk_idx.size(0), topk_idx.size(1)});
+  back.scalars_out = grad_topk_weights.mutable_data_ptr<float>();
+  back.run(op, regions);
+  op.finish();
+  return {*grad_x, grad_topk_weights};
+}
+
+}  // namespace
+}  // namespace deep_ep
+
+STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) {
+  library.impl("combine_backward", TORCH_BOX(&deep_ep::combine_backward));
+}

@@ -1,0 +1,161 @@
+#include <algorithm>
+#include <limits>
+#include <optional>
+
+#include "arguments.h"
+#include "recv_rows.h"
+#include "routing.h"
+
+namespace deep_ep {
+namespace {
+
+// What travels with a row.
+struct RowMeta {
+  int32_t token;
+  int32_t k;
+  float weight;
+};
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
+                 int64_t num_worst_tokens, GroupName group_name) {
+  const std::shared_ptr<Group> group = groups::get("dispatch", group_name.value);
+  Checks checks = check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, group->size());
+  Post post{};
+  post.op = Op::dispatch;
+  std::vector<int32_t> counts;
+  if (checks.passed()) {
+    post.tokens = x.size(0);
+    post.hidden = x.size(1);
+    post.top_k = topk_idx.size(1);
+    post.experts = num_experts;
+    post.dtype = static_cast<int64_t>(dtype_of(x));
+    post.rows = num_worst_tokens;
+    counts.resize(num_experts);
+    const std::string wrong =
+        count_experts(topk_idx.const_data_ptr<int64_t>(), post.tokens, post.top_k, num_experts, counts.data());
+    checks.require(wrong.empty(), wrong);
+  }
+
+  std::optional<Routing> routing;
+  RecvRows recv;
+  Operation op(*group, post, counts, checks.wrong(), [&](const Operation& op) {
+    std::vector<const int32_t*> all_counts;
+    std::vector<int64_t> worst;
+    for (int r = 0; r < op.size(); ++r) {
+      all_counts.push_back(op.words(r));
+      worst.push_back(op.post(r).rows);
+    }
+    routing.emplace(num_experts, std::move(all_counts), std::move(worst));
+    for (int r = 0; r < op.size(); ++r)
+      if (routing->wanted(r) > std::numeric_limits<int32_t>::max())
+        return str("rank ", r, " would receive ", routing->wanted(r), " rows; at most ",
+                   std::numeric_limits<int32_t>::max(), " are possible");
+    recv.place(op, x, sizeof(RowMeta), [&](int r) { return routing->delivered(r); },
+               [&](int r) { return routing->total_rows(r); });
+    return std::string();
+  });
+
+  const int64_t T = post.tokens, K = post.top_k, R = num_ranks, L = routing->num_local_experts();
+  const int64_t delivered = routing->delivered(op.rank());
+  const int64_t N = routing->total_rows(op.rank());
+  const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) { return new_empty(x, shape, dtype); };
+  Tensor recv_topk_idx = empty({N, K}, ScalarType::Long);
+  Tensor recv_topk_weights = empty({N, K}, ScalarType::Float);
+  Tensor counts_out = empty({L}, ScalarType::Long);
+  Tensor num_dropped = empty({}, ScalarType::Long);
+  Tensor rank_prefix = empty({R, R}, ScalarType::Int);
+  Tensor channel_prefix = empty({R, L}, ScalarType::Int);
+  Tensor recv_channel_prefix = empty({L, R}, ScalarType::Int);
+  Tensor recv_src_idx = empty({N, 3}, ScalarType::Int);
+  Tensor send_head = empty({T, K}, ScalarType::Int);
+  recv.allocate(x);
+
+  // Where every (token, k) goes.
+  std::vector<Entry> entries;
+  entries.reserve(T * K);
+  {
+    std::vector<int64_t> next = routing->first_rows(op.rank());
+    const auto* ids = topk_idx.const_data_ptr<int64_t>();
+    auto* head = send_head.mutable_data_ptr<int32_t>();
+    for (int64_t i = 0; i < T * K; ++i) {
+      head[i] = -1;
+      if (ids[i] < 0) continue;
+      const int64_t dest = ids[i] / L;
+      const int64_t row = next[ids[i]]++;
+      if (row >= routing->delivered(dest)) continue;
+      head[i] = static_cast<int32_t>(row);
+      entries.push_back({static_cast<int32_t>(dest), head[i], static_cast<int32_t>(i)});
+    }
+  }
+
+  // Send rows, receive rows.
+  struct Segment {
+    int64_t local_expert, source, end;
+  };
+  std::vector<Segment> segments;
+  routing->segments(op.rank(), [&](int64_t l, int64_t s, int64_t, int64_t end) { segments.push_back({l, s, end}); });
+  size_t at = 0;
+  auto* recv_ids = recv_topk_idx.mutable_data_ptr<int64_t>();
+  auto* recv_weights = recv_topk_weights.mutable_data_ptr<float>();
+  auto* source = recv_src_idx.mutable_data_ptr<int32_t>();
+  std::fill_n(recv_ids, N * K, -1);
+  std::fill_n(recv_weights, N * K, 0.0f);
+  std::fill(source + 3 * delivered, source + 3 * N, -1);
+  const auto* rows = static_cast<const std::byte*>(x.const_data_ptr());
+  const auto* weights = topk_weights.const_data_ptr<float>();
+  op.exchange(
+      std::move(entries), recv.regions(), recv.row_bytes(), sizeof(RowMeta),
+      [&](const Entry& entry, std::byte* row, std::byte* meta) {
+        const int32_t token = static_cast<int32_t>(entry.row / K);
+        std::memcpy(row, rows + token * recv.row_bytes(), recv.row_bytes());
+        const RowMeta data{token, static_cast<int32_t>(entry.row % K), weights[entry.row]};
+        std::memcpy(meta, &data, sizeof data);
+      },
+      [&](int64_t first, int64_t end, std::byte* chunk, std::byte* metas) {
+        recv.settle(first, end, chunk);
+        for (int64_t n = first; n < end; ++n, metas += sizeof(RowMeta)) {
+          while (segments[at].end <= n) ++at;
+          RowMeta meta;
+          std::memcpy(&meta, metas, sizeof meta);
+          recv_ids[n * K + meta.k] = segments[at].local_expert;
+          recv_weights[n * K + meta.k] = meta.weight;
+          source[3 * n] = static_cast<int32_t>(segments[at].source);
+          source[3 * n + 1] = meta.token;
+          source[3 * n + 2] = meta.k;
+        }
+      });
+
+  // Counts and prefix sums.
+  *num_dropped.mutable_data_ptr<int64_t>() = routing->wanted(op.rank()) - delivered;
+  auto* per_expert = counts_out.mutable_data_ptr<int64_t>();
+  std::fill_n(per_expert, L, 0);
+  int32_t running = 0;
+  auto* recv_prefix = recv_channel_prefix.mutable_data_ptr<int32_t>();
+  auto* between_ranks = rank_prefix.mutable_data_ptr<int32_t>();
+  std::fill_n(between_ranks, R * R, 0);
+  for (int64_t d = 0; d < R; ++d)
+    routing->segments(d, [&](int64_t l, int64_t s, int64_t first, int64_t end) {
+      between_ranks[s * R + d] += static_cast<int32_t>(end - first);
+      if (d != op.rank()) return;
+      per_expert[l] += end - first;
+      recv_prefix[l * R + s] = running += routing->count(s, d * L + l);
+    });
+  for (int64_t i = R; i < R * R; ++i) between_ranks[i] += between_ranks[i - R];
+  auto* sent_prefix = channel_prefix.mutable_data_ptr<int32_t>();
+  for (int64_t e = 0; e < num_experts; ++e)
+    sent_prefix[e] = counts[e] + (e % L > 0 ? sent_prefix[e - 1] : 0);
+
+  Tensor recv_x = recv.take(op, x, delivered);
+  op.finish();
+  return {recv_x, recv_topk_idx, recv_topk_weights, counts_out, num_dropped, rank_prefix, channel_prefix,
+          recv_channel_prefix, recv_src_idx, send_head};
+}
+
+}  // namespace
+}  // namespace deep_ep
+
+STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) {
+  library.impl("dispatch", TORCH_BOX(&deep_ep::dispatch));
+}

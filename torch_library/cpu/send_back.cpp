@@ -1,0 +1,67 @@
+#include "send_back.h"
+
+#include <cstring>
+
+namespace deep_ep {
+
+std::vector<Region> SendBack::place(const Operation& op) const {
+  std::vector<Region> regions;
+  for (int r = 0; r < op.size(); ++r)
+    regions.push_back(op.staging_region(r, op.post(r).tokens * handle.top_k, handle.top_k, row_bytes(), scalar_bytes()));
+  return regions;
+}
+
+void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
+  const int64_t K = handle.top_k;
+  std::vector<const void*> parts(K);
+  std::vector<float> factors(K);
+  const auto write = [&](const Entry& entry, std::byte* row, std::byte* meta) {
+    if (hidden > 0)
+      std::memcpy(row, static_cast<const std::byte*>(rows) + entry.row * row_bytes(), row_bytes());
+    if (scalars != nullptr) std::memcpy(meta, scalars + entry.row, sizeof(float));
+  };
+  const auto consume = [&](int64_t first, int64_t end, std::byte* chunk, std::byte* metas) {
+    for (int64_t slot = first; slot < end; slot += K) {
+      int64_t count = 0;
+      for (int64_t k = 0; k < K; ++k) {
+        const bool sent = handle.send_head[slot + k] >= 0;
+        if (scalars != nullptr) {
+          scalars_out[slot + k] = 0.0f;
+          if (sent) std::memcpy(scalars_out + slot + k, metas + (slot + k - first) * sizeof(float), sizeof(float));
+        }
+        if (!sent) continue;
+        parts[count] = chunk + (slot + k - first) * row_bytes();
+        factors[count++] = weights != nullptr ? weights[slot + k] : 1.0f;
+      }
+      if (hidden > 0)
+        weighted_sum(dtype, static_cast<std::byte*>(sums) + slot / K * row_bytes(), parts.data(), factors.data(),
+                     count, hidden);
+    }
+  };
+  op.exchange(handle.returns(), regions, row_bytes(), scalar_bytes(), write, consume);
+}
+
+HandleArguments::HandleArguments(Op op, const Checks& checks, const Tensor& expert_rows,
+                                 const Tensor& topk_idx, const Tensor& recv_src_idx, const Tensor& send_head,
+                                 int64_t num_experts, int64_t num_ranks)
+    : wrong(checks.wrong()) {
+  post.op = op;
+  if (!checks.passed()) return;
+  handle = {recv_src_idx.const_data_ptr<int32_t>(),
+            topk_idx.const_data_ptr<int64_t>(),
+            send_head.const_data_ptr<int32_t>(),
+            recv_src_idx.size(0),
+            topk_idx.size(0),
+            topk_idx.size(1),
+            num_experts,
+            num_ranks};
+  post.tokens = handle.num_tokens;
+  post.hidden = expert_rows.size(1);
+  post.top_k = handle.top_k;
+  post.experts = num_experts;
+  post.dtype = static_cast<int64_t>(dtype_of(expert_rows));
+  post.rows = handle.num_rows;
+  words = handle.words(wrong);
+}
+
+}  // namespace deep_ep
