@@ -1,43 +1,42 @@
-"""Train a small byte-level transformer with Mixture-of-Experts layers on the sources of Python's standard library.
+"""Train a byte-level Mixture-of-Experts transformer on the sources of Python's standard library.
 
     torchrun --standalone --nproc-per-node=4 examples/train_moe.py
-    torchrun --standalone --nproc-per-node=1 examples/train_moe.py --backend none --steps 50
+    python examples/train_moe.py --backend none --steps 50
 
-Expert parallelism: the E experts of every layer are sharded over the R ranks, and deep_ep.dispatch and
-deep_ep.combine carry tokens to their experts and back. Everything else is replicated and data-parallel: each rank
-works on its slice of the global batch. Initialisation and batches do not depend on R, so any R that divides
---experts and --batch trains the same model.
+The E experts of every layer are sharded over the R ranks: deep_ep.dispatch and deep_ep.combine carry tokens
+to their experts and back. Everything else is replicated; each rank works on its slice of the global batch.
+Initialisation and batches do not depend on R: any R that divides --experts and --batch trains the same model.
 
-Model and loss are one function, compiled into one forward and one backward graph that contain deep_ep's ops and
-their backward ops. By default dispatch runs in the exact mode, in which the number of received rows is data-dependent:
-this needs torch.compile(fullgraph=True), as below, or torch._dynamo.config.capture_dynamic_output_shape_ops = True;
-otherwise the graph breaks at every dispatch. --num-worst-tokens W makes that number static (the capacity mode); rows
-that do not fit are dropped and counted.
+Model and loss are compiled into one forward and one backward graph, with deep_ep's ops and their backward ops
+inside. By default a rank receives exactly the rows that are sent to it. Their number depends on data, so this
+needs torch.compile(fullgraph=True), as below, or torch._dynamo.config.capture_dynamic_output_shape_ops=True;
+without either, the graph breaks at every dispatch. With --num-worst-tokens the number of rows is static; what
+does not fit is dropped and counted.
 
-Prints the held-out loss, the graphs and the deep_ep overloads in them; writes loss.png and metrics.json into --out.
+Prints the held-out loss, the number of graphs and the deep_ep overloads in them; writes metrics.json and
+loss.png.
 
-Symbols: B global batch, S sequence length, T = B / R * S local tokens, D model width, F hidden width of an expert,
-E experts, L = E / R local experts, K experts per token, N rows received by this rank.
+Symbols: B global batch, S sequence length, T = B / R * S local tokens, D model width, F width of an expert,
+E experts, L = E / R local experts, N rows received by this rank.
 """
 
 import argparse
 import json
 import math
 import os
-import random
 import sysconfig
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -57,15 +56,15 @@ class Config:
     backend: str = option("inductor", "torch.compile backend", ("none", "aot_eager", "inductor"))
     strategy: str = option("default", "deep_ep's strategy", ("default", "alltoall"))
     dtype: str = option("float32", "dtype of activations; parameters are float32", ("float32", "bfloat16"))
-    steps: int = option(300, "training steps")
-    batch: int = option(32, "sequences per step, all ranks together")
+    steps: int = option(400, "training steps")
+    batch: int = option(16, "sequences per step, all ranks together")
     seq: int = option(256, "sequence length in bytes")
     dim: int = option(128, "model width")
-    layers: int = option(3, "transformer blocks")
+    layers: int = option(2, "transformer blocks")
     heads: int = option(4, "attention heads")
     experts: int = option(8, "experts per layer, all ranks together")
     topk: int = option(2, "experts per token")
-    lr: float = option(2e-3, "peak learning rate")
+    lr: float = option(4e-3, "peak learning rate")
     balance: float = option(0.01, "coefficient of the balancing loss")
     seed: int = option(0, "seed of initialisation and batches")
     num_worst_tokens: int = option(0, "rows a rank can receive per layer; 0: exactly as many as are sent")
@@ -75,10 +74,10 @@ class Config:
 
 @torch.library.custom_op("train_moe::grouped_mm", mutates_args=())
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Matrix products by group: x [N, D] @ weight [L, D, F] -> [N, F], or x [D, N] @ weight [N, F] -> [L, D, F].
+    """x [N, D] @ weight [L, D, F] -> [N, F], or x [D, N] @ weight [N, F] -> [L, D, F], group by group.
 
-    Group l has the indices of N from offsets[l - 1] to offsets[l] (int32 [L]); it may be empty, and any behind the
-    last group are ignored. An op of its own because torch's fake kernel of grouped_mm takes bfloat16 only.
+    Group l ends at index offsets[l] of N (int32 [L]) and may be empty; what is behind the last is ignored.
+    An op of its own because the fake kernel of torch's grouped_mm accepts bfloat16 only.
     """
     return F.grouped_mm(x, weight, offs=offsets)
 
@@ -133,16 +132,14 @@ class Experts(nn.Module):
 
     def __init__(self, config: Config, layer: int, local_experts: range) -> None:
         super().__init__()
-        up, down = [], []
-        for expert in local_experts:
-            generator = torch.Generator().manual_seed(
-                config.seed * 1_000_003 + layer * config.experts + expert
-            )
-            for weights, shape in ((up, (config.dim, 4 * config.dim)), (down, (4 * config.dim, config.dim))):
-                bound = shape[0] ** -0.5
-                weights.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
-        self.up = nn.Parameter(torch.stack(up))
-        self.down = nn.Parameter(torch.stack(down))
+        num_local, dim, width = len(local_experts), config.dim, 4 * config.dim
+        self.up = nn.Parameter(torch.empty(num_local, dim, width))
+        self.down = nn.Parameter(torch.empty(num_local, width, dim))
+        for i, expert in enumerate(local_experts):
+            seed = (config.seed * config.layers + layer) * config.experts + expert
+            generator = torch.Generator().manual_seed(seed)
+            nn.init.uniform_(self.up.data[i], -(dim**-0.5), dim**-0.5, generator=generator)
+            nn.init.uniform_(self.down.data[i], -(width**-0.5), width**-0.5, generator=generator)
 
     def forward(self, x: Tensor, num_rows_per_expert: Tensor) -> Tensor:
         """x [N, D], its rows sorted by local expert; num_rows_per_expert int64 [L] -> [N, D]."""
@@ -167,20 +164,14 @@ class MoE(nn.Module):
         self.register_buffer("num_dropped", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> the experts' weighted sum [T, D] and the balancing loss [] (1 if all experts are equally used)."""
+        """x [T, D] -> weighted sum of the experts [T, D], balancing loss [] (1 if all are used equally)."""
         config, group = self.config, self.group_name
         probabilities = self.router(x.float()).softmax(dim=-1)
         weights, expert_ids = probabilities.topk(config.topk)
         weights = weights / weights.sum(dim=-1, keepdim=True)
 
-        rows = deep_ep.dispatch(
-            x,
-            expert_ids,
-            weights,
-            num_experts=config.experts,
-            group=group,
-            num_worst_tokens=config.num_worst_tokens,
-        )
+        sizes = {"num_experts": config.experts, "num_worst_tokens": config.num_worst_tokens}
+        rows = deep_ep.dispatch(x, expert_ids, weights, group=group, **sizes)
         y = self.experts(rows.recv_x, rows.num_recv_tokens_per_expert)
         y = deep_ep.combine(y, rows.handle, group=group)
         self.num_dropped += rows.num_dropped
@@ -188,12 +179,12 @@ class MoE(nn.Module):
         # An expert's share of all ranks' choices, times its mean probability on this rank's tokens.
         choices = (expert_ids.unsqueeze(-1) == torch.arange(config.experts)).sum(dim=(0, 1))
         choices = funcol.all_reduce(choices, "sum", group)
-        share = choices / choices.sum()
+        share = choices / (config.batch * config.seq * config.topk)
         return y, config.experts * (share * probabilities.mean(dim=0)).sum()
 
 
 class Block(nn.Module):
-    """Attention and MoE, each on the normalised residual stream: [B / R, S, D] float32 -> the same, balancing loss."""
+    """Attention and MoE: float32 [B / R, S, D] -> float32 [B / R, S, D] and the balancing loss []."""
 
     def __init__(self, config: Config, layer: int, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -210,7 +201,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Byte-level language model and its loss: tokens and targets int64 [B / R, S] -> the mean cross-entropy, float32 [].
+    """Language model and its loss: tokens and targets int64 [B / R, S] -> mean cross-entropy, float32 [].
 
     The balancing loss adds to the gradient and not to the value.
     """
@@ -246,68 +237,67 @@ def build_model(config: Config, group: dist.ProcessGroup) -> Transformer:
 
 
 class Backend:
-    """A torch.compile backend (aot_eager or inductor) that notes the graphs and the deep_ep overloads in them."""
+    """The backend aot_eager or inductor for torch.compile; notes the graphs and their deep_ep overloads."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.num_graphs = 0
+        self.graphs = 0
         self.overloads: dict[str, set[str]] = {"forward": set(), "backward": set()}
 
     def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        self.num_graphs += 1
+        self.graphs += 1
         if self.name == "inductor":
             return compile_fx(module, inputs, inner_compile=self.compile_inductor)
-        return aot_autograd(
-            fw_compiler=lambda graph, _: self.compile_eager(graph, "forward"),
-            bw_compiler=lambda graph, _: self.compile_eager(graph, "backward"),
-            partition_fn=min_cut_rematerialization_partition,
-        )(module, inputs)
+        forward, backward = (partial(self.compile_eager, direction=d) for d in self.overloads)
+        partition = min_cut_rematerialization_partition
+        return aot_autograd(fw_compiler=forward, bw_compiler=backward, partition_fn=partition)(module, inputs)
 
     def compile_inductor(self, module: torch.fx.GraphModule, inputs: list[Tensor], **kwargs: Any) -> Any:
         self.note(module, "backward" if kwargs.get("is_backward") else "forward")
         return compile_fx_inner(module, inputs, **kwargs)
 
-    def compile_eager(self, module: torch.fx.GraphModule, direction: str) -> Any:
+    def compile_eager(self, module: torch.fx.GraphModule, inputs: list[Tensor], *, direction: str) -> Any:
         self.note(module, direction)
         return make_boxed_func(module.forward)
 
     def note(self, module: torch.fx.GraphModule, direction: str) -> None:
-        names = (str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        names = (str(node.target) for node in module.graph.nodes)
         self.overloads[direction] |= {name for name in names if name.startswith("deep_ep.")}
 
 
-def load_text(train_bytes: int = 4 << 20, held_out_bytes: int = 1 << 18) -> tuple[Tensor, Tensor]:
-    """Training and held-out text, uint8, from different files of the standard library."""
+def load_text(train_bytes: int = 16 << 20, held_out_bytes: int = 2 << 20) -> tuple[Tensor, Tensor]:
+    """Training and held-out text, uint8: every tenth file of the standard library is held out."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests"}
     files = sorted(p for p in root.rglob("*.py") if skipped.isdisjoint(p.relative_to(root).parts))
-    random.Random(0).shuffle(files)
 
-    def take(paths: Iterator[Path], size: int) -> Tensor:
-        text = bytearray()
-        while len(text) < size and (path := next(paths, None)):
-            text += path.read_bytes()
-        return torch.frombuffer(text[:size], dtype=torch.uint8)
+    def read(paths: list[Path], limit: int) -> Tensor:
+        text = b"".join(path.read_bytes() for path in paths)
+        return torch.frombuffer(bytearray(text[:limit]), dtype=torch.uint8)
 
-    remaining = iter(files)
-    held_out = take(remaining, held_out_bytes)
-    return take(remaining, train_bytes), held_out
+    return read([p for i, p in enumerate(files) if i % 10], train_bytes), read(files[::10], held_out_bytes)
 
 
-def draw_batch(
-    text: Tensor, config: Config, group: dist.ProcessGroup, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """This rank's slice of the next global batch: tokens and targets, int64 [B / R, S]."""
-    starts = torch.randint(len(text) - config.seq, (config.batch,), generator=generator)
-    local = starts.view(group.size(), -1)[group.rank()]
-    windows = text[local.unsqueeze(1) + torch.arange(config.seq + 1)].long()
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+class Batches:
+    """Random windows of text: this rank's slice of global batches that do not depend on R."""
+
+    def __init__(self, text: Tensor, config: Config, group: dist.ProcessGroup) -> None:
+        self.text, self.config, self.group = text, config, group
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, int64 [B / R, S]."""
+        size = (self.group.size(), self.config.batch // self.group.size())
+        starts = torch.randint(len(self.text) - self.config.seq, size, generator=self.generator)
+        local = starts[self.group.rank()].unsqueeze(1)
+        windows = self.text[local + torch.arange(self.config.seq + 1)].long()
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-def mean_over_ranks(value: Tensor, group: dist.ProcessGroup) -> float:
-    value = value.detach().clone()
-    dist.all_reduce(value, group=group)
-    return value.item() / group.size()
+def sum_over_ranks(value: Tensor, group: dist.ProcessGroup) -> float:
+    total = value.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total.item()
 
 
 def average_gradients(model: Transformer, loss: Tensor, group: dist.ProcessGroup) -> float:
@@ -328,130 +318,114 @@ def average_gradients(model: Transformer, loss: Tensor, group: dist.ProcessGroup
     return mean_loss.item()
 
 
+# A cached graph would not come by the backend, which looks for the overloads in it.
+@torch._functorch.config.patch(enable_autograd_cache=False)
 def train(config: Config, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
     """Train on the ranks of group (None: WORLD) and return the metrics. Collective; writes no file."""
     group = group or dist.group.WORLD
-    assert group is not None
-    ranks, first_rank = group.size(), group.rank() == 0
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    assert group is not None, "no process group"
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // group.size()))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    # A cached graph would not pass through the backend, and Backend could not look at it.
-    torch._functorch.config.enable_autograd_cache = False
 
     deep_ep.init(group, strategy=config.strategy)
     model = build_model(config, group)
     backend = Backend(config.backend)
-    step_function = model
+    compute_loss: Any = model
     if config.backend != "none":
-        step_function = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+        compute_loss = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), fused=True)
     text, held_out_text = load_text()
-    counts = held_out_text.bincount().double()
-    unigram_entropy = torch.distributions.Categorical(counts).entropy().item()
+    batches = Batches(text, config, group)
 
     def held_out_loss(num_batches: int = 4) -> float:
-        # With gradients on, although none are taken: the same graph serves training and evaluation.
-        generator = torch.Generator().manual_seed(0)
-        batches = [draw_batch(held_out_text, config, group, generator) for _ in range(num_batches)]
-        return mean_over_ranks(sum(step_function(*batch).detach() for batch in batches) / num_batches, group)
+        # With gradients on, although none are taken: one graph serves training and evaluation.
+        held_out_batches = Batches(held_out_text, config, group)
+        total = sum(compute_loss(*held_out_batches()).detach() for _ in range(num_batches))
+        return sum_over_ranks(total, group) / (num_batches * group.size())
 
-    generator = torch.Generator().manual_seed(config.seed)
     losses: list[float] = []
     held_out: list[tuple[int, float]] = []
-    begin, seconds_in_steps = time.perf_counter(), 0.0
-    bar = tqdm(range(config.steps), desc="compiling", disable=config.quiet or not first_rank)
+    begin = time.perf_counter()
+    seconds_in_steps = tokens_per_second = 0.0
+    bar = tqdm(range(1, config.steps + 1), desc="compiling", disable=config.quiet or group.rank() > 0)
     for step in bar:
         step_begin = time.perf_counter()
-        warmup, decay = min(1, (step + 1) / 20), 0.55 + 0.45 * math.cos(math.pi * step / config.steps)
+        warmup, decay = min(1, step / 20), 0.55 + 0.45 * math.cos(math.pi * step / config.steps)
         optimizer.param_groups[0]["lr"] = config.lr * warmup * decay
-        loss = step_function(*draw_batch(text, config, group, generator))
+        loss = compute_loss(*batches())
         loss.backward()
         losses.append(average_gradients(model, loss, group))
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step > 0:
+        optimizer.zero_grad()
+        if step > 1:
             seconds_in_steps += time.perf_counter() - step_begin
-            bar.set_description("training", refresh=False)
-            tokens_per_second = step * config.batch * config.seq / seconds_in_steps
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", tokens_per_s=f"{tokens_per_second:.0f}", refresh=False)
-        if (step + 1) % max(1, config.steps // 10) == 0 or step + 1 == config.steps:
-            held_out.append((step + 1, held_out_loss()))
+            tokens_per_second = (step - 1) * config.batch * config.seq / seconds_in_steps
+        bar.set_description("training", refresh=False)
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}, {tokens_per_second:.0f} tokens/s", refresh=False)
+        if step % max(1, config.steps // 10) == 0 or step == config.steps:
+            held_out.append((step, held_out_loss()))
 
+    counts = held_out_text.bincount().double()
     num_dropped = sum(block.moe.num_dropped for block in model.blocks)
     metrics = {
         "config": asdict(config),
-        "ranks": ranks,
+        "ranks": group.size(),
         "losses": losses,
         "held_out": held_out,
         "held_out_loss": held_out[-1][1],
         "bits_per_byte": held_out[-1][1] / math.log(2),
-        "unigram_entropy": unigram_entropy,
-        "num_graphs": backend.num_graphs,
-        "num_graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
+        "unigram_entropy": torch.distributions.Categorical(counts).entropy().item(),
+        "graphs": backend.graphs,
+        "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
         "overloads": {direction: sorted(names) for direction, names in backend.overloads.items()},
-        "num_dropped": round(mean_over_ranks(num_dropped.double(), group) * ranks),
-        "tokens_per_second": tokens_per_second if config.steps > 1 else 0.0,
+        "num_dropped": sum_over_ranks(num_dropped, group),
+        "tokens_per_second": tokens_per_second,
         "seconds": time.perf_counter() - begin,
     }
     deep_ep.destroy(group)
     return metrics
 
 
+def print_report(metrics: dict[str, Any]) -> None:
+    print(f"held-out loss {metrics['held_out_loss']:.3f} nats, {metrics['bits_per_byte']:.3f} bits per byte")
+    print(f"unigram entropy {metrics['unigram_entropy']:.3f} nats")
+    print(f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s after the first step")
+    print(f"{metrics['graphs']} graph(s), {metrics['graph_breaks']} graph breaks")
+    for direction, names in metrics["overloads"].items():
+        print(f"{direction}: {', '.join(names) or 'not compiled'}")
+    if metrics["num_dropped"]:
+        print(f"{metrics['num_dropped']} rows did not fit, evaluation included")
+
+
 def write_report(metrics: dict[str, Any], out: Path) -> None:
     """Write metrics.json and loss.png."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(range(1, len(metrics["losses"]) + 1), metrics["losses"], linewidth=1, label="training")
     axes.plot(*zip(*metrics["held_out"], strict=True), marker="o", label="held-out")
     axes.axhline(metrics["unigram_entropy"], color="grey", linestyle="--", label="unigram entropy (held-out)")
     axes.set(xlabel="step", ylabel="loss (nats per byte)", title=f"{metrics['ranks']} ranks")
     axes.legend()
     figure.savefig(out / "loss.png", dpi=120)
-    pyplot.close(figure)
-
-
-def print_report(metrics: dict[str, Any]) -> None:
-    print(
-        f"held-out loss {metrics['held_out_loss']:.3f} nats, {metrics['bits_per_byte']:.3f} bits per byte "
-        f"(unigram entropy {metrics['unigram_entropy']:.3f} nats)"
-    )
-    print(
-        f"{metrics['seconds']:.0f} s in all, {metrics['tokens_per_second']:.0f} tokens/s after the first step"
-    )
-    print(f"{metrics['num_graphs']} graph(s), {metrics['num_graph_breaks']} graph breaks")
-    for direction, names in metrics["overloads"].items():
-        print(f"{direction}: {', '.join(names) or 'not compiled'}")
-    if metrics["config"]["num_worst_tokens"]:
-        print(f"{metrics['num_dropped']} rows dropped, evaluation included")
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Config):
-        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if isinstance(f.default, bool):
-            parser.add_argument(name, action="store_true", help=text)
-        else:
-            parser.add_argument(
-                name,
-                type=type(f.default),
-                default=f.default,
-                choices=f.metadata["choices"],
-                help=f"{text} (default: {f.default})",
-            )
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type is bool:
+            kind = {"action": "store_true"}
+        name = "--" + f.name.replace("_", "-")
+        parser.add_argument(name, default=f.default, help=f.metadata["help"], **kind)
     return Config(**vars(parser.parse_args(arguments)))
 
 
 def main() -> None:
     config = parse_config()
-    if "RANK" in os.environ:
+    if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

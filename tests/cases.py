@@ -1,8 +1,8 @@
 """Inputs of the normal-mode ops, drawn or fixed, and what the ops must do with them.
 
-A Case is small and all its data follow from its seed, so every rank makes the inputs and the expected results
-of the whole group by itself and compares its own share. Symbols: T local tokens, H hidden, K top-k, E experts,
-R ranks, L = E/R local experts, N received rows, W num_worst_tokens (0 = exact mode).
+A Case is small and all its data follow from its seed, so every rank makes the inputs and the expected
+results of the whole group by itself and compares its own share. Symbols: T local tokens, H hidden, K top-k,
+E experts, R ranks, L = E/R local experts, N received rows, W num_worst_tokens (0 = exact mode).
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from torch import Tensor
 from deep_ep import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# How a token's ids are drawn: independently, without repetition (as long as K <= E), one id K times, all tokens
-# the same id, ids of one rank only, none at all.
+# How a token's ids are drawn: independently, without repetition (as long as K <= E), one id K times, the same
+# id for all tokens, ids of one rank only, none at all.
 IDS = ("any", "distinct", "repeated", "one expert", "one rank", "none")
 # T·K·H of the rank with the most tokens.
 MAX_ELEMENTS = 1 << 22
@@ -66,9 +66,7 @@ def make_inputs(case: Case) -> Inputs:
     if case.capacity is None:
         num_worst_tokens = [0] * case.R
     else:
-        num_worst_tokens = [
-            max(1, round(part * n)) for part, n in zip(case.capacity, rows_per_rank, strict=True)
-        ]
+        num_worst_tokens = [max(1, round(part * n)) for part, n in zip(case.capacity, rows_per_rank, strict=True)]
     return Inputs(
         [torch.randn(T, case.H, generator=generator).to(case.dtype) for T in case.tokens],
         topk_idxs,

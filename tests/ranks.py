@@ -35,11 +35,14 @@ import deep_ep
 WORLD_SIZE = 4
 STRATEGIES = ("default", "alltoall")
 
+# Small enough that four ranks with a window per group fit anywhere; larger payloads go in rounds.
+WINDOW_BYTES = 32 << 20
+
 # A lost message becomes an error of the collective (GROUP_TIMEOUT) before the run as a whole counts as hung
 # (RUN_TIMEOUT). Once a rank has failed, the others have GRACE to fail too.
 GROUP_TIMEOUT = datetime.timedelta(seconds=30)
 RUN_TIMEOUT = 60.0
-GRACE = 5.0
+GRACE = 2.0
 EXIT_TIMEOUT = 10.0
 
 # The server imports torch once, in a process that starts no threads, and the ranks are its forks.
@@ -79,16 +82,14 @@ class RankContext:
     store: dist.Store
     group: dist.ProcessGroup | None = None
     _groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
-    _num_bytes: dict[str, int | None] = field(default_factory=dict)
+    _num_bytes: dict[str, int] = field(default_factory=dict)
     _generation: int = 0
 
     def init_process_group(self) -> None:
         """Makes WORLD, collectively. After dist.destroy_process_group() it can be called again."""
         store = dist.PrefixStore(f"world-{self._generation}", self.store)
         self._generation += 1
-        dist.init_process_group(
-            "gloo", store=store, rank=self.rank, world_size=self.size, timeout=GROUP_TIMEOUT
-        )
+        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=GROUP_TIMEOUT)
         self.group = dist.group.WORLD
         self.make_groups()
 
@@ -100,13 +101,13 @@ class RankContext:
         self._groups = {strategy: dist.new_group(ranks, timeout=GROUP_TIMEOUT) for strategy in STRATEGIES}
         self._num_bytes.clear()
 
-    def prepared_group(self, strategy: str, num_bytes: int | None = None) -> dist.ProcessGroup:
+    def prepared_group(self, strategy: str, num_bytes: int = WINDOW_BYTES) -> dist.ProcessGroup:
         """The group of the ranks 0 .. size-1 that is for this strategy, ready for deep_ep's ops.
 
         deep_ep.init runs at the first call, and again where num_bytes changes. Collective over the group.
         """
         group = self._groups[strategy]
-        if strategy not in self._num_bytes or self._num_bytes[strategy] != num_bytes:
+        if self._num_bytes.get(strategy) != num_bytes:
             if strategy in self._num_bytes:
                 deep_ep.destroy(group)
             deep_ep.init(group, strategy=strategy, num_bytes=num_bytes)
@@ -225,15 +226,13 @@ class Ranks:
             process.join()
         stack_file = self._stack_file(rank)
         stacks = stack_file.read_text() if stack_file.exists() else ""
-        return Outcome(
-            exception=RankDied(f"rank {rank} ended with exit code {process.exitcode}"), traceback=stacks
-        )
+        return Outcome(exception=RankDied(f"rank {rank} ended with exit code {process.exitcode}"), traceback=stacks)
 
 
 class RankPool:
     """WORLD_SIZE ranks, started at the first run.
 
-    A run that fails ends them, since what a failure leaves in the groups is unknown; the next one starts anew.
+    A run that fails ends them, since nobody knows what it leaves in the groups; the next one starts anew.
     """
 
     def __init__(self) -> None:

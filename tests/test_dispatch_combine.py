@@ -22,7 +22,7 @@ from cases import (
     make_inputs,
 )
 from hypothesis import given
-from ranks import STRATEGIES, RankContext, RankPool
+from ranks import STRATEGIES, WINDOW_BYTES, RankContext, RankPool
 from torch import Tensor
 
 import deep_ep
@@ -45,12 +45,8 @@ class Expected:
         self.ys = [expert_outputs(d.recv_x, d.recv_src_idx) for d in self.dispatched]
         self.outs = reference.combine(self.ys, weights, self.src)
         self.grad_outs = [torch.randn(x.shape, generator=generator).to(case.dtype) for x in xs]
-        self.grad_recv_weights = [
-            torch.randn(d.recv_topk_weights.shape, generator=generator) for d in self.dispatched
-        ]
-        self.grad_ys, self.combine_grad_weights = reference.combine_backward(
-            self.grad_outs, self.ys, weights, self.src
-        )
+        self.grad_recv_weights = [torch.randn(d.recv_topk_weights.shape, generator=generator) for d in self.dispatched]
+        self.grad_ys, self.combine_grad_weights = reference.combine_backward(self.grad_outs, self.ys, weights, self.src)
         self.grad_recv_xs = [expert_outputs(g, s) for g, s in zip(self.grad_ys, self.src, strict=True)]
         self.grad_xs, self.dispatch_grad_weights = reference.dispatch_backward(
             self.grad_recv_xs, self.grad_recv_weights, self.src, list(case.tokens)
@@ -64,96 +60,111 @@ def weight_tolerance(expected: Expected, rank: int) -> Tensor:
     return 1e-6 * grad_norm * max([0.0, *row_norms.tolist()])
 
 
-def check_case(ctx: RankContext, case: Case, strategy: str, num_bytes: int | None = None) -> None:
+def check_case(ctx: RankContext, case: Case, strategy: str, num_bytes: int = WINDOW_BYTES) -> None:
+    """The ops by themselves, and the public functions forward and through autograd.
+
+    Nothing is compared before the last collective, so that a rank with a wrong result stops no other.
+    """
     group = ctx.prepared_group(strategy, num_bytes)
     expected = Expected(case)
-    check_ops(ctx, case, strategy, group.group_name, expected)
-    check_autograd(ctx, case, group, expected)
+    ops = OpResults(ctx.rank, case, strategy, group.group_name, expected)
+    public = PublicResults(ctx.rank, case, group, expected)
+    ops.compare(ctx.rank, expected)
+    public.compare(ctx.rank, case, expected)
 
 
-def check_ops(ctx: RankContext, case: Case, strategy: str, group: str, expected: Expected) -> None:
-    """The four ops by themselves, called with the handles that the reference gives."""
-    r, sizes = ctx.rank, (case.E, case.R, group)
-    x, ids, weights = (tensors[r] for tensors in expected.inputs[:3])
-    src, send_head = expected.src[r], expected.dispatched[r].send_head
+class OpResults:
+    """What the four ops return on rank r, called with the handles that the reference gives."""
 
-    dispatched = overload("dispatch", strategy)(
-        x, ids, weights, case.E, case.R, expected.inputs.num_worst_tokens[r], group
-    )
-    returned = overload("combine", strategy)(
-        dispatched[0], ids, weights, dispatched[8], dispatched[9], *sizes
-    )
-    out = overload("combine", strategy)(expected.ys[r], ids, weights, src, send_head, *sizes)
-    grad_y, combine_grad_weights = overload("combine_backward", strategy)(
-        expected.grad_outs[r], expected.ys[r], ids, weights, src, send_head, *sizes
-    )
-    grad_x, dispatch_grad_weights = overload("dispatch_backward", strategy)(
-        expected.grad_recv_xs[r], expected.grad_recv_weights[r], src, ids, send_head, *sizes
-    )
+    def __init__(self, r: int, case: Case, strategy: str, group: str, expected: Expected) -> None:
+        x, ids, weights = (tensors[r] for tensors in expected.inputs[:3])
+        src, send_head = expected.src[r], expected.dispatched[r].send_head
+        y, grad_out = expected.ys[r], expected.grad_outs[r]
+        sizes = (case.E, case.R, group)
+        combine = overload("combine", strategy)
+        self.dispatched = overload("dispatch", strategy)(
+            x, ids, weights, case.E, case.R, expected.inputs.num_worst_tokens[r], group
+        )
+        recv_x, own_src, own_head = self.dispatched[0], *self.dispatched[8:]
+        self.returned = combine(recv_x, ids, weights, own_src, own_head, *sizes)
+        self.out = combine(y, ids, weights, src, send_head, *sizes)
+        self.grad_y, self.combine_grad_weights = overload("combine_backward", strategy)(
+            grad_out, y, ids, weights, src, send_head, *sizes
+        )
+        self.grad_x, self.dispatch_grad_weights = overload("dispatch_backward", strategy)(
+            expected.grad_recv_xs[r], expected.grad_recv_weights[r], src, ids, send_head, *sizes
+        )
 
-    assert_dispatched(dispatched, expected.dispatched[r])
-    assert_weighted(returned, x, weights, send_head)
-    assert_same("combine", out, expected.outs[r])
-    assert_same("combine_backward's grad_x", grad_y, expected.grad_ys[r])
-    assert_close(
-        "combine_backward's grad_topk_weights",
-        combine_grad_weights,
-        expected.combine_grad_weights[r],
-        weight_tolerance(expected, r),
-    )
-    assert_same("dispatch_backward's grad_x", grad_x, expected.grad_xs[r])
-    assert_same(
-        "dispatch_backward's grad_topk_weights", dispatch_grad_weights, expected.dispatch_grad_weights[r]
-    )
+    def compare(self, r: int, expected: Expected) -> None:
+        assert_dispatched(self.dispatched, expected.dispatched[r])
+        x, _, weights, _ = (given[r] for given in expected.inputs)
+        assert_weighted(self.returned, x, weights, expected.dispatched[r].send_head)
+        assert_same("combine", self.out, expected.outs[r])
+        assert_same("combine_backward's grad_x", self.grad_y, expected.grad_ys[r])
+        assert_close(
+            "combine_backward's grad_topk_weights",
+            self.combine_grad_weights,
+            expected.combine_grad_weights[r],
+            weight_tolerance(expected, r),
+        )
+        assert_same("dispatch_backward's grad_x", self.grad_x, expected.grad_xs[r])
+        assert_same(
+            "dispatch_backward's grad_topk_weights",
+            self.dispatch_grad_weights,
+            expected.dispatch_grad_weights[r],
+        )
 
 
-def check_autograd(ctx: RankContext, case: Case, group: dist.ProcessGroup, expected: Expected) -> None:
-    """The public functions, forward and through autograd."""
-    r = ctx.rank
-    x, ids, weights = (tensors[r] for tensors in expected.inputs[:3])
-    x, weights = x.requires_grad_(), weights.requires_grad_()
+class PublicResults:
+    """What the public functions return on rank r, and the gradients that autograd gives."""
 
-    output = deep_ep.dispatch(
-        x,
-        ids,
-        weights,
-        num_experts=case.E,
-        group=group,
-        num_worst_tokens=expected.inputs.num_worst_tokens[r],
-    )
-    out = deep_ep.combine(expert_outputs(output.recv_x, expected.src[r]), output.handle, group=group)
-    torch.autograd.backward(
-        [out, output.recv_topk_weights], [expected.grad_outs[r], expected.grad_recv_weights[r]]
-    )
+    def __init__(self, r: int, case: Case, group: dist.ProcessGroup, expected: Expected) -> None:
+        x, ids, weights, num_worst_tokens = (given[r] for given in expected.inputs)
+        self.x, self.weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        self.output = deep_ep.dispatch(
+            self.x,
+            ids,
+            self.weights,
+            num_experts=case.E,
+            group=group,
+            num_worst_tokens=num_worst_tokens,
+        )
+        y = expert_outputs(self.output.recv_x, expected.src[r])
+        self.out = deep_ep.combine(y, self.output.handle, group=group)
+        torch.autograd.backward(
+            [self.out, self.output.recv_topk_weights], [expected.grad_outs[r], expected.grad_recv_weights[r]]
+        )
 
-    handle = output.handle
-    assert_dispatched(
-        (
-            output.recv_x,
-            output.recv_topk_idx,
-            output.recv_topk_weights,
-            output.num_recv_tokens_per_expert,
-            output.num_dropped,
-            handle.rank_prefix_matrix,
-            handle.channel_prefix_matrix,
-            handle.recv_channel_prefix_matrix,
-            handle.recv_src_idx,
-            handle.send_head,
-        ),
-        expected.dispatched[r],
-    )
-    assert_same("handle's topk_idx", handle.topk_idx, ids)
-    assert_same("handle's topk_weights", handle.topk_weights, weights)
-    layout = reference.get_dispatch_layout(ids, case.E, case.R, 1)
-    assert_same("handle's is_token_in_rank", handle.is_token_in_rank, layout[3])
-    assert_same("combine", out, expected.outs[r])
-    assert_same("x.grad", x.grad, expected.grad_xs[r])
-    assert_close(
-        "topk_weights.grad",
-        weights.grad,
-        expected.combine_grad_weights[r] + expected.dispatch_grad_weights[r],
-        weight_tolerance(expected, r) + 1e-6 * expected.dispatch_grad_weights[r].abs(),
-    )
+    def compare(self, r: int, case: Case, expected: Expected) -> None:
+        ids = expected.inputs.topk_idxs[r]
+        output, handle = self.output, self.output.handle
+        assert_dispatched(
+            (
+                output.recv_x,
+                output.recv_topk_idx,
+                output.recv_topk_weights,
+                output.num_recv_tokens_per_expert,
+                output.num_dropped,
+                handle.rank_prefix_matrix,
+                handle.channel_prefix_matrix,
+                handle.recv_channel_prefix_matrix,
+                handle.recv_src_idx,
+                handle.send_head,
+            ),
+            expected.dispatched[r],
+        )
+        assert_same("handle's topk_idx", handle.topk_idx, ids)
+        assert_same("handle's topk_weights", handle.topk_weights, self.weights)
+        layout = reference.get_dispatch_layout(ids, case.E, case.R, 1)
+        assert_same("handle's is_token_in_rank", handle.is_token_in_rank, layout[3])
+        assert_same("combine", self.out, expected.outs[r])
+        assert_same("x.grad", self.x.grad, expected.grad_xs[r])
+        assert_close(
+            "topk_weights.grad",
+            self.weights.grad,
+            expected.combine_grad_weights[r] + expected.dispatch_grad_weights[r],
+            weight_tolerance(expected, r) + 1e-6 * expected.dispatch_grad_weights[r].abs(),
+        )
 
 
 def assert_weighted(returned: Tensor, x: Tensor, weights: Tensor, send_head: Tensor) -> None:
@@ -250,9 +261,7 @@ def check_several_alive(ctx: RankContext, strategy: str, batches: list[Case]) ->
         case, wanted = batches[i], expected[i]
         y = expert_outputs(dispatched[i][0], dispatched[i][8])
         _, ids, weights = (tensors[r] for tensors in wanted.inputs[:3])
-        out = overload("combine", strategy)(
-            y, ids, weights, dispatched[i][8], dispatched[i][9], case.E, case.R, group
-        )
+        out = overload("combine", strategy)(y, ids, weights, dispatched[i][8], dispatched[i][9], case.E, case.R, group)
         assert_same(f"combine {i}", out, wanted.outs[r])
         if i % 2:
             dispatched[i] = None
@@ -272,3 +281,39 @@ def test_several_dispatches_alive(pool: RankPool, strategy: str) -> None:
     ]
     for _ in range(3):
         pool.run(2, check_several_alive, strategy, batches)
+
+
+def check_without_weights(ctx: RankContext, strategy: str) -> None:
+    """topk_weights=None means ones: every token comes back once per expert that it has."""
+    group = ctx.prepared_group(strategy)
+    x = torch.arange(4.0).view(4, 1).repeat(1, 8) + ctx.rank
+    ids = torch.tensor([[0, 1, 2], [-1, 2, 2], [-1, -1, -1], [1, -1, 0]])
+    output = deep_ep.dispatch(x, ids, num_experts=2 * ctx.size, group=group)
+    out = deep_ep.combine(output.recv_x, output.handle, group=group)
+    assert_same("handle's topk_weights", output.handle.topk_weights, torch.ones(4, 3))
+    assert_same("recv_topk_weights", output.recv_topk_weights, (output.recv_topk_idx >= 0).float())
+    assert_same("combine", out, x * torch.tensor([[3.0], [2.0], [0.0], [2.0]]))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_weights_are_ones_where_none_are_given(pool: RankPool, strategy: str) -> None:
+    pool.run(3, check_without_weights, strategy)
+
+
+def check_exact_beside_capacity(ctx: RankContext, strategy: str) -> None:
+    """W is each receiver's own: rank 0 takes all rows of its expert, rank 1 the first three."""
+    group = ctx.prepared_group(strategy)
+    x = (torch.arange(5.0) + 10 * ctx.rank).view(5, 1).repeat(1, 8)
+    ids = torch.tensor([[0, 1]]).repeat(5, 1)
+    output = deep_ep.dispatch(x, ids, num_experts=2, group=group, num_worst_tokens=(0, 3)[ctx.rank])
+    out = deep_ep.combine(output.recv_x, output.handle, group=group)
+    values = ([0.0, 1, 2, 3, 4, 10, 11, 12, 13, 14], [0.0, 1, 2])[ctx.rank]
+    assert output.recv_x[:, 0].tolist() == values
+    assert output.num_dropped.item() == (0, 7)[ctx.rank]
+    delivered = ([2.0, 2, 2, 1, 1], [1.0, 1, 1, 1, 1])[ctx.rank]
+    assert_same("combine", out, x * torch.tensor(delivered).unsqueeze(1))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_exact_rank_beside_one_with_capacity(pool: RankPool, strategy: str) -> None:
+    pool.run(2, check_exact_beside_capacity, strategy)

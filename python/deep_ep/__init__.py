@@ -1,7 +1,7 @@
 """Expert-parallel communication for Mixture-of-Experts layers, as torch.library ops that compile and differentiate.
 
-`init` prepares a group; `dispatch` sends tokens to the ranks of their experts, `combine` brings the results back. `Buffer`
-offers the same with the calls of DeepEP and DeepEP-Ascend.
+`init` prepares a group; `dispatch` sends tokens to the ranks of their experts, `combine` brings the results back.
+`Buffer` offers the same with the calls of DeepEP and DeepEP-Ascend.
 """
 
 from .buffer import Buffer

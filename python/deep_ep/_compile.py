@@ -5,8 +5,8 @@ Ranks compile on their own, with their own sizes, and still must issue the same 
 - no graph pass removes such an op (`communicating`),
 - inductor schedules them in the order of the graph (`prepare` gives them a lowering that depends on the one
   before),
-- compiled code from the on-disk caches is used only by the version of this package that made it: torch does not see that
-  a fake, a backward formula or a lowering changed, so their digest becomes part of its cache keys.
+- compiled code from the on-disk caches is used only by the version of this package that made it: torch does not see
+  that a fake, a backward formula or a lowering changed, so their digest becomes part of its cache keys.
 
 Nothing of torch is touched when deep_ep is imported: `prepare` runs in `init`, and in fakes, which run before a graph
 that contains our ops is looked up in a cache or lowered.
@@ -15,6 +15,8 @@ that contains our ops is looked up in a cache or lowered.
 import functools
 import hashlib
 import sys
+import weakref
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +58,14 @@ def _tag_caches() -> None:
 def _order_in_inductor() -> None:
     from torch._inductor.lowering import lowerings, make_fallback, require_contiguous
 
+    last_kernel: MutableMapping[Any, str] = weakref.WeakKeyDictionary()
     for op in _communicating:
         make_fallback(op, layout_constraint=require_contiguous, warn=False)
-        lowerings[op] = _ordered(lowerings[op])
+        lowerings[op] = _ordered(lowerings[op], last_kernel)
 
 
-def _ordered(lower: Any) -> Any:
-    """The lowering `lower`, with a dependency of its kernel on the communicating kernel before it."""
+def _ordered(lower: Any, last_kernel: MutableMapping[Any, str]) -> Any:
+    """The lowering `lower`, with a dependency of its kernel on the graph's last communicating kernel, by its name."""
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
@@ -71,11 +74,10 @@ def _ordered(lower: Any) -> Any:
         known = len(graph.operations)
         result = lower(*args, **kwargs)
         (kernel,) = (op for op in graph.operations[known:] if isinstance(op, ir.FallbackKernel))
-        kernel.has_side_effects = lambda: True
-        previous = getattr(graph, "_deep_ep_last_kernel", None)
-        if previous is not None:
-            graph.additional_star_deps[kernel.get_operation_name()].add(previous.get_name())
-        graph._deep_ep_last_kernel = kernel
+        kernel.has_side_effects = lambda: True  # type: ignore[method-assign]
+        if graph in last_kernel:
+            graph.additional_star_deps[kernel.get_operation_name()].add(last_kernel[graph])
+        last_kernel[graph] = kernel.get_name()
         return result
 
     return lower_in_order

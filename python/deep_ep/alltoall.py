@@ -22,38 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from . import reference
+from . import checks, reference
 
 _OPS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _TEXT_BYTES = 512
 # Elements of a block of rows whose fp32 sums stay in a core's cache.
 _BLOCK = 1 << 16
 
 
-# Argument checks: the message for the first bad argument, or None.
-
-
-def _tensor_error(
-    name: str, tensor: Tensor, shape: str, dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> str | None:
-    if tensor.dim() != shape.count(",") + 1:
-        return f"{name} must have the shape {shape}, got {list(tensor.shape)}"
-    if tensor.dtype not in dtypes:
-        *others, last = (str(d).removeprefix("torch.") for d in dtypes)
-        allowed = f"{', '.join(others)} or {last}" if others else last
-        return f"{name} must be {allowed}, got {tensor.dtype}"
-    if tensor.device != device:
-        return f"{name} must be on {device}, got {tensor.device}"
-    if not tensor.is_contiguous():
-        return f"{name} must be contiguous, got the strides {list(tensor.stride())}"
-    return None
-
-
-def _shape_error(name: str, tensor: Tensor, allowed: list[int], why: str) -> str | None:
-    if list(tensor.shape) == allowed:
-        return None
-    return f"{name} must have the shape {allowed} ({why}), got {list(tensor.shape)}"
+# What only the values in the tensors show: the message for the first bad one, or None.
 
 
 def _range_error(name: str, what: str, tensor: Tensor, bound: int) -> str | None:
@@ -65,66 +42,15 @@ def _range_error(name: str, what: str, tensor: Tensor, bound: int) -> str | None
     return f"{name} has the {what} {int(tensor[tuple(at)])} at {at}; allowed are {allowed}"
 
 
-def _ranks_error(num_experts: int, num_ranks: int, group_size: int) -> str | None:
-    if num_ranks < 1:
-        return f"num_ranks must be at least 1, got {num_ranks}"
-    if num_ranks != group_size:
-        return f"num_ranks is {num_ranks}, but the group has {group_size} ranks"
-    if num_experts < 1:
-        return f"num_experts must be at least 1, got {num_experts}"
-    if num_experts % num_ranks:
-        return f"num_experts ({num_experts}) must be divisible by num_ranks ({num_ranks})"
-    return None
-
-
-def _layout_error(topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int) -> str | None:
-    if error := _ranks_error(num_experts, num_ranks, num_ranks):
-        return error
-    if num_nodes < 1 or num_ranks % num_nodes:
-        return f"num_ranks ({num_ranks}) must be divisible by num_nodes ({num_nodes})"
-    return _tensor_error("topk_idx", topk_idx, "[T, K]", (torch.int64,), topk_idx.device) or _range_error(
-        "topk_idx", "id", topk_idx, num_experts
-    )
-
-
-def _dispatch_error(
-    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int, num_worst_tokens: int
-) -> str | None:
-    if num_worst_tokens < 0:
-        return f"num_worst_tokens must be 0 (exact) or positive, got {num_worst_tokens}"
-    return (
-        _tensor_error("x", x, "[T, H]", _FLOATS, x.device)
-        or _tensor_error("topk_idx", topk_idx, "[T, K]", (torch.int64,), x.device)
-        or _shape_error("topk_idx", topk_idx, [x.shape[0], topk_idx.shape[1]], "the rows of x")
-        or _weights_error(topk_weights, topk_idx)
-        or _range_error("topk_idx", "id", topk_idx, num_experts)
-    )
-
-
-def _weights_error(topk_weights: Tensor, topk_idx: Tensor) -> str | None:
-    return _tensor_error(
-        "topk_weights", topk_weights, "[T, K]", (torch.float32,), topk_idx.device
-    ) or _shape_error("topk_weights", topk_weights, list(topk_idx.shape), "that of topk_idx")
+def _ids_error(topk_idx: Tensor, num_experts: int) -> str | None:
+    return _range_error("topk_idx", "id", topk_idx, num_experts)
 
 
 def _handle_error(
-    name: str,
-    rows: Tensor,
-    topk_idx: Tensor,
-    recv_src_idx: Tensor,
-    send_head: Tensor,
-    num_experts: int,
-    num_ranks: int,
+    topk_idx: Tensor, recv_src_idx: Tensor, send_head: Tensor, num_experts: int, num_ranks: int
 ) -> str | None:
-    """rows, the argument called `name`, stands in the row order of recv_x."""
     error = (
-        _tensor_error(name, rows, "[N, H]", _FLOATS, rows.device)
-        or _tensor_error("topk_idx", topk_idx, "[T, K]", (torch.int64,), rows.device)
-        or _tensor_error("recv_src_idx", recv_src_idx, "[N, 3]", (torch.int32,), rows.device)
-        or _tensor_error("send_head", send_head, "[T, K]", (torch.int32,), rows.device)
-        or _shape_error("recv_src_idx", recv_src_idx, [rows.shape[0], 3], f"the rows of {name}")
-        or _shape_error("send_head", send_head, list(topk_idx.shape), "that of topk_idx")
-        or _range_error("topk_idx", "id", topk_idx, num_experts)
+        _ids_error(topk_idx, num_experts)
         or _range_error("recv_src_idx[:, 0]", "source rank", recv_src_idx[:, 0], num_ranks)
         or _range_error("recv_src_idx[:, 2]", "k", recv_src_idx[:, 2], topk_idx.shape[1])
     )
@@ -168,7 +94,7 @@ class _Header(NamedTuple):
     slot_marks: list[int]
 
 
-# Their values are numbers, a dtype's place in _FLOATS, and the first letters of a device's type.
+# Their values are numbers, a dtype's place in checks.FLOATS, and the first letters of a device's type.
 _COMMON = ("the hidden size", "the number of ids per token", "num_experts", "the dtype", "the device")
 
 
@@ -177,12 +103,12 @@ class _Call:
 
     def __init__(self, op: str, group: str, tensor: Tensor) -> None:
         self.op = op
-        self.group = distributed_c10d._resolve_process_group(cast(Any, group))
+        self.group: dist.ProcessGroup = cast(Any, distributed_c10d)._resolve_process_group(group)
         self.rank = self.group.rank()
         self.size = self.group.size()
         devices = [d.type for d in self.group._device_types]
-        # Headers and counts are wanted on the host. And a tensor that the group cannot send, or one of another
-        # device than the other ranks', must not keep this rank's header from arriving.
+        # Headers and counts are wanted on the host. And a tensor that the group cannot send, or that is on
+        # another device than those of other ranks, must not keep this rank's header from arriving.
         self.device = torch.device("cpu" if "cpu" in devices else devices[0])
         self.device_error = None
         if tensor.device.type not in devices:
@@ -206,7 +132,7 @@ class _Call:
         header = [_OPS.index(self.op), 1] + [0] * (2 + len(_COMMON) + 4 * R)
         if not error:
             device_type = int.from_bytes(x.device.type.encode()[:7], "big")
-            common = [x.shape[1], topk_idx.shape[1], num_experts, _FLOATS.index(x.dtype), device_type]
+            common = [x.shape[1], topk_idx.shape[1], num_experts, checks.FLOATS.index(x.dtype), device_type]
             header[1 : 4 + len(common)] = [0, topk_idx.shape[0], num_worst_tokens, *common]
         if routes:
             header[-4 * R :] = [value for per_rank in routes[2:] for value in per_rank]
@@ -233,9 +159,7 @@ class _Call:
     def _raise_first(self, error: str | None) -> None:
         """Raises the message of the lowest rank that has one."""
         text = (error or "").encode()[:_TEXT_BYTES]
-        texts = self.all_gather(
-            "errors", torch.tensor(list(text.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8)
-        )
+        texts = self.all_gather("errors", torch.tensor(list(text.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8))
         for rank, row in enumerate(texts):
             if message := bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore"):
                 raise RuntimeError(f"deep_ep.{self.op}: rank {rank}: {message}")
@@ -243,7 +167,7 @@ class _Call:
     def _check_common(self, headers: list[_Header]) -> None:
         def text(what: str, value: int) -> str:
             if what == "the dtype":
-                return str(_FLOATS[value])
+                return str(checks.FLOATS[value])
             return value.to_bytes(7, "big").strip(b"\0").decode() if what == "the device" else str(value)
 
         for rank, header in enumerate(headers):
@@ -277,9 +201,7 @@ class _Call:
             raise self._failure(what, error) from error
         return gathered.cpu()
 
-    def all_to_all(
-        self, what: str, rows: Tensor, to: list[int], of: list[int], out: Tensor | None = None
-    ) -> Tensor:
+    def all_to_all(self, what: str, rows: Tensor, to: list[int], of: list[int], out: Tensor | None = None) -> Tensor:
         """Sends to[i] rows to rank i and returns the of[i] rows of every rank i, ordered by i."""
         if out is None:
             out = rows.new_empty(sum(of), *rows.shape[1:])
@@ -293,9 +215,7 @@ class _Call:
         return RuntimeError(f"deep_ep.{self.op}: rank {self.rank}: exchange of {what} failed: {error}")
 
 
-def _routes(
-    recv_src_idx: Tensor, topk_idx: Tensor, send_head: Tensor, num_experts: int, num_ranks: int
-) -> _Routes:
+def _routes(recv_src_idx: Tensor, topk_idx: Tensor, send_head: Tensor, num_experts: int, num_ranks: int) -> _Routes:
     K = topk_idx.shape[1]
     source, token, k = recv_src_idx.long().unbind(1)
     rows, rows_per_rank = _sort_by_rank(source, source, num_ranks)
@@ -351,7 +271,8 @@ def get_dispatch_layout(
     topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts of the local tokens; no communication. See reference.get_dispatch_layout."""
-    if error := _layout_error(topk_idx, num_experts, num_ranks, num_nodes):
+    error = checks.get_dispatch_layout(topk_idx, num_experts, num_ranks, num_nodes) or _ids_error(topk_idx, num_experts)
+    if error:
         raise RuntimeError(f"deep_ep.get_dispatch_layout: {error}")
     return reference.get_dispatch_layout(topk_idx, num_experts, num_ranks, num_nodes)
 
@@ -368,14 +289,15 @@ def dispatch(
     """Sends every (token, k) row to the rank of its expert. See reference.DispatchResult.
 
     x: [T, H]; topk_idx: int64 [T, K]; topk_weights: fp32 [T, K].
-    Raises RuntimeError: on all ranks for a bad argument of any rank or ranks in different ops; and for a failed
-    exchange, such as with a peer that has died.
+    Raises RuntimeError, on all ranks, for a bad argument of any rank and for ranks in different ops; and for
+    a failed exchange, such as with a peer that has died.
     """
     call = _Call("dispatch", group, x)
     error = (
         call.device_error
-        or _ranks_error(num_experts, num_ranks, call.size)
-        or _dispatch_error(x, topk_idx, topk_weights, num_experts, num_worst_tokens)
+        or checks.group_size(num_ranks, call.size)
+        or checks.dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens)
+        or _ids_error(topk_idx, num_experts)
     )
     headers = call.agree(error, x, topk_idx, num_experts, num_worst_tokens)
     device = x.device
@@ -389,9 +311,12 @@ def dispatch(
     end = asked_in_row_order.cumsum(1)
     start = end - asked_in_row_order
     capacity = torch.tensor([[h.W or torch.iinfo(torch.int64).max] for h in headers])
-    kept = (end.minimum(capacity) - start.minimum(capacity)).view(
-        R, L, R
-    )  # [destination, local expert, source]
+    # [destination, local expert, source]
+    kept = (end.minimum(capacity) - start.minimum(capacity)).view(R, L, R)
+
+    most, rank = (int(v) for v in kept.sum((1, 2)).max(0))
+    if most > checks.MAX_ROWS:
+        raise RuntimeError(f"deep_ep.dispatch: rank {rank} would receive {most} rows; allowed are {checks.MAX_ROWS}")
 
     # This rank's slots in the order in which their destinations take them.
     asked_here = asked[call.rank].view(-1)
@@ -422,9 +347,7 @@ def dispatch(
     slot = entries[:, 0].long()
     token, k = slot // K, slot % K
     source = torch.arange(R, device=device).repeat(L).repeat_interleave(per_group, output_size=N)
-    local_expert = torch.arange(L, device=device).repeat_interleave(
-        kept_here.sum(1).to(device), output_size=N
-    )
+    local_expert = torch.arange(L, device=device).repeat_interleave(kept_here.sum(1).to(device), output_size=N)
 
     # Each token goes to a rank once and is copied there to its rows.
     leaves, _ = _distinct_tokens(expert[slots] // L, slots // K, R, T)
@@ -479,9 +402,9 @@ def combine(
     call = _Call("combine", group, x)
     error = (
         call.device_error
-        or _ranks_error(num_experts, num_ranks, call.size)
-        or _handle_error("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
-        or _weights_error(topk_weights, topk_idx)
+        or checks.group_size(num_ranks, call.size)
+        or checks.combine(x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
+        or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
     )
     routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
     call.agree(error, x, topk_idx, num_experts, routes=routes)
@@ -506,19 +429,11 @@ def dispatch_backward(
     call = _Call("dispatch_backward", group, grad_recv_x)
     error = (
         call.device_error
-        or _ranks_error(num_experts, num_ranks, call.size)
-        or _handle_error(
-            "grad_recv_x", grad_recv_x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks
+        or checks.group_size(num_ranks, call.size)
+        or checks.dispatch_backward(
+            grad_recv_x, grad_recv_topk_weights, recv_src_idx, topk_idx, send_head, num_experts, num_ranks
         )
-        or _tensor_error(
-            "grad_recv_topk_weights", grad_recv_topk_weights, "[N, K]", (torch.float32,), grad_recv_x.device
-        )
-        or _shape_error(
-            "grad_recv_topk_weights",
-            grad_recv_topk_weights,
-            [grad_recv_x.shape[0], topk_idx.shape[1]],
-            "the rows of grad_recv_x, the columns of topk_idx",
-        )
+        or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
     )
     routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
     call.agree(error, grad_recv_x, topk_idx, num_experts, routes=routes)
@@ -546,11 +461,9 @@ def combine_backward(
     call = _Call("combine_backward", group, x)
     error = (
         call.device_error
-        or _ranks_error(num_experts, num_ranks, call.size)
-        or _handle_error("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
-        or _weights_error(topk_weights, topk_idx)
-        or _tensor_error("grad_out", grad_out, "[T, H]", (x.dtype,), x.device)
-        or _shape_error("grad_out", grad_out, [topk_idx.shape[0], x.shape[1]], "T of topk_idx, H of x")
+        or checks.group_size(num_ranks, call.size)
+        or checks.combine_backward(grad_out, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
+        or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
     )
     routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
     headers = call.agree(error, x, topk_idx, num_experts, routes=routes)
@@ -588,9 +501,7 @@ def _return_rows(call: _Call, x: Tensor, routes: _Routes, topk_idx: Tensor, weig
     # Slots without a row add row n, which is 0.
     arrived = x.new_empty(n + 1, H)
     arrived[n] = 0
-    call.all_to_all(
-        "rows", x.index_select(0, routes.rows), routes.rows_per_rank, routes.slots_per_rank, arrived[:n]
-    )
+    call.all_to_all("rows", x.index_select(0, routes.rows), routes.rows_per_rank, routes.slots_per_rank, arrived[:n])
     place = torch.full((T * K,), n, device=x.device)
     place[routes.slots] = torch.arange(n, device=x.device)
     place = place.view(T, K).t().contiguous()

@@ -3,7 +3,6 @@
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N received rows.
 """
 
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,8 +19,8 @@ from .utils import EventHandle, EventOverlap
 class Buffer:
     """Expert-parallel communication for one group of ranks.
 
-    Making a Buffer is collective and happens outside of compiled code. Several may exist at once, also of one group; they
-    share the group's windows.
+    Making a Buffer is collective and happens outside of compiled code. Several may exist at once, also of one group;
+    they share the group's windows.
 
     Args:
         group: the expert-parallel group.
@@ -202,5 +201,3 @@ def _config(num_ranks: int) -> Config:
 
 def _event(async_finish: bool) -> EventOverlap:
     return EventOverlap(EventHandle() if async_finish else None)
-
-

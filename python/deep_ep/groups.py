@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from . import _compile
 from .strategies import MODES, NormalStrategy, mode_from
@@ -30,13 +31,10 @@ _windows: dict[str, Windows] = {}
 def process_group(group: Group) -> dist.ProcessGroup:
     """The ProcessGroup that is meant."""
     if isinstance(group, str):
-        return dist.distributed_c10d._resolve_process_group(group)
+        return _resolve_process_group(group)  # type: ignore[arg-type]
+    group = group or dist.group.WORLD
     if group is None:
-        if not dist.is_initialized():
-            raise RuntimeError(
-                "deep_ep: there is no default group; call torch.distributed.init_process_group first"
-            )
-        return dist.group.WORLD
+        raise RuntimeError("deep_ep: there is no default group; call torch.distributed.init_process_group first")
     return group
 
 
@@ -112,9 +110,7 @@ def destroy(group: Group = None) -> None:
 
 def info_of(group: Group) -> GroupInfo:
     """What `init` recorded for the group; traceable."""
-    if group is None:
-        group = dist.group.WORLD
-    name = group if isinstance(group, str) else group.group_name
+    name = group if isinstance(group, str) else (group or dist.group.WORLD).group_name  # type: ignore[union-attr]
     info = _infos.get(name)
     if info is None:
         raise RuntimeError(

@@ -36,8 +36,8 @@ def get_dispatch_layout(
     """Counts of one rank's tokens; a token counts once per rank and once per node.
 
     topk_idx: int64 [T, K]. Returns num_tokens_per_rank int32 [R], num_tokens_per_rdma_rank int32 [num_nodes],
-    num_tokens_per_expert int32 [E] (a repeated id counts each time), is_token_in_rank int32 [T, R]. Node n has
-    the ranks from n * R / num_nodes on.
+    num_tokens_per_expert int32 [E] (repeated ids count each time) and is_token_in_rank int32 [T, R]. Node n
+    has the ranks from n * R / num_nodes on.
     """
     T = topk_idx.shape[0]
     has_expert = topk_idx >= 0
@@ -64,8 +64,8 @@ def dispatch(
 ) -> list[DispatchResult]:
     """Sends every (token, slot) row to the rank of its expert.
 
-    xs: [T, H]; topk_idxs: int64 [T, K]; topk_weights: fp32 [T, K]; num_worst_tokens: W. T and W may differ from
-    rank to rank.
+    xs: [T, H]; topk_idxs: int64 [T, K]; topk_weights: fp32 [T, K]; num_worst_tokens: W. T and W may differ
+    from rank to rank.
     """
     R = len(xs)
     L = num_experts // R
@@ -151,9 +151,8 @@ def combine_backward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The gradients of combine, grad_x [N, H] and grad_topk_weights fp32 [T, K].
 
-    grad_x is w · grad_out[token] in fp32, rounded once; grad_topk_weights is the fp32 dot <row, grad_out[token]>.
-
-    xs: [N, H], what combine was given.
+    grad_x is w · grad_out[token] in fp32, rounded once; grad_topk_weights is the fp32 dot product of a row
+    and its grad_out[token]. xs: [N, H], what combine was given.
     """
     grad_xs = [torch.zeros_like(x) for x in xs]
     grad_topk_weights = [torch.zeros_like(w) for w in topk_weights]
@@ -192,7 +191,4 @@ def all_gather_ragged(tensor: Tensor, group: dist.ProcessGroup | None = None) ->
     padded[: sizes[dist.get_rank(group)]] = tensor.contiguous().view(-1).view(torch.uint8)
     gathered = [torch.empty_like(padded) for _ in range(R)]
     dist.all_gather(gathered, padded, group=group)
-    return [
-        g[:size].view(tensor.dtype).view(s.tolist())
-        for g, size, s in zip(gathered, sizes, shapes, strict=True)
-    ]
+    return [g[:size].view(tensor.dtype).view(s.tolist()) for g, size, s in zip(gathered, sizes, shapes, strict=True)]

@@ -46,6 +46,12 @@ def register(
             _compile.communicating(op)
 
 
+def reject(name: str, error: str | None) -> None:
+    """Raises what is wrong with the arguments of op `name`, if anything."""
+    if error:
+        raise ValueError(f"deep_ep.{name}: {error}")
+
+
 def no_second_derivative(name: str) -> Callable[..., Any]:
     """An autograd formula for a backward op: gradients of gradients are an explicit error."""
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import alltoall
+from .. import alltoall, checks
 from ..groups import Group, GroupInfo, info_of
-from ._registration import register
+from ._registration import register, reject
 from .dispatch import DispatchHandle
 
 
@@ -58,6 +58,8 @@ def fake(
     num_ranks: int,
     group: str,
 ) -> Tensor:
+    error = checks.combine(x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
+    reject("combine", error)
     return x.new_empty((topk_idx.shape[0], x.shape[1]))
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import alltoall
-from ._registration import no_second_derivative, register
+from .. import alltoall, checks
+from ._registration import no_second_derivative, register, reject
 
 
 def fake(
@@ -22,6 +22,10 @@ def fake(
     num_ranks: int,
     group: str,
 ) -> tuple[Tensor, Tensor]:
+    error = checks.combine_backward(
+        grad_out, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks
+    )
+    reject("combine_backward", error)
     return x.new_empty(x.shape), topk_weights.new_empty(topk_weights.shape)
 
 

@@ -9,12 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import alltoall
+from .. import alltoall, checks
 from ..groups import Group, GroupInfo, info_of
 from . import get_dispatch_layout
-from ._registration import register
-
-MAX_ROWS = 2**31 - 1
+from ._registration import register, reject
 
 
 class DispatchHandle(NamedTuple):
@@ -82,9 +80,7 @@ def dispatch(
         RuntimeError: on all ranks, if an argument of any rank is wrong or ranks do not fit together; on all ranks
             that wait, if a peer has died or the deadline has passed.
     """
-    info = info_of(group)
-    layout = get_dispatch_layout.call(info, topk_idx, num_experts)
-    return call(info, x, topk_idx, topk_weights, num_experts, num_worst_tokens, is_token_in_rank=layout[3])
+    return call(info_of(group), x, topk_idx, topk_weights, num_experts, num_worst_tokens)
 
 
 def call(
@@ -94,7 +90,7 @@ def call(
     topk_weights: Tensor | None,
     num_experts: int,
     num_worst_tokens: int,
-    is_token_in_rank: Tensor,
+    is_token_in_rank: Tensor | None = None,
 ) -> DispatchOutput:
     """The op's overload for `info`, with its results put in order."""
     if topk_weights is None:
@@ -112,6 +108,9 @@ def call(
         recv_src_idx,
         send_head,
     ) = op(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens, info.name)
+    if is_token_in_rank is None:
+        # After the exchange: a bad id must not keep this rank from taking part in it.
+        is_token_in_rank = get_dispatch_layout.call(info, topk_idx, num_experts)[3]
     handle = DispatchHandle(
         rank_prefix,
         channel_prefix,
@@ -134,12 +133,13 @@ def fake(
     num_worst_tokens: int,
     group: str,
 ) -> tuple[Tensor, ...]:
+    reject("dispatch", checks.dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens))
     T, H = x.shape
     K, L = topk_idx.shape[1], num_experts // num_ranks
     N: Any = num_worst_tokens
     if num_worst_tokens == 0:
         N = torch.library.get_ctx().new_dynamic_size(min=0)
-        torch._check(N <= MAX_ROWS)
+        torch._check(N <= checks.MAX_ROWS)
 
     def empty(dtype: torch.dtype, *shape: Any) -> Tensor:
         return x.new_empty(shape, dtype=dtype)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import alltoall
-from ._registration import no_second_derivative, register
+from .. import alltoall, checks
+from ._registration import no_second_derivative, register, reject
 
 
 def fake(
@@ -21,6 +21,10 @@ def fake(
     num_ranks: int,
     group: str,
 ) -> tuple[Tensor, Tensor]:
+    error = checks.dispatch_backward(
+        grad_recv_x, grad_recv_topk_weights, recv_src_idx, topk_idx, send_head, num_experts, num_ranks
+    )
+    reject("dispatch_backward", error)
     T, K = topk_idx.shape
     return grad_recv_x.new_empty((T, grad_recv_x.shape[1])), grad_recv_topk_weights.new_empty((T, K))
 

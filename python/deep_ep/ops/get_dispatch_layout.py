@@ -6,9 +6,9 @@ T tokens · K top-k · E experts · R ranks · S nodes.
 import torch
 from torch import Tensor
 
-from .. import alltoall
+from .. import alltoall, checks
 from ..groups import Group, GroupInfo, info_of
-from ._registration import register
+from ._registration import register, reject
 
 
 def get_dispatch_layout(
@@ -38,9 +38,10 @@ def call(info: GroupInfo, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, T
     return op(topk_idx, num_experts, info.size, 1)
 
 
-def fake(
-    topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake(topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    error = checks.get_dispatch_layout(topk_idx, num_experts, num_ranks, num_nodes)
+    reject("get_dispatch_layout", error)
+
     def empty(*shape: int | torch.SymInt) -> Tensor:
         return topk_idx.new_empty(shape, dtype=torch.int32)
 

@@ -1,0 +1,169 @@
+"""Argument checks that need no values of tensors, for fakes and for the `.alltoall` kernels.
+
+Each function has the arguments of the op of its name and returns the message for the first bad one, or None. The
+native kernels check the same and more (torch_library/arguments.cpp).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_ROWS = 2**31 - 1
+"""Rows are numbered in int32."""
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """a != b, as far as that is known while shapes are symbolic."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a != b
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(a != b)
+
+
+def _tensor(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device, shape: dict[str, Any]
+) -> str | None:
+    """`shape` names the dimensions and says how long they must be, if that is given."""
+    names = f"[{', '.join(shape)}]"
+    if tensor.dim() != len(shape):
+        return f"{name} must have the shape {names}, got {list(tensor.shape)}"
+    for (dim, wanted), size in zip(shape.items(), tensor.shape, strict=True):
+        if wanted is not None and _differ(size, wanted):
+            return f"{name} must have the shape {names} with {dim} = {wanted}, got {list(tensor.shape)}"
+    if tensor.dtype not in dtypes:
+        *others, last = map(str, dtypes)
+        allowed = f"{', '.join(others)} or {last}" if others else last
+        return f"{name} must be {allowed}, got {tensor.dtype}"
+    if tensor.device != device:
+        return f"{name} must be on {device}, got {tensor.device}"
+    if not torch.compiler.is_compiling() and not tensor.is_contiguous():
+        return f"{name} must be contiguous, got the strides {list(tensor.stride())}"
+    return None
+
+
+def _experts(num_experts: int, num_ranks: int) -> str | None:
+    if num_ranks < 1:
+        return f"num_ranks must be at least 1, got {num_ranks}"
+    if num_experts < 1:
+        return f"num_experts must be at least 1, got {num_experts}"
+    if num_experts % num_ranks:
+        return f"num_experts ({num_experts}) must be divisible by num_ranks ({num_ranks})"
+    return None
+
+
+def group_size(num_ranks: int, size: int) -> str | None:
+    """num_ranks must be the size of the group."""
+    return None if num_ranks == size else f"num_ranks is {num_ranks}, but the group has {size} ranks"
+
+
+def _topk_idx(topk_idx: Tensor, device: torch.device, T: Any = None) -> str | None:
+    if error := _tensor("topk_idx", topk_idx, (torch.int64,), device, {"T": T, "K": None}):
+        return error
+    if not _differ(topk_idx.shape[1], 0):
+        return "topk_idx must have at least one column"
+    if isinstance(topk_idx.numel(), int) and topk_idx.numel() > MAX_ROWS:
+        return f"topk_idx must have at most {MAX_ROWS} ids, got {topk_idx.numel()}"
+    return None
+
+
+def get_dispatch_layout(topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int) -> str | None:
+    if error := _experts(num_experts, num_ranks) or _topk_idx(topk_idx, topk_idx.device):
+        return error
+    if num_nodes < 1 or num_ranks % num_nodes:
+        return f"num_ranks ({num_ranks}) must be divisible by num_nodes ({num_nodes})"
+    return None
+
+
+def _topk_weights(topk_weights: Tensor, topk_idx: Tensor) -> str | None:
+    T, K = topk_idx.shape
+    return _tensor("topk_weights", topk_weights, (torch.float32,), topk_idx.device, {"T": T, "K": K})
+
+
+def dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    num_worst_tokens: int,
+) -> str | None:
+    if num_worst_tokens < 0:
+        return f"num_worst_tokens must be 0 (exact) or positive, got {num_worst_tokens}"
+    return (
+        _tensor("x", x, FLOATS, x.device, {"T": None, "H": None})
+        or _topk_idx(topk_idx, x.device, x.shape[0])
+        or _topk_weights(topk_weights, topk_idx)
+        or _experts(num_experts, num_ranks)
+    )
+
+
+def _handle(
+    name: str,
+    rows: Tensor,
+    topk_idx: Tensor,
+    recv_src_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+) -> str | None:
+    """`rows`, the argument called `name`, stands in the row order of recv_x."""
+    device = rows.device
+    if error := (
+        _tensor(name, rows, FLOATS, device, {"N": None, "H": None})
+        or _topk_idx(topk_idx, device)
+        or _experts(num_experts, num_ranks)
+    ):
+        return error
+    N, (T, K) = rows.shape[0], topk_idx.shape
+    return _tensor("recv_src_idx", recv_src_idx, (torch.int32,), device, {"N": N, "3": 3}) or _tensor(
+        "send_head", send_head, (torch.int32,), device, {"T": T, "K": K}
+    )
+
+
+def combine(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+) -> str | None:
+    return _handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks) or _topk_weights(
+        topk_weights, topk_idx
+    )
+
+
+def dispatch_backward(
+    grad_recv_x: Tensor,
+    grad_recv_topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    topk_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+) -> str | None:
+    if error := _handle("grad_recv_x", grad_recv_x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks):
+        return error
+    shape = {"N": grad_recv_x.shape[0], "K": topk_idx.shape[1]}
+    return _tensor("grad_recv_topk_weights", grad_recv_topk_weights, (torch.float32,), grad_recv_x.device, shape)
+
+
+def combine_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+) -> str | None:
+    if error := combine(x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks):
+        return error
+    shape = {"T": topk_idx.shape[0], "H": x.shape[1]}
+    return _tensor("grad_out", grad_out, (x.dtype,), x.device, shape)

@@ -1,0 +1,136 @@
+"""Gradients of an expert-parallel MoE layer in fp32 against a dense one in fp64 that knows nothing of ranks.
+
+The loss of the whole group is Σ_r <out_r, a_r> + Σ_rows b · recv_topk_weights: the second term sends
+gradients through recv_topk_weights as well. Every expert is a two-layer FFN. Symbols: T local tokens,
+H hidden, F hidden size of the FFN, K top-k, E experts, R ranks, L = E/R local experts, N received rows.
+"""
+
+import pytest
+import torch
+from cases import Case, make_inputs
+from ranks import STRATEGIES, RankContext, RankPool
+from torch import Tensor
+from torch.nn.functional import silu
+
+import deep_ep
+from deep_ep import reference
+
+F = 24
+
+
+class Problem:
+    """A case with experts and the coefficients of the loss, in fp32 on every rank."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.inputs = make_inputs(case)
+        generator = torch.Generator().manual_seed(case.seed + 1)
+        self.up = torch.randn(case.E, case.H, F, generator=generator) / case.H**0.5
+        self.down = torch.randn(case.E, F, case.H, generator=generator) / F**0.5
+        self.a = [torch.randn(T, case.H, generator=generator) for T in case.tokens]
+        self.b = [torch.randn(T, case.K, generator=generator) for T in case.tokens]
+        self.dispatched = reference.dispatch(*self.inputs[:3], case.E, self.inputs.num_worst_tokens)
+
+
+def ffn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return silu(x @ up) @ down
+
+
+def dense_gradients(problem: Problem) -> dict[str, list[Tensor]]:
+    """By rank, in fp64: out, and the gradients of x, topk_weights, up, down and the experts' output rows."""
+    case = problem.case
+    xs = [x.double().requires_grad_() for x in problem.inputs.xs]
+    weights = [w.double().requires_grad_() for w in problem.inputs.topk_weights]
+    up, down = problem.up.double().requires_grad_(), problem.down.double().requires_grad_()
+    outs, slot_rows, loss = [], [], torch.zeros((), dtype=torch.float64)
+    for r, (x, w, ids) in enumerate(zip(xs, weights, problem.inputs.topk_idxs, strict=True)):
+        delivered = (problem.dispatched[r].send_head >= 0).double()
+        rows = torch.zeros(*ids.shape, case.H, dtype=torch.float64)
+        for e in range(case.E):
+            rows = rows + (ids == e).unsqueeze(2) * ffn(x, up[e], down[e]).unsqueeze(1)
+        rows.retain_grad()
+        out = ((w * delivered).unsqueeze(2) * rows).sum(1)
+        loss = loss + (out * problem.a[r].double()).sum() + (w * delivered * problem.b[r].double()).sum()
+        outs.append(out.detach())
+        slot_rows.append(rows)
+    loss.backward()
+    row_grads = []
+    for d in problem.dispatched:
+        used = d.recv_src_idx[:, 0] >= 0
+        grads = [slot_rows[s].grad[t, k] for s, t, k in d.recv_src_idx[used].tolist()]
+        row_grads.append(torch.zeros(*d.recv_x.shape, dtype=torch.float64))
+        if grads:
+            row_grads[-1][used] = torch.stack(grads)
+    return {
+        "out": outs,
+        "x": [x.grad for x in xs],
+        "topk_weights": [w.grad for w in weights],
+        "rows": row_grads,
+        "up": list(up.grad.chunk(case.R)),
+        "down": list(down.grad.chunk(case.R)),
+    }
+
+
+def check_gradients(ctx: RankContext, case: Case, strategy: str) -> None:
+    group = ctx.prepared_group(strategy)
+    problem, r, L = Problem(case), ctx.rank, case.local_experts
+    x = problem.inputs.xs[r].clone().requires_grad_()
+    weights = problem.inputs.topk_weights[r].clone().requires_grad_()
+    up = problem.up[r * L : (r + 1) * L].clone().requires_grad_()
+    down = problem.down[r * L : (r + 1) * L].clone().requires_grad_()
+
+    received = deep_ep.dispatch(
+        x,
+        problem.inputs.topk_idxs[r],
+        weights,
+        num_experts=case.E,
+        group=group,
+        num_worst_tokens=problem.inputs.num_worst_tokens[r],
+    )
+    counts = received.num_recv_tokens_per_expert.tolist()
+    unused = received.recv_x.shape[0] - sum(counts)
+    *blocks, tail = received.recv_x.split([*counts, unused])
+    rows = torch.cat([*(ffn(block, up[l], down[l]) for l, block in enumerate(blocks)), tail])
+    rows.retain_grad()
+    out = deep_ep.combine(rows, received.handle, group=group)
+    loss = (out * problem.a[r]).sum()
+    for n, (s, t, k) in enumerate(received.handle.recv_src_idx.tolist()):
+        if s >= 0:
+            loss = loss + problem.b[s][t, k] * received.recv_topk_weights[n, k]
+    loss.backward()
+
+    expected = dense_gradients(problem)
+    for name, actual, tolerance in (
+        ("out", out, 1e-6),
+        ("x", x.grad, 1e-6),
+        ("rows", rows.grad, 1e-6),
+        ("topk_weights", weights.grad, 1e-5),
+        ("up", up.grad, 1e-5),
+        ("down", down.grad, 1e-5),
+    ):
+        wanted = expected[name][r]
+        error = (actual.double() - wanted).norm()
+        assert error <= tolerance * wanted.norm(), f"{name}: error {error}, norm {wanted.norm()}"
+
+
+TOKENS = {1: (23,), 2: (17, 40), 3: (0, 31, 12), 4: (19, 1, 26, 33)}
+IDS = ("any", "distinct", "repeated", "one rank")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("mode", ["exact", "capacity"])
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("R", TOKENS)
+def test_gradients(pool: RankPool, strategy: str, mode: str, ids: str, R: int) -> None:
+    capacity = (0.6, 1.3, 0.8, 0.4)[:R] if mode == "capacity" else None
+    case = Case(TOKENS[R], H=16, K=4, ids=ids, capacity=capacity, seed=R)
+    if mode == "capacity":
+        assert any(d.num_dropped > 0 for d in Problem(case).dispatched)
+    pool.run(R, check_gradients, case, strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_gradient_is_lost_where_nothing_is_sent(pool: RankPool, strategy: str) -> None:
+    """Ranks without tokens and experts without rows get zeros, not None."""
+    pool.run(3, check_gradients, Case((0, 0, 5), H=16, K=2, ids="one expert"), strategy)
+    pool.run(2, check_gradients, Case((4, 5), H=16, K=2, ids="none"), strategy)

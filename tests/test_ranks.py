@@ -1,0 +1,89 @@
+"""The harness itself: a failure on a rank must never pass unseen or stop the session."""
+
+import os
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankContext, RankDied, RankError, RankHung, RankPool, raise_failures, spawn_ranks
+
+
+def sum_of_ranks(ctx: RankContext) -> int:
+    total = torch.tensor(ctx.rank)
+    dist.all_reduce(total, group=ctx.group)
+    return int(total)
+
+
+def fail(ctx: RankContext) -> None:
+    if ctx.rank > 0:
+        raise ValueError(f"bad value on rank {ctx.rank}")
+
+
+def wait_for_rank_0(ctx: RankContext) -> None:
+    if ctx.rank == 1:
+        ctx.store.get("a key that nobody sets")
+
+
+def die(ctx: RankContext) -> None:
+    if ctx.rank == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def wait_for_a_signal(ctx: RankContext) -> int:
+    ctx.store.set(f"rank {ctx.rank} waits", "")
+    if ctx.rank == 1:
+        signal.pause()
+    return os.getpid()
+
+
+def make_world_twice(ctx: RankContext) -> list[int]:
+    ctx.init_process_group()
+    before = sum_of_ranks(ctx)
+    dist.destroy_process_group()
+    ctx.init_process_group()
+    return [before, sum_of_ranks(ctx)]
+
+
+@pytest.mark.parametrize("R", [1, 2, 3, 4])
+def test_results_by_rank(pool: RankPool, R: int) -> None:
+    assert pool.run(R, sum_of_ranks) == [R * (R - 1) // 2] * R
+
+
+def test_failures_of_all_ranks_are_told(pool: RankPool) -> None:
+    with pytest.raises(RankError, match=r"(?s)bad value on rank 1.*bad value on rank 2") as raised:
+        pool.run(3, fail)
+    assert [type(error) for error in raised.value.exceptions] == [type(None), ValueError, ValueError]
+    errors = pool.run(3, fail, expect_errors=True)
+    assert [str(error) for error in errors] == ["None", "bad value on rank 1", "bad value on rank 2"]
+
+
+@pytest.mark.parametrize("expect_errors", [False, True])
+def test_a_hang_is_a_failure_that_shows_the_stack(pool: RankPool, expect_errors: bool) -> None:
+    with pytest.raises(RankError, match="in wait_for_rank_0") as raised:
+        pool.run(2, wait_for_rank_0, expect_errors=expect_errors, timeout=1.0)
+    assert [type(error) for error in raised.value.exceptions] == [type(None), RankHung]
+    assert pool.run(2, sum_of_ranks) == [1, 1]
+
+
+def test_a_dead_rank_is_a_failure(pool: RankPool) -> None:
+    with pytest.raises(RankError, match="in die") as raised:
+        pool.run(2, die)
+    assert [type(error) for error in raised.value.exceptions] == [type(None), RankDied]
+
+
+def test_spawned_ranks_can_be_killed() -> None:
+    with spawn_ranks(2, wait_for_a_signal) as ranks:
+        ranks.store.wait(["rank 1 waits"])
+        ranks.kill(1)
+        survivor, victim = ranks.outcomes()
+    assert survivor.value == ranks.pids[0]
+    assert isinstance(victim.exception, RankDied)
+    assert "exit code -9" in str(victim.exception)
+
+
+def test_spawned_ranks_can_make_world_again() -> None:
+    with spawn_ranks(3, make_world_twice, init=False) as ranks:
+        outcomes = ranks.outcomes()
+    raise_failures(outcomes)
+    assert [outcome.value for outcome in outcomes] == [[3, 3]] * 3
