@@ -56,7 +56,7 @@ class Config:
     backend: str = option("inductor", "torch.compile backend", ("none", "aot_eager", "inductor"))
     strategy: str = option("default", "deep_ep's strategy", ("default", "alltoall"))
     dtype: str = option("float32", "dtype of activations; parameters are float32", ("float32", "bfloat16"))
-    steps: int = option(400, "training steps")
+    steps: int = option(300, "training steps")
     batch: int = option(16, "sequences per step, all ranks together")
     seq: int = option(256, "sequence length in bytes")
     dim: int = option(128, "model width")
@@ -113,17 +113,27 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal self-attention: [B / R, S, D] -> [B / R, S, D]."""
+    """Causal self-attention with rotary positions: [B / R, S, D] -> [B / R, S, D]."""
+
+    rotation: Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.heads = config.heads
         self.qkv = Linear(config.dim, 3 * config.dim)
         self.project = Linear(config.dim, config.dim)
+        pairs = config.dim // config.heads // 2
+        angles = torch.outer(torch.arange(config.seq), 100.0 ** (-torch.arange(pairs) / pairs))
+        self.register_buffer("rotation", torch.stack([angles.cos(), angles.sin()]))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        cos, sin = self.rotation.to(x.dtype)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
         return self.project(y.transpose(1, 2).flatten(2))
 
 
@@ -211,13 +221,13 @@ class Transformer(nn.Module):
         self.dtype = getattr(torch, config.dtype)
         self.balance = config.balance
         self.embedding = nn.Embedding(256, config.dim)
-        self.position = nn.Parameter(torch.zeros(config.seq, config.dim))
+        nn.init.normal_(self.embedding.weight, std=0.1)
         self.blocks = nn.ModuleList(Block(config, layer, group) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.dim)
         self.head = Linear(config.dim, 256)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.embedding(tokens) + self.position
+        x = self.embedding(tokens)
         balance = x.new_zeros(())
         for block in self.blocks:
             x, block_balance = block(x)

@@ -61,18 +61,34 @@ struct F16 {
   }
 };
 
+// sum[i] += weight * row[i], while `next`, which comes after it, is fetched: rows lie anywhere in memory, and the
+// hardware does not guess where the next one starts.
+template <typename T>
+DEEP_EP_INLINE void accumulate(float* sum, float weight, const typename T::Storage* row,
+                               const typename T::Storage* next, int64_t size) {
+  constexpr int64_t kLine = 64 / sizeof(typename T::Storage);
+  constexpr int64_t kStep = 2 * kLine;
+  int64_t begin = 0;
+  for (; begin + kStep <= size; begin += kStep) {
+    __builtin_prefetch(next + begin);
+    __builtin_prefetch(next + begin + kLine);
+    for (int64_t i = begin; i < begin + kStep; ++i) sum[i] += weight * T::load(row[i]);
+  }
+  for (; begin < size; ++begin) sum[begin] += weight * T::load(row[begin]);
+}
+
 template <typename T>
 DEEP_EP_INLINE void weighted_sum(void* out, const void* const* rows, const float* weights, int64_t count,
                                  int64_t hidden) {
-  constexpr int64_t kBlock = 512;  // of fp32 sums, kept in the first-level cache
+  constexpr int64_t kBlock = 2048;  // of fp32 sums, kept in the first-level cache
   float sum[kBlock];
   for (int64_t begin = 0; begin < hidden; begin += kBlock) {
     const int64_t size = std::min(kBlock, hidden - begin);
     for (int64_t i = 0; i < size; ++i) sum[i] = 0.0f;
     for (int64_t k = 0; k < count; ++k) {
       const auto* row = static_cast<const typename T::Storage*>(rows[k]) + begin;
-      const float weight = weights[k];
-      for (int64_t i = 0; i < size; ++i) sum[i] += weight * T::load(row[i]);
+      const auto* next = static_cast<const typename T::Storage*>(rows[std::min(k + 1, count - 1)]) + begin;
+      accumulate<T>(sum, weights[k], row, next, size);
     }
     auto* to = static_cast<typename T::Storage*>(out) + begin;
     for (int64_t i = 0; i < size; ++i) to[i] = T::store(sum[i]);

@@ -1,5 +1,5 @@
-// What Python needs to make and drop groups (python/deep_ep/windows.py), through ctypes: no op, so invisible to dispatch
-// modes and graphs. Functions return nullptr or nonzero and fill `error` when they fail.
+// What Python needs to make and drop groups (python/deep_ep/windows.py), through ctypes: no op, so invisible to
+// dispatch modes and graphs. Functions return nullptr or nonzero and fill `error` when they fail.
 #include <chrono>
 #include <cstring>
 #include <exception>
@@ -42,8 +42,8 @@ DEEP_EP_API int deep_ep_group_fd(void* handle) { return (*static_cast<Handle*>(h
 
 DEEP_EP_API uint64_t deep_ep_group_bytes(void* handle) { return (*static_cast<Handle*>(handle))->bytes(); }
 
-DEEP_EP_API int deep_ep_group_connect(void* handle, const int64_t* pids, const int64_t* fds,
-                                      const uint64_t* bytes, char* error) {
+DEEP_EP_API int deep_ep_group_connect(void* handle, const int64_t* pids, const int64_t* fds, const uint64_t* bytes,
+                                      char* error) {
   return guarded(error, [&] { (*static_cast<Handle*>(handle))->connect(pids, fds, bytes); });
 }
 

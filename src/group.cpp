@@ -26,11 +26,7 @@ void copy_text(char* to, const std::string& text) {
 }  // namespace
 
 Group::Group(int rank, int size, uint64_t bytes, std::chrono::milliseconds timeout)
-    : rank_(rank),
-      size_(size),
-      bytes_(std::max(bytes, kMinWindowBytes)),
-      timeout_(timeout),
-      peers_(size) {
+    : rank_(rank), size_(size), bytes_(std::max(bytes, kMinWindowBytes)), timeout_(timeout), peers_(size) {
   const WindowLayout at = WindowLayout::of(size_, kMaxExperts, bytes_);
   own_.reset(new OwnWindow{Window::create(at.total()), Pool(at.pool, at.pool_bytes)});
   peers_[rank_].at = at;
@@ -50,16 +46,14 @@ void Group::connect(const int64_t* pids, const int64_t* fds, const uint64_t* byt
     peer.at = WindowLayout::of(size_, kMaxExperts, bytes[r]);
     peer.window = Window::open(pids[r], fds[r], peer.at.total());
     peer.pidfd = static_cast<int>(syscall(SYS_pidfd_open, pids[r], 0));
-    if (peer.pidfd < 0)
-      throw Error(str("cannot watch process ", pids[r], " of rank ", r, ": ", std::strerror(errno)));
+    if (peer.pidfd < 0) throw Error(str("cannot watch process ", pids[r], " of rank ", r, ": ", std::strerror(errno)));
   }
 }
 
 std::vector<Op> Group::log() const {
   std::lock_guard lock(mutex_);
   std::vector<Op> ops;
-  for (uint64_t n = sequence_ > kLogged ? sequence_ - kLogged : 0; n < sequence_; ++n)
-    ops.push_back(log_[n % kLogged]);
+  for (uint64_t n = sequence_ > kLogged ? sequence_ - kLogged : 0; n < sequence_; ++n) ops.push_back(log_[n % kLogged]);
   return ops;
 }
 
@@ -101,7 +95,8 @@ Operation::Operation(Group& group, Post mine, const std::vector<int32_t>& words,
     : group_(group), lock_(group.mutex_), op_(mine.op) {
   Control& own = group_.control(group_.rank_);
   if (own.state.load() == State::broken)
-    throw Error(str(prefix(), "the windows of this group were given up and cannot be used again; make a new group (", own.reason, ")"));
+    throw Error(str(prefix(), "the windows of this group were given up and cannot be used again; make a new group (",
+                    own.reason, ")"));
 
   sequence_ = ++group_.sequence_;
   if (group_.log_.size() < Group::kLogged) group_.log_.resize(Group::kLogged);
@@ -120,9 +115,7 @@ Operation::Operation(Group& group, Post mine, const std::vector<int32_t>& words,
   own.sequence.store(sequence_, std::memory_order_release);
   group_.ring_all();
 
-  const auto missing = [this](int r) {
-    return group_.control(r).sequence.load(std::memory_order_acquire) < sequence_;
-  };
+  const auto missing = [this](int r) { return group_.control(r).sequence.load(std::memory_order_acquire) < sequence_; };
   const auto all_posted = [&] {
     for (int r = 0; r < size(); ++r)
       if (missing(r)) return false;
@@ -159,13 +152,14 @@ std::string Operation::verdict(const std::function<std::string(const Operation&)
     std::string text;
     for (int r = 1; r < size(); ++r)
       if (value(post(r)) != value(post(0)))
-        text += str(text.empty() ? str(what, " differs: rank 0 has ", value(post(0))) : "", ", rank ", r,
-                    " has ", value(post(r)));
+        text += str(text.empty() ? str(what, " differs: rank 0 has ", value(post(0))) : "", ", rank ", r, " has ",
+                    value(post(r)));
     return text;
   };
   const auto op_name = [](const Post& p) { return std::string(name_of(p.op)); };
   if (std::string text = differ("the operation", op_name); !text.empty())
-    return text + str(" (operation number ", sequence_, " of this group); all ranks must issue the same operations in the same order");
+    return text + str(" (operation number ", sequence_,
+                      " of this group); all ranks must issue the same operations in the same order");
 
   std::string rejected;
   for (int r = 0; r < size(); ++r)
@@ -186,8 +180,8 @@ std::string Operation::verdict(const std::function<std::string(const Operation&)
   }
 }
 
-void Operation::wait(const char* phase, const std::function<bool()>& ready,
-                     const std::function<bool(int)>& missing, const std::function<bool(int)>& needed) {
+void Operation::wait(const char* phase, const std::function<bool()>& ready, const std::function<bool(int)>& missing,
+                     const std::function<bool(int)>& needed) {
   const auto start = std::chrono::steady_clock::now();
   Control& own = group_.control(rank());
   while (!own.bell.wait(ready, kHealthMilliseconds)) {
@@ -197,7 +191,8 @@ void Operation::wait(const char* phase, const std::function<bool()>& ready,
       if (r == rank() || (!exited && state == State::open)) continue;
       if (ready()) return;  // asked after the above: it may have done its part just before it went
       if (!needed(r)) continue;
-      const std::string who = str(prefix(), "rank ", rank(), " waits for rank ", r, " ", phase, " (operation number ", sequence_, "), but ");
+      const std::string who = str(prefix(), "rank ", rank(), " waits for rank ", r, " ", phase, " (operation number ",
+                                  sequence_, "), but ");
       if (state == State::broken) give_up(str(who, "rank ", r, " gave up: ", group_.control(r).reason));
       if (state == State::closed) give_up(str(who, "rank ", r, " has left the group"));
       give_up(str(who, "rank ", r, " (process ", group_.peers_[r].pid, ") has died"));
@@ -216,8 +211,8 @@ void Operation::wait(const char* phase, const std::function<bool()>& ready,
   }
 }
 
-std::optional<Region> Operation::pool_region(int rank, int64_t num_slots, int64_t total_rows,
-                                             uint64_t row_bytes, uint64_t meta_bytes) const {
+std::optional<Region> Operation::pool_region(int rank, int64_t num_slots, int64_t total_rows, uint64_t row_bytes,
+                                             uint64_t meta_bytes) const {
   Region region;
   region.offset = post(rank).pool_offset;
   region.metas = Pool::aligned(total_rows * row_bytes);
@@ -241,7 +236,9 @@ Region Operation::staging_region(int rank, int64_t num_slots, int64_t granularit
     region.stride = at.staging_bytes / 2;
     region.slots_per_chunk = (region.stride - kLine) / slot_bytes / granularity * granularity;
     if (region.slots_per_chunk == 0)
-      throw Error(str("the window of rank ", rank, " is too small: ", granularity, " rows of ", slot_bytes, " bytes do not fit into half of its staging memory (", region.stride, " bytes); ask for more with num_nvl_bytes or num_bytes"));
+      throw Error(str("the window of rank ", rank, " is too small: ", granularity, " rows of ", slot_bytes,
+                      " bytes do not fit into half of its staging memory (", region.stride,
+                      " bytes); ask for more with num_nvl_bytes or num_bytes"));
   }
   region.metas = round_up(region.slots_per_chunk * row_bytes, kLine);
   return region;
@@ -250,7 +247,7 @@ Region Operation::staging_region(int rank, int64_t num_slots, int64_t granularit
 void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& regions, uint64_t row_bytes,
                          uint64_t meta_bytes, const Write& write, const Consume& consume) {
   const Region& mine = regions[rank()];
-  std::vector<int64_t> sent(size(), 0);   // chunks delivered in full, by destination
+  std::vector<int64_t> sent(size(), 0);     // chunks delivered in full, by destination
   std::vector<int64_t> allowed(size(), 0);  // chunks that may be written, by destination
   int64_t consumed = 0;
   Control& own = group_.control(rank());
@@ -276,7 +273,8 @@ void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& 
     const auto sent_now = [&](const Entry& entry) {
       const Region& region = regions[entry.dest];
       if (entry.slot >= region.num_slots)
-        throw Error(str(prefix(), "slot ", entry.slot, " of rank ", entry.dest, " is out of range; is the handle intact?"));
+        throw Error(
+            str(prefix(), "slot ", entry.slot, " of rank ", entry.dest, " is out of range; is the handle intact?"));
       const int64_t chunk = entry.slot / region.slots_per_chunk;
       if (chunk >= allowed[entry.dest]) return false;
       const int64_t slot = entry.slot - chunk * region.slots_per_chunk;
@@ -288,7 +286,8 @@ void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& 
   };
   const auto report = [&](int d) {
     const bool all = sent[d] == regions[d].num_chunks();
-    group_.done(d, rank()).store(Progress::encode(sequence_, all ? Progress::kAll : sent[d]), std::memory_order_release);
+    group_.done(d, rank()).store(Progress::encode(sequence_, all ? Progress::kAll : sent[d]),
+                                 std::memory_order_release);
     group_.control(d).bell.ring();
   };
 
@@ -320,16 +319,15 @@ void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& 
       return true;
     }();
     if (all_sent && consumed == mine.num_chunks()) return;
-    wait(consumed < mine.num_chunks() ? "to send its rows" : "to take rows",
-         [&] { return may_send() || (consumed < mine.num_chunks() && chunk_arrived()); },
-         missing, missing);
+    wait(
+        consumed < mine.num_chunks() ? "to send its rows" : "to take rows",
+        [&] { return may_send() || (consumed < mine.num_chunks() && chunk_arrived()); }, missing, missing);
   }
 }
 
 std::shared_ptr<std::byte> Operation::keep(uint64_t bytes) {
   const Block block = group_.own_->pool.trim(std::exchange(offered_, {}), bytes);
-  return {group_.own_->window.at(block.offset),
-          [own = group_.own_, block](std::byte*) { own->pool.give_back(block); }};
+  return {group_.own_->window.at(block.offset), [own = group_.own_, block](std::byte*) { own->pool.give_back(block); }};
 }
 
 namespace groups {

@@ -34,18 +34,22 @@ std::vector<int32_t> Handle::words(std::string& wrong) const {
     const int32_t source = recv_src_idx[3 * n], token = recv_src_idx[3 * n + 1], k = recv_src_idx[3 * n + 2];
     if (source < 0) continue;
     if (source >= num_ranks || token < 0 || k < 0 || k >= top_k)
-      wrong = str("recv_src_idx says (", source, ", ", token, ", ", k, ") of row ", n, "; allowed are ranks 0..", num_ranks - 1, ", tokens from 0 and k 0..", top_k - 1, ", or -1 for no row");
+      wrong = str("recv_src_idx says (", source, ", ", token, ", ", k, ") of row ", n, "; allowed are ranks 0..",
+                  num_ranks - 1, ", tokens from 0 and k 0..", top_k - 1, ", or -1 for no row");
     else
       digests[source].add(token * top_k + k, n);
   }
-  const int64_t local_experts = num_experts / num_ranks;
   for (int64_t slot = 0; slot < num_tokens * top_k && wrong.empty(); ++slot) {
     if (send_head[slot] < 0) continue;
     const int64_t expert = topk_idx[slot];
     if (expert < 0 || expert >= num_experts)
-      wrong = str("send_head has a row for [", slot / top_k, ", ", slot % top_k, "], but topk_idx has the id ", expert, " there; allowed are 0..", num_experts - 1);
+      wrong = str("send_head has a row for [", slot / top_k, ", ", slot % top_k, "], but topk_idx has the id ", expert,
+                  " there; allowed are 0..", num_experts - 1);
+    else if (destination(slot) == rank && send_head[slot] >= num_rows)
+      wrong = str("send_head says row ", send_head[slot], " for [", slot / top_k, ", ", slot % top_k,
+                  "], which this rank sent to itself; it has ", num_rows, " rows");
     else
-      digests[num_ranks + expert / local_experts].add(slot, send_head[slot]);
+      digests[num_ranks + destination(slot)].add(slot, send_head[slot]);
   }
   const auto* words = reinterpret_cast<const int32_t*>(digests.data());
   return {words, words + digests.size() * sizeof(Digest) / sizeof(int32_t)};
@@ -57,7 +61,9 @@ std::string Handle::check(const Operation& op) {
       const Digest& returns = returned(op, expert_rank)[token_rank];
       const Digest& expects = expected(op, token_rank)[expert_rank];
       if (returns.count == expects.count && returns.hash == expects.hash) continue;
-      return str("the handles of rank ", expert_rank, " and rank ", token_rank, " are not of one dispatch: rank ", expert_rank, " holds ", returns.count, " rows from rank ", token_rank, ", which expects ", expects.count, returns.count == expects.count ? ", but others" : "");
+      return str("the handles of rank ", expert_rank, " and rank ", token_rank, " are not of one dispatch: rank ",
+                 expert_rank, " holds ", returns.count, " rows from rank ", token_rank, ", which expects ",
+                 expects.count, returns.count == expects.count ? ", but others" : "");
     }
   return "";
 }
@@ -73,20 +79,18 @@ std::vector<Entry> Handle::returns() const {
   entries.reserve(num_rows);
   for (int32_t n = 0; n < num_rows; ++n) {
     const int32_t* source = recv_src_idx + 3 * n;
-    if (source[0] >= 0)
+    if (source[0] >= 0 && source[0] != rank)
       entries.push_back({source[0], static_cast<int32_t>(source[1] * top_k + source[2]), n});
   }
   return entries;
 }
 
 std::vector<Entry> Handle::sends() const {
-  const int64_t local_experts = num_experts / num_ranks;
   std::vector<Entry> entries;
   entries.reserve(num_tokens * top_k);
   for (int64_t slot = 0; slot < num_tokens * top_k; ++slot)
     if (send_head[slot] >= 0)
-      entries.push_back({static_cast<int32_t>(topk_idx[slot] / local_experts), send_head[slot],
-                         static_cast<int32_t>(slot)});
+      entries.push_back({static_cast<int32_t>(destination(slot)), send_head[slot], static_cast<int32_t>(slot)});
   return entries;
 }
 

@@ -17,6 +17,10 @@ struct Handle {
   const int64_t* topk_idx;      // [T, K]
   const int32_t* send_head;     // [T, K]: row at the expert's rank, -1 if there is none
   int64_t num_rows, num_tokens, top_k, num_experts, num_ranks;
+  int64_t rank;  // whose handle this is
+
+  // The rank of the expert that slot token * K + k was sent to, for a slot with a row.
+  int64_t destination(int64_t slot) const { return topk_idx[slot] / (num_experts / num_ranks); }
 
   // What every rank publishes so that check() can tell that the handles of all ranks are of one dispatch. Sets
   // `wrong` if this handle alone is inconsistent.
@@ -28,7 +32,7 @@ struct Handle {
   // Rows that `rank` holds, from the words of all ranks.
   static int64_t rows_at(const Operation& op, int rank);
 
-  // From row n at the expert's rank to slot token * K + k of the token's rank, in row order.
+  // From row n at the expert's rank to slot token * K + k of the token's rank, in row order, where these are two ranks.
   std::vector<Entry> returns() const;
 
   // From slot token * K + k to the row at the expert's rank, in slot order.

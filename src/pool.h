@@ -17,9 +17,7 @@ class Pool {
  public:
   static constexpr uint64_t kAlignment = 64;
 
-  static constexpr uint64_t aligned(uint64_t bytes) {
-    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  }
+  static constexpr uint64_t aligned(uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
   Pool(uint64_t offset, uint64_t bytes);
 

@@ -13,16 +13,16 @@ std::string count_experts(const int64_t* topk_idx, int64_t num_tokens, int64_t t
     const int64_t expert = topk_idx[i];
     if (expert == -1) continue;
     if (expert < 0 || expert >= num_experts)
-      return str("topk_idx has the id ", expert, " at [", i / top_k, ", ", i % top_k,
-                 "]; allowed are -1 and 0..", num_experts - 1);
+      return str("topk_idx has the id ", expert, " at [", i / top_k, ", ", i % top_k, "]; allowed are -1 and 0..",
+                 num_experts - 1);
     ++counts[expert];
   }
   return "";
 }
 
-void dispatch_layout(const int64_t* topk_idx, int64_t num_tokens, int64_t top_k, int64_t num_experts,
-                     int64_t num_ranks, int64_t num_nodes, int32_t* per_rank, int32_t* per_node,
-                     int32_t* per_expert, int32_t* is_token_in_rank) {
+void dispatch_layout(const int64_t* topk_idx, int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t num_ranks,
+                     int64_t num_nodes, int32_t* per_rank, int32_t* per_node, int32_t* per_expert,
+                     int32_t* is_token_in_rank) {
   const int64_t local_experts = num_experts / num_ranks;
   const int64_t ranks_per_node = num_ranks / num_nodes;
   std::fill_n(per_rank, num_ranks, 0);
@@ -48,8 +48,7 @@ void dispatch_layout(const int64_t* topk_idx, int64_t num_tokens, int64_t top_k,
   }
 }
 
-Routing::Routing(int64_t num_experts, std::vector<const int32_t*> counts,
-                 std::vector<int64_t> num_worst_tokens)
+Routing::Routing(int64_t num_experts, std::vector<const int32_t*> counts, std::vector<int64_t> num_worst_tokens)
     : local_experts_(num_experts / static_cast<int64_t>(counts.size())),
       counts_(std::move(counts)),
       worst_(std::move(num_worst_tokens)),

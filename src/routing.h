@@ -1,7 +1,8 @@
 // Routing arithmetic of the row contract "expert": one row per (token, k), ordered at the receiver by local expert,
 // source rank, token, k.
 //
-// T local tokens · K top-k · E experts · R ranks · L = E/R local experts · N rows · W num_worst_tokens (0: all rows fit).
+// T local tokens · K top-k · E experts · R ranks · L = E/R local experts · N rows · W num_worst_tokens (0: all rows
+// fit).
 #pragma once
 
 #include <cstdint>
@@ -14,11 +15,11 @@ namespace deep_ep {
 std::string count_experts(const int64_t* topk_idx, int64_t num_tokens, int64_t top_k, int64_t num_experts,
                           int32_t* counts);
 
-// Tokens per rank [R], per node [S], per expert [E], and whether token t goes to rank r [T, R]. A token counts once per rank
-// and per node; node = rank / (R / S).
-void dispatch_layout(const int64_t* topk_idx, int64_t num_tokens, int64_t top_k, int64_t num_experts,
-                     int64_t num_ranks, int64_t num_nodes, int32_t* per_rank, int32_t* per_node,
-                     int32_t* per_expert, int32_t* is_token_in_rank);
+// Tokens per rank [R], per node [S], per expert [E], and whether token t goes to rank r [T, R]. A token counts once per
+// rank and per node; node = rank / (R / S).
+void dispatch_layout(const int64_t* topk_idx, int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t num_ranks,
+                     int64_t num_nodes, int32_t* per_rank, int32_t* per_node, int32_t* per_expert,
+                     int32_t* is_token_in_rank);
 
 // Who sends how many rows where, from the counts of all ranks.
 class Routing {
@@ -28,8 +29,8 @@ class Routing {
 
   int64_t num_ranks() const { return static_cast<int64_t>(counts_.size()); }
   int64_t num_local_experts() const { return local_experts_; }
-  int64_t wanted(int64_t rank) const { return wanted_[rank]; }        // rows for `rank`, before dropping
-  int64_t delivered(int64_t rank) const {                             // rows that fit
+  int64_t wanted(int64_t rank) const { return wanted_[rank]; }  // rows for `rank`, before dropping
+  int64_t delivered(int64_t rank) const {                       // rows that fit
     return worst_[rank] > 0 && worst_[rank] < wanted_[rank] ? worst_[rank] : wanted_[rank];
   }
   int64_t total_rows(int64_t rank) const { return worst_[rank] > 0 ? worst_[rank] : wanted_[rank]; }
@@ -38,7 +39,8 @@ class Routing {
   // First row, in rank e/L's order, of what `source` sends to expert e: [E].
   std::vector<int64_t> first_rows(int64_t source) const;
 
-  // Calls segment(local expert, source, first row, end row) for what `rank` receives, in row order, dropped rows cut off.
+  // Calls segment(local expert, source, first row, end row) for what `rank` receives, in row order, dropped rows cut
+  // off.
   template <typename Segment>
   void segments(int64_t rank, Segment&& segment) const {
     const int64_t limit = delivered(rank);

@@ -15,8 +15,7 @@ namespace {
 
 std::byte* map(int fd, uint64_t bytes) {
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  if (base == MAP_FAILED)
-    throw Error(str("cannot map a window of ", bytes, " bytes: ", std::strerror(errno)));
+  if (base == MAP_FAILED) throw Error(str("cannot map a window of ", bytes, " bytes: ", std::strerror(errno)));
   return static_cast<std::byte*>(base);
 }
 

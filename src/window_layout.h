@@ -38,8 +38,8 @@ struct Post {
   int64_t top_k;      // K
   int64_t experts;    // E
   int64_t dtype;
-  int64_t rows;              // of the tensor that receives expert rows; dispatch: W, 0 in exact mode
-  uint64_t pool_offset;      // the pool block that this rank offers for rows of this operation
+  int64_t rows;          // of the tensor that receives expert rows; dispatch: W, 0 in exact mode
+  uint64_t pool_offset;  // the pool block that this rank offers for rows of this operation
   uint64_t pool_bytes;
   uint64_t num_words;  // of what follows the post
   char text[kTextBytes];
@@ -50,7 +50,7 @@ enum class State : uint32_t { open, closed, broken };
 struct alignas(kLine) Control {
   Bell bell;
   std::atomic<State> state;
-  char reason[kTextBytes];                   // valid once state is broken
+  char reason[kTextBytes];                        // valid once state is broken
   alignas(kLine) std::atomic<uint64_t> sequence;  // of the newest post
   alignas(kLine) std::atomic<uint64_t> credit;    // Progress of chunks that senders may write
 };

@@ -10,13 +10,20 @@ constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
 
 std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "torch.float32";
-    case ScalarType::Half: return "torch.float16";
-    case ScalarType::BFloat16: return "torch.bfloat16";
-    case ScalarType::Double: return "torch.float64";
-    case ScalarType::Int: return "torch.int32";
-    case ScalarType::Long: return "torch.int64";
-    default: return torch::headeronly::toString(dtype);
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    default:
+      return torch::headeronly::toString(dtype);
   }
 }
 
@@ -28,7 +35,8 @@ std::string list(const Items& items, Name&& name, const char* separator) {
 }
 
 std::string shape_name(const std::vector<int64_t>& shape) {
-  return "[" + list(shape, [](int64_t n) { return n == Checks::kAny ? std::string("any") : std::to_string(n); }, ", ") + "]";
+  return "[" +
+         list(shape, [](int64_t n) { return n == Checks::kAny ? std::string("any") : std::to_string(n); }, ", ") + "]";
 }
 
 }  // namespace
@@ -74,9 +82,12 @@ std::vector<int64_t> sizes_of(const Tensor& tensor) {
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    default: return DType::f32;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      return DType::f32;
   }
 }
 
@@ -91,37 +102,34 @@ Checks& check_topk_idx(Checks& checks, const Tensor& topk_idx, int64_t num_token
 
 }  // namespace
 
-Checks check_get_dispatch_layout(const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks,
-                                 int64_t num_nodes) {
+Checks check_get_dispatch_layout(const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks, int64_t num_nodes) {
   Checks checks;
   check_topk_idx(checks, topk_idx, Checks::kAny).experts(num_experts, num_ranks, 0);
   return checks.require(num_nodes > 0 && num_ranks % num_nodes == 0,
                         str("num_nodes must divide num_ranks (", num_ranks, "), got ", num_nodes));
 }
 
-Checks check_dispatch(const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weights,
-                      int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens, int64_t group_size) {
+Checks check_dispatch(const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weights, int64_t num_experts,
+                      int64_t num_ranks, int64_t num_worst_tokens, int64_t group_size) {
   Checks checks;
   checks.rows("x", x, {Checks::kAny, Checks::kAny});
   if (checks.passed()) check_topk_idx(checks, topk_idx, x.size(0));
   if (checks.passed())
     checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, {topk_idx.size(0), topk_idx.size(1)});
   checks.experts(num_experts, num_ranks, group_size);
-  return checks.require(num_worst_tokens >= 0 && num_worst_tokens <= kMaxRows,
-                        str("num_worst_tokens must be 0 (exact) or a number of rows up to ", kMaxRows, ", got ",
-                            num_worst_tokens));
+  return checks.require(
+      num_worst_tokens >= 0 && num_worst_tokens <= kMaxRows,
+      str("num_worst_tokens must be 0 (exact) or a number of rows up to ", kMaxRows, ", got ", num_worst_tokens));
 }
 
 Checks check_handle(const char* rows_name, const Tensor& expert_rows, const Tensor& topk_idx,
-                    const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts,
-                    int64_t num_ranks, int64_t group_size) {
+                    const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts, int64_t num_ranks,
+                    int64_t group_size) {
   Checks checks;
   checks.rows(rows_name, expert_rows, {Checks::kAny, Checks::kAny});
-  if (checks.passed())
-    checks.tensor("recv_src_idx", recv_src_idx, {ScalarType::Int}, {expert_rows.size(0), 3});
+  if (checks.passed()) checks.tensor("recv_src_idx", recv_src_idx, {ScalarType::Int}, {expert_rows.size(0), 3});
   check_topk_idx(checks, topk_idx, Checks::kAny);
-  if (checks.passed())
-    checks.tensor("send_head", send_head, {ScalarType::Int}, {topk_idx.size(0), topk_idx.size(1)});
+  if (checks.passed()) checks.tensor("send_head", send_head, {ScalarType::Int}, {topk_idx.size(0), topk_idx.size(1)});
   return checks.experts(num_experts, num_ranks, group_size);
 }
 

@@ -47,15 +47,14 @@ class Checks {
 DType dtype_of(const Tensor& tensor);
 std::vector<int64_t> sizes_of(const Tensor& tensor);
 
-Checks check_get_dispatch_layout(const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks,
-                                 int64_t num_nodes);
-Checks check_dispatch(const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weights,
-                      int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens, int64_t group_size);
+Checks check_get_dispatch_layout(const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks, int64_t num_nodes);
+Checks check_dispatch(const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weights, int64_t num_experts,
+                      int64_t num_ranks, int64_t num_worst_tokens, int64_t group_size);
 // The arguments that combine, combine_backward and dispatch_backward share; `expert_rows` [N, H] is the one called
 // `rows_name`.
 Checks check_handle(const char* rows_name, const Tensor& expert_rows, const Tensor& topk_idx,
-                    const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts,
-                    int64_t num_ranks, int64_t group_size);
+                    const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts, int64_t num_ranks,
+                    int64_t group_size);
 
 }  // namespace deep_ep
 

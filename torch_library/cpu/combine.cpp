@@ -8,7 +8,8 @@ Tensor combine(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_i
   const std::shared_ptr<Group> group = groups::get("combine", group_name.value);
   Checks checks = check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group->size());
   checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx));
-  const HandleArguments arguments(Op::combine, checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks);
+  const HandleArguments arguments(Op::combine, *group, checks, x, topk_idx, recv_src_idx, send_head, num_experts,
+                                  num_ranks);
   SendBack back{.handle = arguments.handle};
   std::vector<Region> regions;
   Operation op(*group, arguments.post, arguments.words, arguments.wrong, [&](const Operation& op) {

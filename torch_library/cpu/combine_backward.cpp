@@ -4,8 +4,8 @@
 namespace deep_ep {
 namespace {
 
-// Two operations: grad_out goes to the experts' ranks, where it meets x and becomes grad_x, then <x, grad_out> of every row
-// comes back.
+// Two operations: grad_out goes to the experts' ranks, where it meets x and becomes grad_x, then <x, grad_out> of every
+// row comes back.
 std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor topk_idx, Tensor topk_weights,
                                             Tensor recv_src_idx, Tensor send_head, int64_t num_experts,
                                             int64_t num_ranks, GroupName group_name) {
@@ -13,7 +13,8 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
   Checks checks = check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group->size());
   checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx))
       .tensor("grad_out", grad_out, {x.scalar_type()}, {sizes_of(topk_idx)[0], sizes_of(x).back()});
-  HandleArguments arguments(Op::combine_backward, checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks);
+  HandleArguments arguments(Op::combine_backward, *group, checks, x, topk_idx, recv_src_idx, send_head, num_experts,
+                            num_ranks);
   const Handle& handle = arguments.handle;
 
   std::vector<float> products(handle.num_rows, 0.0f);  // <x, grad_out> of every row
@@ -23,8 +24,9 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
     Operation op(*group, arguments.post, arguments.words, arguments.wrong, [&](const Operation& op) {
       std::string wrong = Handle::check(op);
       if (wrong.empty())
-        recv.place(op, x, sizeof(float), [&](int r) { return Handle::rows_at(op, r); },
-                   [&](int r) { return op.post(r).rows; });
+        recv.place(
+            op, x, sizeof(float), [&](int r) { return Handle::rows_at(op, r); },
+            [&](int r) { return op.post(r).rows; });
       return wrong;
     });
     recv.allocate(x);

@@ -52,8 +52,9 @@ Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_exp
       if (routing->wanted(r) > std::numeric_limits<int32_t>::max())
         return str("rank ", r, " would receive ", routing->wanted(r), " rows; at most ",
                    std::numeric_limits<int32_t>::max(), " are possible");
-    recv.place(op, x, sizeof(RowMeta), [&](int r) { return routing->delivered(r); },
-               [&](int r) { return routing->total_rows(r); });
+    recv.place(
+        op, x, sizeof(RowMeta), [&](int r) { return routing->delivered(r); },
+        [&](int r) { return routing->total_rows(r); });
     return std::string();
   });
 
@@ -144,18 +145,15 @@ Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_exp
     });
   for (int64_t i = R; i < R * R; ++i) between_ranks[i] += between_ranks[i - R];
   auto* sent_prefix = channel_prefix.mutable_data_ptr<int32_t>();
-  for (int64_t e = 0; e < num_experts; ++e)
-    sent_prefix[e] = counts[e] + (e % L > 0 ? sent_prefix[e - 1] : 0);
+  for (int64_t e = 0; e < num_experts; ++e) sent_prefix[e] = counts[e] + (e % L > 0 ? sent_prefix[e - 1] : 0);
 
   Tensor recv_x = recv.take(op, x, delivered);
   op.finish();
-  return {recv_x, recv_topk_idx, recv_topk_weights, counts_out, num_dropped, rank_prefix, channel_prefix,
-          recv_channel_prefix, recv_src_idx, send_head};
+  return {recv_x,      recv_topk_idx,  recv_topk_weights,   counts_out,   num_dropped,
+          rank_prefix, channel_prefix, recv_channel_prefix, recv_src_idx, send_head};
 }
 
 }  // namespace
 }  // namespace deep_ep
 
-STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) {
-  library.impl("dispatch", TORCH_BOX(&deep_ep::dispatch));
-}
+STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) { library.impl("dispatch", TORCH_BOX(&deep_ep::dispatch)); }

@@ -13,14 +13,15 @@ std::vector<float> weight_gradients(const Tensor& grad_recv_topk_weights, const 
   return of_row;
 }
 
-std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_recv_topk_weights,
-                                             Tensor recv_src_idx, Tensor topk_idx, Tensor send_head,
-                                             int64_t num_experts, int64_t num_ranks, GroupName group_name) {
+std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_recv_topk_weights, Tensor recv_src_idx,
+                                             Tensor topk_idx, Tensor send_head, int64_t num_experts, int64_t num_ranks,
+                                             GroupName group_name) {
   const std::shared_ptr<Group> group = groups::get("dispatch_backward", group_name.value);
-  Checks checks = check_handle("grad_recv_x", grad_recv_x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group->size());
+  Checks checks = check_handle("grad_recv_x", grad_recv_x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks,
+                               group->size());
   checks.tensor("grad_recv_topk_weights", grad_recv_topk_weights, {ScalarType::Float},
                 {sizes_of(grad_recv_x)[0], sizes_of(topk_idx).back()});
-  const HandleArguments arguments(Op::dispatch_backward, checks, grad_recv_x, topk_idx, recv_src_idx, send_head,
+  const HandleArguments arguments(Op::dispatch_backward, *group, checks, grad_recv_x, topk_idx, recv_src_idx, send_head,
                                   num_experts, num_ranks);
   SendBack back{.handle = arguments.handle};
   std::vector<float> of_row;

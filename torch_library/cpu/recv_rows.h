@@ -1,5 +1,5 @@
-// The tensor [rows, H] that an operation receives into: memory of the own window's pool when there is room, private memory
-// otherwise.
+// The tensor [rows, H] that an operation receives into: memory of the own window's pool when there is room, private
+// memory otherwise.
 #pragma once
 
 #include <cstring>
@@ -11,11 +11,10 @@ namespace deep_ep {
 
 class RecvRows {
  public:
-  // Decides for every rank where its rows of `like`'s dtype and hidden size go. delivered(r) rows arrive at rank r, in a
-  // tensor of total(r) rows.
+  // Decides for every rank where its rows of `like`'s dtype and hidden size go. delivered(r) rows arrive at rank r, in
+  // a tensor of total(r) rows.
   template <typename Delivered, typename Total>
-  void place(const Operation& op, const Tensor& like, uint64_t meta_bytes, Delivered&& delivered,
-             Total&& total) {
+  void place(const Operation& op, const Tensor& like, uint64_t meta_bytes, Delivered&& delivered, Total&& total) {
     row_bytes_ = like.size(1) * like.element_size();
     for (int r = 0; r < op.size(); ++r) {
       const auto pooled = op.pool_region(r, delivered(r), total(r), row_bytes_, meta_bytes);
@@ -45,9 +44,8 @@ class RecvRows {
   Tensor take(Operation& op, const Tensor& like, int64_t delivered) {
     if (pooled_) {
       const std::shared_ptr<std::byte> memory = op.keep(rows_ * row_bytes_);
-      private_ = torch::stable::from_blob(
-          memory.get(), {rows_, like.size(1)}, {like.size(1), 1}, like.device(), like.scalar_type(),
-          [memory](void*) {});
+      private_ = torch::stable::from_blob(memory.get(), {rows_, like.size(1)}, {like.size(1), 1}, like.device(),
+                                          like.scalar_type(), [memory](void*) {});
     }
     std::memset(static_cast<std::byte*>(private_->mutable_data_ptr()) + delivered * row_bytes_, 0,
                 (rows_ - delivered) * row_bytes_);

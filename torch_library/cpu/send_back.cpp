@@ -7,41 +7,46 @@ namespace deep_ep {
 std::vector<Region> SendBack::place(const Operation& op) const {
   std::vector<Region> regions;
   for (int r = 0; r < op.size(); ++r)
-    regions.push_back(op.staging_region(r, op.post(r).tokens * handle.top_k, handle.top_k, row_bytes(), scalar_bytes()));
+    regions.push_back(
+        op.staging_region(r, op.post(r).tokens * handle.top_k, handle.top_k, row_bytes(), scalar_bytes()));
   return regions;
 }
 
 void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
   const int64_t K = handle.top_k;
+  const auto* own_rows = static_cast<const std::byte*>(rows);
+  const auto write = [&](const Entry& entry, std::byte* row, std::byte* scalar) {
+    if (hidden > 0) std::memcpy(row, own_rows + entry.row * row_bytes(), row_bytes());
+    if (scalars != nullptr) std::memcpy(scalar, scalars + entry.row, sizeof(float));
+  };
   std::vector<const void*> parts(K);
   std::vector<float> factors(K);
-  const auto write = [&](const Entry& entry, std::byte* row, std::byte* meta) {
-    if (hidden > 0)
-      std::memcpy(row, static_cast<const std::byte*>(rows) + entry.row * row_bytes(), row_bytes());
-    if (scalars != nullptr) std::memcpy(meta, scalars + entry.row, sizeof(float));
-  };
-  const auto consume = [&](int64_t first, int64_t end, std::byte* chunk, std::byte* metas) {
-    for (int64_t slot = first; slot < end; slot += K) {
+  const auto consume = [&](int64_t first, int64_t end, std::byte* arrived_rows, std::byte* arrived_scalars) {
+    for (int64_t begin = first; begin < end; begin += K) {
       int64_t count = 0;
-      for (int64_t k = 0; k < K; ++k) {
-        const bool sent = handle.send_head[slot + k] >= 0;
-        if (scalars != nullptr) {
-          scalars_out[slot + k] = 0.0f;
-          if (sent) std::memcpy(scalars_out + slot + k, metas + (slot + k - first) * sizeof(float), sizeof(float));
-        }
-        if (!sent) continue;
-        parts[count] = chunk + (slot + k - first) * row_bytes();
-        factors[count++] = weights != nullptr ? weights[slot + k] : 1.0f;
+      for (int64_t slot = begin; slot < begin + K; ++slot) {
+        if (scalars != nullptr) scalars_out[slot] = 0.0f;
+        const int64_t head = handle.send_head[slot];
+        if (head < 0) continue;
+        // What this rank sent to itself is where it was.
+        const bool own = handle.destination(slot) == op.rank();
+        if (scalars != nullptr)
+          std::memcpy(scalars_out + slot,
+                      own ? reinterpret_cast<const std::byte*>(scalars + head)
+                          : arrived_scalars + (slot - first) * sizeof(float),
+                      sizeof(float));
+        parts[count] = own ? own_rows + head * row_bytes() : arrived_rows + (slot - first) * row_bytes();
+        factors[count++] = weights != nullptr ? weights[slot] : 1.0f;
       }
       if (hidden > 0)
-        weighted_sum(dtype, static_cast<std::byte*>(sums) + slot / K * row_bytes(), parts.data(), factors.data(),
+        weighted_sum(dtype, static_cast<std::byte*>(sums) + begin / K * row_bytes(), parts.data(), factors.data(),
                      count, hidden);
     }
   };
   op.exchange(handle.returns(), regions, row_bytes(), scalar_bytes(), write, consume);
 }
 
-HandleArguments::HandleArguments(Op op, const Checks& checks, const Tensor& expert_rows,
+HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks, const Tensor& expert_rows,
                                  const Tensor& topk_idx, const Tensor& recv_src_idx, const Tensor& send_head,
                                  int64_t num_experts, int64_t num_ranks)
     : wrong(checks.wrong()) {
@@ -54,7 +59,8 @@ HandleArguments::HandleArguments(Op op, const Checks& checks, const Tensor& expe
             topk_idx.size(0),
             topk_idx.size(1),
             num_experts,
-            num_ranks};
+            num_ranks,
+            group.rank()};
   post.tokens = handle.num_tokens;
   post.hidden = expert_rows.size(1);
   post.top_k = handle.top_k;

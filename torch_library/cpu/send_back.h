@@ -1,5 +1,5 @@
-// Sends one row and one scalar per expert row back to the tokens they came from, and sums up rows per token: what combine,
-// dispatch_backward and the second half of combine_backward are made of.
+// Sends one row and one scalar per expert row back to the tokens they came from, and sums up rows per token: what
+// combine, dispatch_backward and the second half of combine_backward are made of.
 #pragma once
 
 #include "arguments.h"
@@ -30,7 +30,7 @@ struct SendBack {
 // What an op that has a handle publishes: made of its arguments if they are right, else `wrong` says what is not.
 struct HandleArguments {
   // `expert_rows` is the argument [N, H] called `rows_name`; `checks` has been made of the op's other arguments.
-  HandleArguments(Op op, const Checks& checks, const Tensor& expert_rows, const Tensor& topk_idx,
+  HandleArguments(Op op, const Group& group, const Checks& checks, const Tensor& expert_rows, const Tensor& topk_idx,
                   const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts, int64_t num_ranks);
 
   Handle handle{};
