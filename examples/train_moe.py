@@ -338,8 +338,8 @@ def train(config: Config, group: dist.ProcessGroup | None = None) -> dict[str, A
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
-    deep_ep.init(group, strategy=config.strategy)
     model = build_model(config, group)
+    deep_ep.init(group, strategy=config.strategy)
     backend = Backend(config.backend)
     compute_loss: Any = model
     if config.backend != "none":

@@ -4,6 +4,7 @@ T local tokens, H hidden, K top-k, E experts, R ranks, N received rows.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,10 +80,10 @@ def check_ops(case: Case, rank: int, group: str, strategy: str, ops: tuple[str, 
         right.check(op, rank, result)
 
 
-def error_of(op: str, strategy: str, arguments: dict[str, Any]) -> tuple[str, str]:
+def error_of(call: Callable[..., object], *args: Any, **kwargs: Any) -> tuple[str, str]:
     """Type and message of the exception that the call raises; two empty strings if it raises none."""
     try:
-        run(op, strategy, arguments)
+        call(*args, **kwargs)
     except Exception as error:
         return type(error).__name__, str(error)
     return "", ""

@@ -196,6 +196,7 @@ EXTREMES = {
 }
 
 
+@pytest.mark.timeout(0)  # every run has its own; the long profile and shrinking take minutes
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("mode", MODES)
 @given(case=cases())

@@ -103,7 +103,13 @@ class _Call:
 
     def __init__(self, op: str, group: str, tensor: Tensor) -> None:
         self.op = op
-        self.group: dist.ProcessGroup = cast(Any, distributed_c10d)._resolve_process_group(group)
+        try:
+            self.group: dist.ProcessGroup = cast(Any, distributed_c10d)._resolve_process_group(group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"deep_ep.{op}: there is no process group '{group}' on this rank; make it and call "
+                "deep_ep.init(group) first"
+            ) from error
         self.rank = self.group.rank()
         self.size = self.group.size()
         devices = [d.type for d in self.group._device_types]

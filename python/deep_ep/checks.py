@@ -91,8 +91,8 @@ def dispatch(
     num_ranks: int,
     num_worst_tokens: int,
 ) -> str | None:
-    if num_worst_tokens < 0:
-        return f"num_worst_tokens must be 0 (exact) or positive, got {num_worst_tokens}"
+    if num_worst_tokens < 0 or (isinstance(num_worst_tokens, int) and num_worst_tokens > MAX_ROWS):
+        return f"num_worst_tokens must be 0 (exact) or a number of rows up to {MAX_ROWS}, got {num_worst_tokens}"
     return (
         _tensor("x", x, FLOATS, x.device, {"T": None, "H": None})
         or _topk_idx(topk_idx, x.device, x.shape[0])

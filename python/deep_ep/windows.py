@@ -43,6 +43,19 @@ def _raise_everywhere(group: dist.ProcessGroup, error: str | None) -> None:
         raise RuntimeError(f"deep_ep: cannot make windows for the group '{group.group_name}': {'; '.join(errors)}")
 
 
+def _too_much(num_bytes: int) -> str | None:
+    """A window's memory is reserved when it is made. Far too much must not bring the host to its limit first."""
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":") for line in file)
+    available = int(fields["MemAvailable"].split()[0]) << 10
+    if num_bytes <= available:
+        return None
+    return (
+        f"{num_bytes} bytes of shared memory are wanted for a window, but the host has only {available} available; "
+        "ask for less with num_nvl_bytes or num_bytes"
+    )
+
+
 def _host() -> tuple[str, str, int]:
     """What ranks must have in common to open each other's windows: machine, process namespace, user."""
     with open("/proc/sys/kernel/random/boot_id") as file:
@@ -57,6 +70,7 @@ class Windows:
         self.name = group.group_name
         self.timeout = timeout
         self.group = weakref.ref(group)
+        _raise_everywhere(group, _too_much(num_bytes))
         error = ctypes.create_string_buffer(ERROR_BYTES)
         self._handle = library.deep_ep_group_create(
             group.rank(), group.size(), num_bytes, int(timeout.total_seconds() * 1000), error

@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
   }
 
   arguments.post.op = Op::combine_backward_weights;
-  SendBack back{.handle = handle, .scalars = products.data()};
+  SendBack back{.handle = handle, .has_scalars = true, .scalars = products.data()};
   std::vector<Region> regions;
   Operation op(*group, arguments.post, {}, "", [&](const Operation& op) {
     regions = back.place(op);

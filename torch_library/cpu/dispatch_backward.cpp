@@ -31,6 +31,7 @@ std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_rec
     back.hidden = grad_recv_x.size(1);
     back.rows = grad_recv_x.const_data_ptr();
     of_row = weight_gradients(grad_recv_topk_weights, back.handle);
+    back.has_scalars = true;
     back.scalars = of_row.data();
     regions = back.place(op);
     return Handle::check(op);

@@ -17,7 +17,7 @@ void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
   const auto* own_rows = static_cast<const std::byte*>(rows);
   const auto write = [&](const Entry& entry, std::byte* row, std::byte* scalar) {
     if (hidden > 0) std::memcpy(row, own_rows + entry.row * row_bytes(), row_bytes());
-    if (scalars != nullptr) std::memcpy(scalar, scalars + entry.row, sizeof(float));
+    if (has_scalars) std::memcpy(scalar, scalars + entry.row, sizeof(float));
   };
   std::vector<const void*> parts(K);
   std::vector<float> factors(K);
@@ -25,12 +25,12 @@ void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
     for (int64_t begin = first; begin < end; begin += K) {
       int64_t count = 0;
       for (int64_t slot = begin; slot < begin + K; ++slot) {
-        if (scalars != nullptr) scalars_out[slot] = 0.0f;
+        if (has_scalars) scalars_out[slot] = 0.0f;
         const int64_t head = handle.send_head[slot];
         if (head < 0) continue;
         // What this rank sent to itself is where it was.
         const bool own = handle.destination(slot) == op.rank();
-        if (scalars != nullptr)
+        if (has_scalars)
           std::memcpy(scalars_out + slot,
                       own ? reinterpret_cast<const std::byte*>(scalars + head)
                           : arrived_scalars + (slot - first) * sizeof(float),

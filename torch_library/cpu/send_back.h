@@ -14,11 +14,12 @@ struct SendBack {
   const void* rows = nullptr;      // [N, hidden]
   const float* weights = nullptr;  // [T, K] of this rank's tokens; nullptr: all 1
   void* sums = nullptr;            // [T, hidden]: sum over k of weight * row, in k order
-  const float* scalars = nullptr;  // [N]; nullptr: none
+  bool has_scalars = false;
+  const float* scalars = nullptr;  // [N]
   float* scalars_out = nullptr;    // [T, K]; 0 where no row was sent
 
   uint64_t row_bytes() const { return hidden * bytes_of(dtype); }
-  uint64_t scalar_bytes() const { return scalars != nullptr ? sizeof(float) : 0; }
+  uint64_t scalar_bytes() const { return has_scalars ? sizeof(float) : 0; }
 
   // A place for all slots of every rank; for use in the check of an Operation.
   std::vector<Region> place(const Operation& op) const;
