@@ -5,12 +5,13 @@ Everything is compared bit by bit. Symbols: T local tokens, H hidden, K top-k, E
 W num_worst_tokens (0 = exact mode).
 """
 
+import datetime
 import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -49,10 +50,12 @@ class Batch(NamedTuple):
     num_experts: int
 
 
-def make_batch(ctx: RankContext, tokens: Iterable[int] = TOKENS, seed: int = 0) -> Batch:
-    case = Case(tuple(tokens), seed=seed)
+def make_batch(
+    ctx: RankContext, tokens: Iterable[int] = TOKENS, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Batch:
+    case = Case(tuple(tokens), dtype=dtype, seed=seed)
     x, ids, weights = (tensors[ctx.rank] for tensors in make_inputs(case)[:3])
-    grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1))
+    grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
     return Batch(x.requires_grad_(), ids, weights.requires_grad_(), grad_out, case.E)
 
 
@@ -104,14 +107,15 @@ def assert_all_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 class Graphs:
-    """A backend like aot_eager that knows which of its graphs were made and which ran, as lists of deep_ep's ops."""
+    """A backend that knows which of its graphs were made and which ran, as lists of deep_ep's ops."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "aot_eager") -> None:
+        self.backend = backend
         self.made: list[list[str]] = []
         self.ran: list[list[str]] = []
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
-        run = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        run = torch._dynamo.lookup_backend(self.backend)(graph, inputs)
         ops = deep_ep_ops(graph)
         self.made.append(ops)
 
@@ -133,16 +137,26 @@ def layer_ops(strategy: str) -> list[str]:
 
 
 def compiled(fn: Callable, backend: Any, mode: str) -> Callable:
-    """Exact mode has a size that is known when it runs, which needs fullgraph=True."""
+    """As the mode needs it: in exact mode a size is known only when the graph runs."""
     torch._dynamo.reset()
     return torch.compile(fn, backend=backend, fullgraph=mode == "exact")
+
+
+@contextmanager
+def quick_inductor() -> Iterator[None]:
+    """Inductor without what takes it long and matters here least: vector units and worker processes."""
+    import torch._inductor.config as config
+
+    with config.patch({"compile_threads": 1, "cpp.vec_isa_ok": False}):
+        yield
 
 
 # opcheck
 
 
-def op_arguments(name: str, strategy: str, ctx: RankContext, group: str, mode: str) -> tuple[Any, ...]:
-    x, ids, weights, grad_out, E = make_batch(ctx)
+def op_arguments(ctx: RankContext, name: str, strategy: str, mode: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    group = ctx.prepared_group(strategy).group_name
+    x, ids, weights, grad_out, E = make_batch(ctx, dtype=dtype)
     R, W = ctx.size, NUM_WORST_TOKENS[mode][ctx.rank]
     if name == "get_dispatch_layout":
         return ids, E, R, 1
@@ -158,55 +172,42 @@ def op_arguments(name: str, strategy: str, ctx: RankContext, group: str, mode: s
     return grad_out, experts(recv_x), ids, weights.detach(), src, send_head, E, R, group
 
 
-def check_op(ctx: RankContext, name: str, strategy: str, mode: str) -> None:
-    group = ctx.prepared_group(strategy).group_name
-    arguments = op_arguments(name, strategy, ctx, group, mode)
+def check_op(ctx: RankContext, name: str, strategy: str, mode: str, dtype: torch.dtype) -> None:
+    arguments = op_arguments(ctx, name, strategy, mode, dtype)
     torch._dynamo.reset()
     results = torch.library.opcheck(overload(name, strategy), arguments)
-    assert set(results) == {
-        "test_schema",
-        "test_autograd_registration",
-        "test_faketensor",
-        "test_aot_dispatch_dynamic",
-    }
-    assert set(results.values()) == {"SUCCESS"}
+    assert results == dict.fromkeys(OPCHECKS, "SUCCESS")
+
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "dtype"), [("exact", torch.float32), ("capacity", torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("name", OPS)
-def test_opcheck(pool: RankPool, name: str, mode: str, strategy: str) -> None:
-    pool.run(2, check_op, name, strategy, mode)
+def test_opcheck(pool: RankPool, name: str, mode: str, dtype: torch.dtype, strategy: str) -> None:
+    pool.run(2, check_op, name, strategy, mode, dtype)
 
 
 # Every output of every op
 
 
-def every_output(
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor,
-    grad_out: Tensor,
-    strategy: str,
-    group: str,
-    num_experts: int,
-    num_ranks: int,
-    num_worst_tokens: int,
-) -> dict[str, Tensor]:
+def every_output(batch: Batch, strategy: str, group: str, num_ranks: int, num_worst_tokens: int) -> dict[str, Tensor]:
     """All ops, called by themselves."""
+    x, topk_idx, topk_weights, grad_out, num_experts = batch
     sizes = (num_experts, num_ranks, group)
     layout = overload("get_dispatch_layout", strategy)(topk_idx, num_experts, num_ranks, 1)
     received = overload("dispatch", strategy)(
         x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, group
     )
-    recv_x, src, send_head = received[0], *received[8:]
+    recv_x, _, recv_weights, *_, src, send_head = received
     rows = experts(recv_x)
     out = overload("combine", strategy)(rows, topk_idx, topk_weights, src, send_head, *sizes)
     grad_rows, combine_grad_weights = overload("combine_backward", strategy)(
         grad_out, rows.detach(), topk_idx, topk_weights.detach(), src, send_head, *sizes
     )
     grad_x, dispatch_grad_weights = overload("dispatch_backward", strategy)(
-        rows.detach() + 1, received[2].detach() + 1, src, topk_idx, send_head, *sizes
+        recv_x.detach() * 3, recv_weights.detach() + 1, src, topk_idx, send_head, *sizes
     )
     names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
     return {
@@ -221,58 +222,394 @@ def every_output(
     }
 
 
-def check_every_output(ctx: RankContext, strategy: str, mode: str, backend: str) -> None:
-    group = ctx.prepared_group(strategy).group_name
-    W = NUM_WORST_TOKENS[mode][ctx.rank]
-    results: list[dict[str, Tensor]] = []
+def check_every_output(ctx: RankContext, strategy: str, mode: str, dtype: torch.dtype, backend: str) -> None:
+    batch = make_batch(ctx, dtype=dtype)
+    options = (strategy, ctx.prepared_group(strategy).group_name, ctx.size, NUM_WORST_TOKENS[mode][ctx.rank])
 
-    def layer(x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
-        results.append(fn(x, topk_idx, topk_weights, batch.grad_out, strategy, group, batch.num_experts, ctx.size, W))
-        return results[-1]["out"], results[-1]["recv_topk_weights"]
+    def train_and_tell(fn: Callable) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = {}
 
-    batch = make_batch(ctx)
-    fn = every_output
-    gradients = [train(layer, batch)]
-    fn = compiled(every_output, backend, mode)
+        def layer(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+            outputs.update(fn(batch, *options))
+            return outputs["out"], outputs["recv_topk_weights"]
+
+        gradients = train(layer, batch)
+        return outputs | gradients
+
+    expected = train_and_tell(every_output)
     with quick_inductor() if backend == "inductor" else nullcontext():
-        gradients.append(train(layer, batch))
+        actual = train_and_tell(compiled(every_output, backend, mode))
+    assert_all_same(actual, expected)
     if mode == "capacity":
-        assert [bool(results[0]["num_dropped"] > 0), bool((results[0]["recv_src_idx"] < 0).any())] == [
-            ctx.rank == 0,
-            ctx.rank == 1,
-        ]
-    assert_all_same(*results)
-    assert_all_same(*gradients)
-
-
-@contextmanager
-def quick_inductor() -> Iterator[None]:
-    """Inductor without what takes it long and is not of interest: worker processes, and trials of vector units."""
-    import torch._inductor.config as config
-
-    with config.patch({"compile_threads": 1, "cpp.vec_isa_ok": False}):
-        yield
+        drops, has_unused = expected["num_dropped"] > 0, (expected["recv_src_idx"] < 0).any()
+        assert (drops, has_unused) == ((True, False), (False, True))[ctx.rank]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("mode", MODES)
-def test_every_output(pool: RankPool, mode: str, strategy: str, backend: str) -> None:
-    pool.run(2, check_every_output, strategy, mode, backend, timeout=240)
+@pytest.mark.parametrize(("mode", "dtype"), [("exact", torch.bfloat16), ("capacity", torch.float32)], ids=str)
+def test_every_output(pool: RankPool, mode: str, dtype: torch.dtype, strategy: str, backend: str) -> None:
+    pool.run(2, check_every_output, strategy, mode, dtype, backend, timeout=240)
 
 
 # Which overload is called
 
 
 def check_packet(ctx: RankContext) -> None:
-    group = ctx.prepared_group("default").group_name
-    batch = make_batch(ctx)
     for name in OPS:
-        arguments = op_arguments(name, "default", ctx, group, "capacity")
+        arguments = op_arguments(ctx, name, "default", "capacity", torch.float32)
         graph = make_fx(getattr(torch.ops.deep_ep, name))(*arguments)
         assert deep_ep_ops(graph) == [f"{name}.default"]
-    assert batch.num_experts
 
 
 def test_a_packet_call_means_default(pool: RankPool) -> None:
     pool.run(1, check_packet)
+
+
+def check_new_strategy(ctx: RankContext, mode: str) -> None:
+    batch, graphs = make_batch(ctx), Graphs()
+    layer = make_layer(ctx, ctx.group, mode)
+    compiled_layer = compiled(layer, graphs, mode)
+    for strategy in ("default", "alltoall", "default", "alltoall"):
+        deep_ep.init(ctx.group, strategy=strategy, num_bytes=WINDOW_BYTES)
+        assert_all_same(train(compiled_layer, batch), train(layer, batch))
+        assert graphs.ran.pop() == layer_ops(strategy)
+        assert not graphs.ran
+    deep_ep.destroy(ctx.group)
+    with pytest.raises(RuntimeError, match="is not prepared"):
+        torch.compile(layer, backend=graphs)(*batch[:3])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_new_strategy_is_seen(pool: RankPool, mode: str) -> None:
+    pool.run(2, check_new_strategy, mode)
+
+
+def make_buffer(ctx: RankContext, strategy: str) -> deep_ep.Buffer:
+    with mock.patch.dict(os.environ, DEEP_USE_MODE=strategy):
+        return deep_ep.Buffer(ctx.group, num_nvl_bytes=WINDOW_BYTES)
+
+
+def buffer_layer(
+    buffer: deep_ep.Buffer,
+    num_experts: int,
+    num_worst_tokens: int,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+) -> tuple[Tensor, Tensor, Any]:
+    """A layer as clients of DeepEP write it, with events. Returns the rows of each expert as well."""
+    per_rank, _, per_expert, in_rank, event = buffer.get_dispatch_layout(
+        topk_idx, num_experts, previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True
+    )
+    recv_x, _, recv_weights, counts, handle, event = buffer.dispatch(
+        x,
+        topk_idx=topk_idx,
+        topk_weights=topk_weights,
+        num_tokens_per_rank=per_rank,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        num_worst_tokens=num_worst_tokens,
+        previous_event=event,
+        async_finish=True,
+        allocate_on_comm_stream=True,
+    )
+    event.current_stream_wait()
+    rows = experts(recv_x)
+    out, _, event = buffer.combine(rows, handle, async_finish=True, previous_event=buffer.capture())
+    with event:
+        recv_weights = recv_weights * 1
+    return out, recv_weights, counts
+
+
+def check_buffers(ctx: RankContext, mode: str) -> None:
+    batch, graphs = make_batch(ctx), Graphs()
+    W = NUM_WORST_TOKENS[mode][ctx.rank]
+    compiled_layer = compiled(buffer_layer, graphs, mode)
+    counts: list[Any] = []
+
+    def layer_with(fn: Callable, buffer: deep_ep.Buffer) -> Callable:
+        def layer(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+            *results, rows_per_expert = fn(buffer, batch.num_experts, W, *inputs)
+            counts.append(rows_per_expert)
+            return tuple(results)
+
+        return layer
+
+    buffers = {strategy: make_buffer(ctx, strategy) for strategy in STRATEGIES}
+    for strategy in (*STRATEGIES, *STRATEGIES):
+        buffer = buffers[strategy]
+        eager = train(layer_with(buffer_layer, buffer), batch)
+        assert_all_same(train(layer_with(compiled_layer, buffer), batch), eager)
+        ops = [f"{name}.{strategy}" for name in ("get_dispatch_layout", "dispatch", "combine")]
+        assert graphs.ran.pop() == ops
+        assert not graphs.ran
+        assert isinstance(counts[-2], list if mode == "exact" else Tensor)
+        assert_same("counts", counts[-1], torch.as_tensor(counts[-2]))
+    assert len(graphs.made) == len(STRATEGIES)
+    deep_ep.destroy(ctx.group)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_buffers_trace_with_their_own_strategies(pool: RankPool, mode: str) -> None:
+    pool.run(2, check_buffers, mode)
+
+
+def check_groups(ctx: RankContext, mode: str) -> None:
+    deep_ep.init(num_bytes=WINDOW_BYTES, strategy="default")
+    world = dist.group.WORLD
+    batch = make_batch(ctx, (5, 6, 7, 8))
+    W = (0, 10)[mode == "capacity"]
+    expected = train(Layer(world, batch.num_experts, W), batch)
+    layout = deep_ep.get_dispatch_layout(batch.topk_idx, batch.num_experts)
+    for group in (world, world.group_name, None):
+        graphs = Graphs()
+        assert_all_same(train(compiled(Layer(group, batch.num_experts, W), graphs, mode), batch), expected)
+        assert graphs.made == [layer_ops("default")]
+        get_layout = partial(deep_ep.get_dispatch_layout, num_experts=batch.num_experts, group=group)
+        actual = torch.compile(get_layout, backend="aot_eager", fullgraph=True)(batch.topk_idx)
+        assert actual[1] is None and layout[1] is None
+        for i in (0, 2, 3):
+            assert_same(f"layout[{i}]", actual[i], layout[i])
+    deep_ep.destroy()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_group_by_object_by_name_and_default_group(pool: RankPool, mode: str) -> None:
+    pool.run(WORLD_SIZE, check_groups, mode)
+
+
+# How many graphs there are
+
+
+# T of rank 0 at every step, and how many graphs it has needed by then: one for the first T, one for any other T
+# from 2 on, one for 1 and one for 0.
+STEPS = ((6, 1), (6, 1), (7, 2), (33, 2), (6, 2), (1, 3), (2, 3), (0, 4), (6, 4), (1, 4), (0, 4))
+
+
+def check_recompilation(ctx: RankContext, strategy: str, mode: str, flag: str, backend: str) -> None:
+    """Rank 1 has as many tokens at every step, with other ids: one graph, while rank 0 compiles anew, or has none."""
+    timeout = datetime.timedelta(minutes=4)
+    deep_ep.init(ctx.group, strategy=strategy, num_bytes=WINDOW_BYTES, timeout=timeout)
+    graphs, layer = Graphs(backend), make_layer(ctx, ctx.group, mode)
+    compiled_layer = compiled(layer, graphs, mode if flag == "fullgraph" else "")
+    made, num_rows = [], set()
+    for seed, (T, _) in enumerate(STEPS):
+        batch = make_batch(ctx, (T, 9), seed)
+        expected = train(layer, batch)
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=flag == "capture_dynamic_output_shape_ops"):
+            assert_all_same(train(compiled_layer, batch), expected)
+        made.append(len(graphs.made))
+        num_rows.add(len(expected["recv_topk_weights"]))
+    deep_ep.destroy(ctx.group)
+    assert made == [n if ctx.rank == 0 else 1 for _, n in STEPS]
+    assert all(ops == layer_ops(strategy) for ops in graphs.made)
+    assert mode == "capacity" or len(num_rows) > 3
+
+
+FLAGS = [("exact", "fullgraph"), ("exact", "capture_dynamic_output_shape_ops"), ("capacity", "none")]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("mode", "flag"), FLAGS)
+def test_recompilation(pool: RankPool, mode: str, flag: str, strategy: str) -> None:
+    pool.run(2, check_recompilation, strategy, mode, flag, "aot_eager")
+
+
+def check_recompilation_in_inductor(ctx: RankContext) -> None:
+    with quick_inductor():
+        check_recompilation(ctx, "default", "exact", "fullgraph", "inductor")
+
+
+@pytest.mark.slow
+def test_recompilation_in_inductor(pool: RankPool) -> None:
+    pool.run(2, check_recompilation_in_inductor, timeout=240)
+
+
+def check_marked(ctx: RankContext, mode: str, mark: str, tokens: tuple[int, ...]) -> None:
+    group = ctx.prepared_group("default")
+    graphs, layer = Graphs(), make_layer(ctx, group, mode)
+    compiled_layer = compiled(layer, graphs, mode)
+    for seed, T in enumerate(tokens):
+        batch = make_batch(ctx, (T, tokens[-seed]), seed)
+        expected = train(layer, batch)
+        for tensor in batch[:3]:
+            getattr(torch._dynamo.decorators, mark)(tensor, 0)
+        assert_all_same(train(compiled_layer, batch), expected)
+    assert graphs.made == [layer_ops("default")]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mark", "tokens"), [("mark_dynamic", (6, 2, 33)), ("mark_unbacked", (6, 1, 0, 33))])
+def test_one_graph_for_marked_inputs(pool: RankPool, mark: str, tokens: tuple[int, ...], mode: str) -> None:
+    pool.run(2, check_marked, mode, mark, tokens)
+
+
+def check_capacities(ctx: RankContext) -> None:
+    """W as an argument of the compiled function: one recompilation makes it a symbol."""
+    group = ctx.prepared_group("default")
+    graphs, batch = Graphs(), make_batch(ctx)
+
+    def layer(W: int, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return Layer(group, batch.num_experts, W)(*inputs)
+
+    compiled_layer = compiled(layer, graphs, "capacity")
+    for W in (5, 12, 2, 40):
+        W += ctx.rank
+        assert_all_same(train(partial(compiled_layer, W), batch), train(partial(layer, W), batch))
+    assert graphs.made == [layer_ops("default")] * 2
+
+
+def test_any_capacity(pool: RankPool) -> None:
+    pool.run(2, check_capacities)
+
+
+def check_broken_graph(ctx: RankContext) -> None:
+    """Exact mode without the flags that it needs: several graphs, the same results."""
+    group = ctx.prepared_group("default")
+    batch, graphs = make_batch(ctx), Graphs()
+    layer = make_layer(ctx, group, "exact")
+    assert_all_same(train(compiled(layer, graphs, ""), batch), train(layer, batch))
+    assert layer_ops("default") not in graphs.made
+
+
+def test_exact_mode_without_flags(pool: RankPool) -> None:
+    pool.run(2, check_broken_graph)
+
+
+# Gradients
+
+
+def check_partial_gradients(ctx: RankContext, strategy: str, mode: str) -> None:
+    group = ctx.prepared_group(strategy)
+    batch = make_batch(ctx)
+    x, ids, weights = batch.x.detach(), batch.topk_idx, batch.topk_weights.detach()
+    layer = make_layer(ctx, group, mode)
+
+    def scaled(x: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+        received = deep_ep.dispatch(
+            x, ids, weights, num_experts=layer.num_experts, group=group, num_worst_tokens=layer.num_worst_tokens
+        )
+        return deep_ep.combine(experts(received.recv_x) * scale, received.handle, group=group)
+
+    inputs = {"x": x, "topk_weights": weights, "scale": torch.arange(1.0, 1 + x.shape[1])}
+    for wanted in ("x", "topk_weights", "scale", "none"):
+        results = []
+        for fn in (scaled, compiled(scaled, "aot_eager", mode)):
+            given = [value.clone().requires_grad_(name == wanted) for name, value in inputs.items()]
+            out = fn(*given)
+            assert out.requires_grad == (wanted != "none")
+            results.append({"out": out})
+            if wanted != "none":
+                out.backward(batch.grad_out)
+                gradients = dict(zip(inputs, [value.grad for value in given], strict=True))
+                results[-1][wanted] = gradients.pop(wanted)
+                assert set(gradients.values()) == {None}
+        assert_all_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradient_of_one_input(pool: RankPool, mode: str, strategy: str) -> None:
+    pool.run(2, check_partial_gradients, strategy, mode)
+
+
+def check_checkpointing(ctx: RankContext, strategy: str, mode: str, saved: tuple[str, ...], backend: str) -> list[str]:
+    """Returns the communicating ops of this rank, which strategy default keeps a log of."""
+    deep_ep.init(ctx.group, strategy=strategy, num_bytes=WINDOW_BYTES)
+    batch, layer = make_batch(ctx), make_layer(ctx, ctx.group, mode)
+    options: dict[str, Any] = {"use_reentrant": False}
+    if saved:
+        ops = [overload(name, strategy) for name in saved]
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, ops)
+
+    def checkpointed(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return checkpoint(layer, *inputs, **options)
+
+    actual = train(checkpointed if backend == "eager" else compiled(checkpointed, backend, mode), batch)
+    issued = op_log(ctx.group) if strategy == "default" else []
+    assert_all_same(actual, train(layer, batch))
+    deep_ep.destroy(ctx.group)
+    return issued
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("saved", [(), ("dispatch",), ("dispatch", "combine")], ids=lambda ops: "+".join(ops) or "none")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_checkpointing(pool: RankPool, mode: str, strategy: str, saved: tuple[str, ...], backend: str) -> None:
+    issued = pool.run(2, check_checkpointing, strategy, mode, saved, backend)
+    assert issued[0] == issued[1]
+    if strategy == "default":
+        assert issued[0].count("dispatch") == (1 if "dispatch" in saved else 2)
+
+
+# Export
+
+
+def check_export(ctx: RankContext, strategy: str, mode: str) -> None:
+    """For any T, as traced, decomposed, and saved and loaded."""
+    layer = make_layer(ctx, ctx.prepared_group(strategy).group_name, mode)
+    dim = torch.export.Dim("T", max=1 << 20)
+    shapes = {name: {0: dim} for name in ("x", "topk_idx", "topk_weights")}
+    with torch.no_grad():
+        program = torch.export.export(layer, make_batch(ctx)[:3], dynamic_shapes=shapes)
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        for version in (program, program.run_decompositions(), torch.export.load(file)):
+            ops = set(deep_ep_ops(version.graph_module))
+            assert {f"dispatch.{strategy}", f"combine.{strategy}"} <= ops <= set(layer_ops(strategy))
+            for seed, tokens in enumerate([TOKENS, (31, 2), (3, 80)]):
+                inputs = make_batch(ctx, tokens, seed)[:3]
+                actual, expected = version.module()(*inputs), layer(*inputs)
+                assert_same("out", actual[0], expected[0])
+                assert_same("recv_topk_weights", actual[1], expected[1])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_export(pool: RankPool, mode: str, strategy: str) -> None:
+    pool.run(2, check_export, strategy, mode)
+
+
+# Import
+
+LOOK_AROUND = """
+import os, signal, sys, threading, warnings
+import torch
+from torch.utils._config_module import ConfigModule
+
+def look():
+    configs = {name: m.get_config_copy() for name, m in sys.modules.items() if isinstance(m, ConfigModule)}
+    return {
+        "configs": configs,
+        "print options": vars(torch._tensor_str.PRINT_OPTS).copy(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads(), threading.enumerate()),
+        "grad": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "rng": torch.get_rng_state().tolist(),
+        "distributed": torch.distributed.is_initialized(),
+        "environment": dict(os.environ),
+        "warnings": list(warnings.filters),
+        "signals": [signal.getsignal(s) for s in signal.valid_signals()],
+        "excepthook": (sys.excepthook, threading.excepthook),
+    }
+
+before = look()
+import deep_ep
+after = look()
+changed = [name for name in before if before[name] != after[name]]
+assert not changed, [(name, before[name], after[name]) for name in changed]
+loaded = [name for name in ("torch._dynamo", "torch._inductor", "torch._functorch.aot_autograd") if name in sys.modules]
+assert not loaded, loaded
+import torch.compiler.config
+assert torch.compiler.config.cache_key_tag == ""
+"""
+
+
+def test_import_changes_nothing_in_torch() -> None:
+    subprocess.run([sys.executable, "-c", LOOK_AROUND], check=True, timeout=120)

@@ -4,6 +4,7 @@ import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
@@ -25,6 +26,7 @@ class GroupInfo:
 
 
 _infos: dict[str, GroupInfo] = {}
+_groups: dict[str, "weakref.ref[dist.ProcessGroup]"] = {}
 _windows: dict[str, Windows] = {}
 
 
@@ -72,9 +74,13 @@ def init(
         )
     normal, _ = MODES[mode]
     if normal is NormalStrategy.DEFAULT and not all(wish[1] for wish in wishes):
+        old = _windows.get(pg.group_name)
         _windows[pg.group_name] = Windows(pg, num_bytes or DEFAULT_BYTES, timeout or group_timeout(pg))
+        if old is not None:
+            old.close()
     info = GroupInfo(pg.group_name, pg.size(), normal)
     _infos[info.name] = info
+    _groups[info.name] = weakref.ref(pg)
     weakref.finalize(pg, _forget, info)
     _compile.prepare()
     return info
@@ -92,7 +98,7 @@ def _is_served(pg: dist.ProcessGroup, num_bytes: int | None, timeout: timedelta 
 
 def _forget(info: GroupInfo) -> None:
     if _infos.get(info.name) is info:
-        del _infos[info.name]
+        del _infos[info.name], _groups[info.name]
         _windows.pop(info.name, None)
 
 
@@ -103,6 +109,7 @@ def destroy(group: Group = None) -> None:
     """
     name = group if isinstance(group, str) else process_group(group).group_name
     _infos.pop(name, None)
+    _groups.pop(name, None)
     windows = _windows.pop(name, None)
     if windows is not None:
         windows.close()
@@ -112,11 +119,19 @@ def info_of(group: Group) -> GroupInfo:
     """What `init` recorded for the group; traceable."""
     name = group if isinstance(group, str) else (group or dist.group.WORLD).group_name  # type: ignore[union-attr]
     info = _infos.get(name)
-    if info is None:
+    if info is None or not (torch.compiler.is_compiling() or _is_current(name)):
         raise RuntimeError(
             f"deep_ep: the group '{name}' is not prepared; call deep_ep.init(group) first, on all its ranks"
         )
     return info
+
+
+def _is_current(name: str) -> bool:
+    """Names come back after destroy_process_group, while somebody may still have the ProcessGroup that had it."""
+    try:
+        return _resolve_process_group(name) is _groups[name]()  # type: ignore[arg-type]
+    except RuntimeError:
+        return False
 
 
 def op_log(group: Group = None) -> list[str]:

@@ -70,14 +70,16 @@ class Windows:
         self.name = group.group_name
         self.timeout = timeout
         self.group = weakref.ref(group)
-        _raise_everywhere(group, _too_much(num_bytes))
-        error = ctypes.create_string_buffer(ERROR_BYTES)
-        self._handle = library.deep_ep_group_create(
-            group.rank(), group.size(), num_bytes, int(timeout.total_seconds() * 1000), error
-        )
+        wrong, self._handle = _too_much(num_bytes), None
+        if wrong is None:
+            error = ctypes.create_string_buffer(ERROR_BYTES)
+            self._handle = library.deep_ep_group_create(
+                group.rank(), group.size(), num_bytes, int(timeout.total_seconds() * 1000), error
+            )
+            wrong = error.value.decode() or None
         self._close = weakref.finalize(group, _destroy, self._handle, self.name)
         try:
-            _raise_everywhere(group, error.value.decode() or None)
+            _raise_everywhere(group, wrong)
             self._connect(group)
         except BaseException:
             self._close()

@@ -1,0 +1,138 @@
+"""Ranks that compile on their own issue the same communicating ops in the same order, whatever their sizes.
+
+Two independent micro-batches, of T = (4, 4096) tokens on rank 0 and (4096, 4) on rank 1, in one graph. Inductor
+schedules for its own rank's memory: without the library's lowering, the forward without gradients runs
+dispatch, dispatch, combine, combine on one rank and dispatch, combine, dispatch, combine on the other
+(`test_it_is_the_lowering_that_keeps_the_order`). A swap of two equal ops would show in the values.
+"""
+
+from unittest import mock
+
+import pytest
+import torch
+from ranks import RankContext, RankPool
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import deep_ep
+from deep_ep import _compile, groups
+
+R = 2
+TOKENS = ((4, 4096), (4096, 4))
+H, K, E = 64, 2, 4
+
+
+class TwoMicroBatches(torch.nn.Module):
+    def __init__(self, group: str, checkpointed: bool, capacity: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(H, H, generator=generator) / H**0.5)
+        self.group = group
+        self.checkpointed = checkpointed
+        self.capacity = capacity
+
+    def dispatch(self, x: Tensor, logits: Tensor) -> deep_ep.DispatchOutput:
+        weights, ids = torch.softmax(logits, -1).topk(K)
+        W = 2 * K * x.shape[0] if self.capacity else 0  # as local as sizes get: the few-token rank drops rows
+        return deep_ep.dispatch(x, ids, weights, num_experts=E, group=self.group, num_worst_tokens=W)
+
+    def combine(self, out: deep_ep.DispatchOutput) -> Tensor:
+        return deep_ep.combine(torch.tanh(out.recv_x) @ self.weight, out.handle, group=self.group)
+
+    def interleaved(self, x1: Tensor, logits1: Tensor, x2: Tensor, logits2: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self.dispatch(x1, logits1), self.dispatch(x2, logits2)
+        return self.combine(first), self.combine(second)
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, Tensor]:
+        if self.checkpointed:
+            return checkpoint(self.interleaved, *args, use_reentrant=False)
+        return self.interleaved(*args)
+
+
+def make_args(rank: int, requires_grad: bool) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    args = []
+    for T in TOKENS[rank]:
+        args += [torch.randn(T, H, generator=generator), torch.randn(T, E, generator=generator)]
+    return [arg.requires_grad_(requires_grad) for arg in args]
+
+
+def run_both(
+    ctx: RankContext, strategy: str, backend: str, train: bool, checkpointed: bool, capacity: bool
+) -> dict[str, list[str]]:
+    """Checks compiled values against eager ones; returns what each of them issued."""
+    torch._dynamo.reset()
+    group = ctx.prepared_group(strategy)
+    model = TwoMicroBatches(group.group_name, checkpointed, capacity)
+    args = make_args(ctx.rank, train)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    issued, results = {}, []
+    for name, fn in (("eager", model), ("compiled", compiled)):
+        before = len(groups.op_log(group)) if strategy == "default" else 0
+        with torch.set_grad_enabled(train):
+            outs = fn(*args)
+            grads = torch.autograd.grad(sum(o.square().sum() for o in outs), [*args, model.weight]) if train else ()
+        issued[name] = groups.op_log(group)[before:] if strategy == "default" else []
+        results.append([*outs, *grads])
+    for eager, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-4 * float(eager.detach().abs().max()))
+    return issued
+
+
+FORWARD = ["dispatch", "dispatch", "combine", "combine"]
+BACKWARD = ["combine_backward", "combine_backward_weights"] * 2 + ["dispatch_backward"] * 2
+
+
+def check(pool: RankPool, *args: object) -> None:
+    by_rank = pool.run(R, run_both, *args)
+    assert by_rank[0] == by_rank[1]
+    strategy, _, train, checkpointed, _ = args
+    if strategy == "default":
+        # Eager recomputes all of a checkpoint, compiled code what it needs: the dispatches.
+        recomputed = {"eager": FORWARD, "compiled": ["dispatch", "dispatch"]} if checkpointed else {}
+        for mode, issued in by_rank[0].items():
+            assert issued[: len(FORWARD)] == FORWARD
+            backward = recomputed.get(mode, []) + BACKWARD if train else []
+            assert sorted(issued[len(FORWARD) :]) == sorted(backward)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("strategy", ["default", "alltoall"])
+def test_aot_eager(pool: RankPool, strategy: str, checkpointed: bool) -> None:
+    check(pool, strategy, "aot_eager", True, checkpointed, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_inductor(pool: RankPool, checkpointed: bool) -> None:
+    check(pool, "default", "inductor", True, checkpointed, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["default", "alltoall"])
+def test_inductor_without_gradients(pool: RankPool, strategy: str) -> None:
+    check(pool, strategy, "inductor", False, False, True)
+
+
+def run_unordered(ctx: RankContext) -> list[list[str]]:
+    """The order of both ranks' graphs without the lowering, on one rank, where it does no harm."""
+    torch._dynamo.reset()
+    group = ctx.prepared_group("default")
+    orders = []
+    with mock.patch.object(_compile, "_order_in_inductor", lambda: None):
+        for rank in range(len(TOKENS)):
+            model = TwoMicroBatches(group.group_name, False, True)
+            compiled = torch.compile(model, fullgraph=True, dynamic=False)
+            before = len(groups.op_log(group))
+            with torch.no_grad():
+                compiled(*make_args(rank, False))
+            orders.append(groups.op_log(group)[before:])
+    return orders
+
+
+@pytest.mark.slow
+def test_it_is_the_lowering_that_keeps_the_order(pool: RankPool) -> None:
+    pool.close()  # ranks in which nothing has been lowered yet
+    [[first, second]] = pool.run(1, run_unordered)
+    pool.close()
+    assert first != second
