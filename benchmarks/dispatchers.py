@@ -49,9 +49,7 @@ class _AllToAll(torch.autograd.Function):
         return _all_to_all(grads[0], ctx.recv_splits, ctx.send_splits, ctx.group), None, None, None
 
 
-def _all_to_all(
-    rows: Tensor, send_splits: list[int], recv_splits: list[int], group: dist.ProcessGroup
-) -> Tensor:
+def _all_to_all(rows: Tensor, send_splits: list[int], recv_splits: list[int], group: dist.ProcessGroup) -> Tensor:
     return _AllToAll.apply(rows, send_splits, recv_splits, group)
 
 
@@ -149,9 +147,7 @@ class DeepEPDispatcher:
         self.combine_op = getattr(torch.ops.deep_ep.combine, overload)
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, DeepEPState]:
-        outputs = self.dispatch_op(
-            x, topk_idx, topk_weights, self.num_experts, self.num_ranks, 0, self.group_name
-        )
+        outputs = self.dispatch_op(x, topk_idx, topk_weights, self.num_experts, self.num_ranks, 0, self.group_name)
         recv_x, recv_src_idx, send_head = outputs[0], outputs[8], outputs[9]
         return recv_x, DeepEPState(topk_idx, topk_weights, recv_src_idx, send_head)
 

@@ -87,9 +87,7 @@ def check(dispatcher: Dispatcher, point: Point, rank: int, num_ranks: int) -> No
         AssertionError: a result differs, named with the dispatcher and the tensor.
     """
 
-    def assert_close(
-        what: str, actual: Tensor, expected: Tensor, rtol: float = 0.0, atol: float = 0.0
-    ) -> None:
+    def assert_close(what: str, actual: Tensor, expected: Tensor, rtol: float = 0.0, atol: float = 0.0) -> None:
         torch.testing.assert_close(
             actual, expected, rtol=rtol, atol=atol, msg=lambda m: f"{dispatcher.name}: {what}: {m}"
         )

@@ -136,10 +136,10 @@ def layer_ops(strategy: str) -> list[str]:
     return [f"{name}.{strategy}" for name in ("dispatch", "get_dispatch_layout", "combine")]
 
 
-def compiled(fn: Callable, backend: Any, mode: str) -> Callable:
-    """As the mode needs it: in exact mode a size is known only when the graph runs."""
+def compiled(fn: Callable, backend: Any, *, fullgraph: bool) -> Callable:
+    """Compiled anew, whatever other tests have compiled. Exact mode needs fullgraph=True to stay in one graph."""
     torch._dynamo.reset()
-    return torch.compile(fn, backend=backend, fullgraph=mode == "exact")
+    return torch.compile(fn, backend=backend, fullgraph=fullgraph)
 
 
 @contextmanager
@@ -152,6 +152,8 @@ def quick_inductor() -> Iterator[None]:
 
 
 # opcheck
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def op_arguments(ctx: RankContext, name: str, strategy: str, mode: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -177,9 +179,6 @@ def check_op(ctx: RankContext, name: str, strategy: str, mode: str, dtype: torch
     torch._dynamo.reset()
     results = torch.library.opcheck(overload(name, strategy), arguments)
     assert results == dict.fromkeys(OPCHECKS, "SUCCESS")
-
-
-OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -238,7 +237,7 @@ def check_every_output(ctx: RankContext, strategy: str, mode: str, dtype: torch.
 
     expected = train_and_tell(every_output)
     with quick_inductor() if backend == "inductor" else nullcontext():
-        actual = train_and_tell(compiled(every_output, backend, mode))
+        actual = train_and_tell(compiled(every_output, backend, fullgraph=mode == "exact"))
     assert_all_same(actual, expected)
     if mode == "capacity":
         drops, has_unused = expected["num_dropped"] > 0, (expected["recv_src_idx"] < 0).any()
@@ -269,7 +268,7 @@ def test_a_packet_call_means_default(pool: RankPool) -> None:
 def check_new_strategy(ctx: RankContext, mode: str) -> None:
     batch, graphs = make_batch(ctx), Graphs()
     layer = make_layer(ctx, ctx.group, mode)
-    compiled_layer = compiled(layer, graphs, mode)
+    compiled_layer = compiled(layer, graphs, fullgraph=mode == "exact")
     for strategy in ("default", "alltoall", "default", "alltoall"):
         deep_ep.init(ctx.group, strategy=strategy, num_bytes=WINDOW_BYTES)
         assert_all_same(train(compiled_layer, batch), train(layer, batch))
@@ -325,7 +324,7 @@ def buffer_layer(
 def check_buffers(ctx: RankContext, mode: str) -> None:
     batch, graphs = make_batch(ctx), Graphs()
     W = NUM_WORST_TOKENS[mode][ctx.rank]
-    compiled_layer = compiled(buffer_layer, graphs, mode)
+    compiled_layer = compiled(buffer_layer, graphs, fullgraph=mode == "exact")
     counts: list[Any] = []
 
     def layer_with(fn: Callable, buffer: deep_ep.Buffer) -> Callable:
@@ -359,12 +358,12 @@ def check_groups(ctx: RankContext, mode: str) -> None:
     deep_ep.init(num_bytes=WINDOW_BYTES, strategy="default")
     world = dist.group.WORLD
     batch = make_batch(ctx, (5, 6, 7, 8))
-    W = (0, 10)[mode == "capacity"]
+    W = 10 if mode == "capacity" else 0
     expected = train(Layer(world, batch.num_experts, W), batch)
     layout = deep_ep.get_dispatch_layout(batch.topk_idx, batch.num_experts)
     for group in (world, world.group_name, None):
-        graphs = Graphs()
-        assert_all_same(train(compiled(Layer(group, batch.num_experts, W), graphs, mode), batch), expected)
+        graphs, layer = Graphs(), Layer(group, batch.num_experts, W)
+        assert_all_same(train(compiled(layer, graphs, fullgraph=mode == "exact"), batch), expected)
         assert graphs.made == [layer_ops("default")]
         get_layout = partial(deep_ep.get_dispatch_layout, num_experts=batch.num_experts, group=group)
         actual = torch.compile(get_layout, backend="aot_eager", fullgraph=True)(batch.topk_idx)
@@ -392,7 +391,7 @@ def check_recompilation(ctx: RankContext, strategy: str, mode: str, flag: str, b
     timeout = datetime.timedelta(minutes=4)
     deep_ep.init(ctx.group, strategy=strategy, num_bytes=WINDOW_BYTES, timeout=timeout)
     graphs, layer = Graphs(backend), make_layer(ctx, ctx.group, mode)
-    compiled_layer = compiled(layer, graphs, mode if flag == "fullgraph" else "")
+    compiled_layer = compiled(layer, graphs, fullgraph=flag == "fullgraph")
     made, num_rows = [], set()
     for seed, (T, _) in enumerate(STEPS):
         batch = make_batch(ctx, (T, 9), seed)
@@ -429,7 +428,7 @@ def test_recompilation_in_inductor(pool: RankPool) -> None:
 def check_marked(ctx: RankContext, mode: str, mark: str, tokens: tuple[int, ...]) -> None:
     group = ctx.prepared_group("default")
     graphs, layer = Graphs(), make_layer(ctx, group, mode)
-    compiled_layer = compiled(layer, graphs, mode)
+    compiled_layer = compiled(layer, graphs, fullgraph=mode == "exact")
     for seed, T in enumerate(tokens):
         batch = make_batch(ctx, (T, tokens[-seed]), seed)
         expected = train(layer, batch)
@@ -453,7 +452,7 @@ def check_capacities(ctx: RankContext) -> None:
     def layer(W: int, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         return Layer(group, batch.num_experts, W)(*inputs)
 
-    compiled_layer = compiled(layer, graphs, "capacity")
+    compiled_layer = compiled(layer, graphs, fullgraph=False)
     for W in (5, 12, 2, 40):
         W += ctx.rank
         assert_all_same(train(partial(compiled_layer, W), batch), train(partial(layer, W), batch))
@@ -469,7 +468,7 @@ def check_broken_graph(ctx: RankContext) -> None:
     group = ctx.prepared_group("default")
     batch, graphs = make_batch(ctx), Graphs()
     layer = make_layer(ctx, group, "exact")
-    assert_all_same(train(compiled(layer, graphs, ""), batch), train(layer, batch))
+    assert_all_same(train(compiled(layer, graphs, fullgraph=False), batch), train(layer, batch))
     assert layer_ops("default") not in graphs.made
 
 
@@ -495,7 +494,7 @@ def check_partial_gradients(ctx: RankContext, strategy: str, mode: str) -> None:
     inputs = {"x": x, "topk_weights": weights, "scale": torch.arange(1.0, 1 + x.shape[1])}
     for wanted in ("x", "topk_weights", "scale", "none"):
         results = []
-        for fn in (scaled, compiled(scaled, "aot_eager", mode)):
+        for fn in (scaled, compiled(scaled, "aot_eager", fullgraph=mode == "exact")):
             given = [value.clone().requires_grad_(name == wanted) for name, value in inputs.items()]
             out = fn(*given)
             assert out.requires_grad == (wanted != "none")
@@ -526,7 +525,9 @@ def check_checkpointing(ctx: RankContext, strategy: str, mode: str, saved: tuple
     def checkpointed(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         return checkpoint(layer, *inputs, **options)
 
-    actual = train(checkpointed if backend == "eager" else compiled(checkpointed, backend, mode), batch)
+    actual = train(
+        checkpointed if backend == "eager" else compiled(checkpointed, backend, fullgraph=mode == "exact"), batch
+    )
     issued = op_log(ctx.group) if strategy == "default" else []
     assert_all_same(actual, train(layer, batch))
     deep_ep.destroy(ctx.group)

@@ -6,6 +6,7 @@ N received rows.
 """
 
 import ctypes
+import functools
 import gc
 import itertools
 import mmap
