@@ -152,7 +152,7 @@ def wrong_values() -> dict[str, Wrong]:
             lambda ids: ids.clone().fill_(100),
             ("topk_idx", "id 100", "[0, 0]", "-1", "0..{E-1}"),
         ),
-        "dispatch: id E in the last place": Wrong(
+        "dispatch: id too large in the last place": Wrong(
             "dispatch", "topk_idx", with_value(6, -1, -1), ("topk_idx", "id 6", "[{T-1}, {K-1}]", "0..{E-1}")
         ),
         "dispatch: id below -1": Wrong(
@@ -229,6 +229,40 @@ def test_one_wrong_rank(pool: RankPool, strategy: str, name: str) -> None:
     for R in wrong.sizes:
         says = [f"deep_ep.{wrong.op}: ", f"rank {R - 1}", *(fill_in(text, sizes_of(CASES[R])) for text in wrong.says)]
         assert_told(pool.run(R, outcome_of_wrong, strategy, name), says)
+
+
+def outcome_of_public_calls(ctx: RankContext, strategy: str, compiled: bool) -> list[tuple[str, str]]:
+    """deep_ep.dispatch and deep_ep.combine with wrong values on the last rank, in training."""
+    case, group = CASES[ctx.size], ctx.prepared_group(strategy)
+    arguments = calls(case).arguments("dispatch", ctx.rank, group.group_name)
+    x, ids = arguments["x"].clone().requires_grad_(), arguments["topk_idx"]
+
+    def there_and_back(x: Tensor, ids: Tensor, flipped: bool) -> Tensor:
+        received = deep_ep.dispatch(x, ids, num_experts=case.E, group=group)
+        handle = received.handle
+        if flipped:
+            handle = handle._replace(recv_src_idx=handle.recv_src_idx.flip(0))
+        return deep_ep.combine(received.recv_x, handle, group=group)
+
+    if compiled:
+        torch._dynamo.reset()
+        there_and_back = torch.compile(there_and_back, backend="aot_eager", fullgraph=True)
+    last = ctx.rank == ctx.size - 1
+    errors = [
+        error_of(there_and_back, x, with_value(77, 0, 0)(ids) if last else ids, False),
+        error_of(there_and_back, x, ids, last),
+    ]
+    check_ops(case, ctx.rank, group.group_name, strategy)
+    return errors
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_wrong_rank_in_public_calls(pool: RankPool, strategy: str, compiled: bool) -> None:
+    by_rank = pool.run(3, outcome_of_public_calls, strategy, compiled)
+    wrong_id, wrong_handle = zip(*by_rank, strict=True)
+    assert_told(list(wrong_id), ["deep_ep.dispatch: ", "rank 2: ", "topk_idx", "id 77", "[0, 0]", "0..5"])
+    assert_told(list(wrong_handle), ["deep_ep.combine: ", "rank 2", "one dispatch"])
 
 
 # Ranks that do not fit together

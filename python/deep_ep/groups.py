@@ -1,5 +1,6 @@
 """What is known of a group: its size, the strategy chosen for it, and its windows."""
 
+import functools
 import weakref
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,15 +26,18 @@ class GroupInfo:
     normal: NormalStrategy
 
 
+_owners: dict[str, weakref.ref[dist.ProcessGroup]] = {}
 _infos: dict[str, GroupInfo] = {}
-_groups: dict[str, "weakref.ref[dist.ProcessGroup]"] = {}
 _windows: dict[str, Windows] = {}
 
 
 def process_group(group: Group) -> dist.ProcessGroup:
     """The ProcessGroup that is meant."""
     if isinstance(group, str):
-        return _resolve_process_group(group)  # type: ignore[arg-type]
+        try:
+            return _resolve_process_group(group)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise RuntimeError(f"deep_ep: there is no group named '{group}'") from error
     group = group or dist.group.WORLD
     if group is None:
         raise RuntimeError("deep_ep: there is no default group; call torch.distributed.init_process_group first")
@@ -73,33 +77,45 @@ def init(
             f"deep_ep: the ranks of the group '{pg.group_name}' chose different strategies: {', '.join(modes)}"
         )
     normal, _ = MODES[mode]
+    name = pg.group_name
     if normal is NormalStrategy.DEFAULT and not all(wish[1] for wish in wishes):
-        old = _windows.get(pg.group_name)
-        _windows[pg.group_name] = Windows(pg, num_bytes or DEFAULT_BYTES, timeout or group_timeout(pg))
-        if old is not None:
-            old.close()
-    info = GroupInfo(pg.group_name, pg.size(), normal)
-    _infos[info.name] = info
-    _groups[info.name] = weakref.ref(pg)
-    weakref.finalize(pg, _forget, info)
+        windows = Windows(pg, num_bytes or DEFAULT_BYTES, timeout or group_timeout(pg))
+        _close_windows(name)
+        _windows[name] = windows
+    if not _owns(pg):
+        _owners[name] = weakref.ref(pg, functools.partial(_forget, name))
+    _infos[name] = info = GroupInfo(name, pg.size(), normal)
     _compile.prepare()
     return info
+
+
+def _owns(pg: dist.ProcessGroup) -> bool:
+    """Whether what is known under the group's name is of this group, and not of one that had the name before."""
+    owner = _owners.get(pg.group_name)
+    return owner is not None and owner() is pg
+
+
+def _forget(name: str, owner: weakref.ref[dist.ProcessGroup]) -> None:
+    if _owners.get(name) is owner:
+        del _owners[name]
+        _infos.pop(name, None)
+        _close_windows(name)
+
+
+def _close_windows(name: str) -> None:
+    windows = _windows.pop(name, None)
+    if windows is not None:
+        windows.close()
 
 
 def _is_served(pg: dist.ProcessGroup, num_bytes: int | None, timeout: timedelta | None) -> bool:
     windows = _windows.get(pg.group_name)
     return (
         windows is not None
-        and windows.group() is pg
+        and _owns(pg)
         and windows.num_bytes >= (num_bytes or 0)
         and timeout in (None, windows.timeout)
     )
-
-
-def _forget(info: GroupInfo) -> None:
-    if _infos.get(info.name) is info:
-        del _infos[info.name], _groups[info.name]
-        _windows.pop(info.name, None)
 
 
 def destroy(group: Group = None) -> None:
@@ -108,30 +124,20 @@ def destroy(group: Group = None) -> None:
     Tensors that lie in the window stay valid. Without this call the same happens when the ProcessGroup goes.
     """
     name = group if isinstance(group, str) else process_group(group).group_name
+    _owners.pop(name, None)
     _infos.pop(name, None)
-    _groups.pop(name, None)
-    windows = _windows.pop(name, None)
-    if windows is not None:
-        windows.close()
+    _close_windows(name)
 
 
 def info_of(group: Group) -> GroupInfo:
     """What `init` recorded for the group; traceable."""
     name = group if isinstance(group, str) else (group or dist.group.WORLD).group_name  # type: ignore[union-attr]
     info = _infos.get(name)
-    if info is None or not (torch.compiler.is_compiling() or _is_current(name)):
+    if info is None or not (torch.compiler.is_compiling() or _owns(process_group(group))):
         raise RuntimeError(
             f"deep_ep: the group '{name}' is not prepared; call deep_ep.init(group) first, on all its ranks"
         )
     return info
-
-
-def _is_current(name: str) -> bool:
-    """Names come back after destroy_process_group, while somebody may still have the ProcessGroup that had it."""
-    try:
-        return _resolve_process_group(name) is _groups[name]()  # type: ignore[arg-type]
-    except RuntimeError:
-        return False
 
 
 def op_log(group: Group = None) -> list[str]:

@@ -69,7 +69,6 @@ class Windows:
     def __init__(self, group: dist.ProcessGroup, num_bytes: int, timeout: timedelta) -> None:
         self.name = group.group_name
         self.timeout = timeout
-        self.group = weakref.ref(group)
         wrong, self._handle = _too_much(num_bytes), None
         if wrong is None:
             error = ctypes.create_string_buffer(ERROR_BYTES)

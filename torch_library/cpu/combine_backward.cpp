@@ -11,8 +11,8 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
                                             int64_t num_ranks, GroupName group_name) {
   const std::shared_ptr<Group> group = groups::get("combine_backward", group_name.value);
   Checks checks = check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group->size());
-  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx))
-      .tensor("grad_out", grad_out, {x.scalar_type()}, {sizes_of(topk_idx)[0], sizes_of(x).back()});
+  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx));
+  if (checks.passed()) checks.tensor("grad_out", grad_out, {x.scalar_type()}, {topk_idx.size(0), x.size(1)});
   HandleArguments arguments(Op::combine_backward, *group, checks, x, topk_idx, recv_src_idx, send_head, num_experts,
                             num_ranks);
   const Handle& handle = arguments.handle;

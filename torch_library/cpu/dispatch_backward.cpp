@@ -19,8 +19,9 @@ std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_rec
   const std::shared_ptr<Group> group = groups::get("dispatch_backward", group_name.value);
   Checks checks = check_handle("grad_recv_x", grad_recv_x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks,
                                group->size());
-  checks.tensor("grad_recv_topk_weights", grad_recv_topk_weights, {ScalarType::Float},
-                {sizes_of(grad_recv_x)[0], sizes_of(topk_idx).back()});
+  if (checks.passed())
+    checks.tensor("grad_recv_topk_weights", grad_recv_topk_weights, {ScalarType::Float},
+                  {grad_recv_x.size(0), topk_idx.size(1)});
   const HandleArguments arguments(Op::dispatch_backward, *group, checks, grad_recv_x, topk_idx, recv_src_idx, send_head,
                                   num_experts, num_ranks);
   SendBack back{.handle = arguments.handle};
