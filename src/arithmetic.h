@@ -8,6 +8,11 @@ namespace deep_ep {
 
 enum class DType : int64_t { f32, f16, bf16 };
 
+constexpr const char* name_of(DType dtype) {
+  constexpr const char* names[] = {"torch.float32", "torch.float16", "torch.bfloat16"};
+  return names[static_cast<int64_t>(dtype)];
+}
+
 constexpr uint64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // out[h] = sum over k < count of weights[k] * rows[k][h]; 0 if count is 0.

@@ -40,6 +40,8 @@ DEEP_EP_API void* deep_ep_group_create(int rank, int size, uint64_t bytes, int64
 
 DEEP_EP_API int deep_ep_group_fd(void* handle) { return (*static_cast<Handle*>(handle))->fd(); }
 
+DEEP_EP_API int deep_ep_group_usable(void* handle) { return (*static_cast<Handle*>(handle))->usable(); }
+
 DEEP_EP_API uint64_t deep_ep_group_bytes(void* handle) { return (*static_cast<Handle*>(handle))->bytes(); }
 
 DEEP_EP_API int deep_ep_group_connect(void* handle, const int64_t* pids, const int64_t* fds, const uint64_t* bytes,

@@ -10,6 +10,7 @@
 #include <map>
 #include <utility>
 
+#include "arithmetic.h"
 #include "error.h"
 
 namespace deep_ep {
@@ -166,13 +167,12 @@ std::string Operation::verdict(const std::function<std::string(const Operation&)
     if (post(r).rejected) rejected += str(rejected.empty() ? "" : "; ", "rank ", r, ": ", post(r).text);
   if (!rejected.empty()) return rejected;
 
-  const std::pair<const char*, int64_t Post::*> shared[] = {{"num_experts", &Post::experts},
-                                                            {"the hidden size", &Post::hidden},
-                                                            {"top-k", &Post::top_k},
-                                                            {"the dtype code", &Post::dtype}};
-  for (const auto& [what, field] : shared)
-    if (std::string text = differ(what, [f = field](const Post& p) { return p.*f; }); !text.empty())
-      return text + "; it must be the same on all ranks";
+  const std::pair<const char*, int64_t Post::*> numbers[] = {
+      {"num_experts", &Post::experts}, {"the hidden size", &Post::hidden}, {"top-k", &Post::top_k}};
+  std::string text = differ("the dtype", [](const Post& p) { return std::string(name_of(DType{p.dtype})); });
+  for (const auto& [what, field] : numbers)
+    if (text.empty()) text = differ(what, [f = field](const Post& p) { return p.*f; });
+  if (!text.empty()) return text + "; it must be the same on all ranks";
   try {
     return check ? check(*this) : "";
   } catch (const Error& error) {

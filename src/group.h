@@ -47,6 +47,9 @@ class Group {
   uint64_t bytes() const { return bytes_; }
   int fd() const { return own_->window.fd(); }
 
+  // False once an operation has failed in its middle: no further one can work.
+  bool usable() const { return control(rank_).state.load() == State::open; }
+
   // The operations issued so far, oldest first, the last kLogged of them.
   std::vector<Op> log() const;
 

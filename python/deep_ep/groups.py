@@ -57,7 +57,7 @@ def init(
         group: the expert-parallel group; None is the default group.
         num_bytes: bytes of every rank's shared-memory window (strategies ``default`` and ``ops``); None is 256 MiB.
             Rows that do not fit go in rounds, so this bounds speed, not sizes. A window that is large enough already
-            is kept, a smaller one is replaced.
+            is kept; a smaller one, or one that was given up after a failure, is replaced.
         strategy: ``default``, ``alltoall`` or ``ops``; None takes DEEP_USE_MODE, read now.
         timeout: how long an op waits for a peer without progress; None is the group's own timeout.
 
@@ -113,6 +113,7 @@ def _is_served(pg: dist.ProcessGroup, num_bytes: int | None, timeout: timedelta 
     return (
         windows is not None
         and _owns(pg)
+        and windows.usable
         and windows.num_bytes >= (num_bytes or 0)
         and timeout in (None, windows.timeout)
     )

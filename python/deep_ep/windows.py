@@ -103,6 +103,11 @@ class Windows:
         _raise_everywhere(group, error.value.decode() or None)
         library.deep_ep_group_publish(handle, self.name.encode())
 
+    @property
+    def usable(self) -> bool:
+        """Whether ops can use these windows: not after one has failed in its middle, on this rank."""
+        return bool(library.deep_ep_group_usable(self._handle))
+
     def log(self) -> list[str]:
         """Names of the newest communicating ops of this rank, oldest first (at most 1024)."""
         codes = (ctypes.c_uint32 * 1024)()
