@@ -94,7 +94,7 @@ void Group::close(State state, const std::string& reason) {
 Operation::Operation(Group& group, Post mine, const std::vector<int32_t>& words, const std::string& rejected,
                      const std::function<std::string(const Operation&)>& check)
     : group_(group), lock_(group.mutex_), op_(mine.op) {
-  Control& own = group_.control(group_.rank_);
+  const Control& own = group_.control(group_.rank_);
   if (own.state.load() == State::broken)
     throw Error(str(prefix(), "the windows of this group were given up and cannot be used again; make a new group (",
                     own.reason, ")"));
@@ -105,15 +105,24 @@ Operation::Operation(Group& group, Post mine, const std::vector<int32_t>& words,
   offered_ = group_.own_->pool.take_largest();
   open_ = true;
 
+  try {
+    enter(mine, words, rejected, check);
+  } catch (...) {
+    abandon();
+    throw;
+  }
+}
+
+void Operation::enter(const Post& mine, const std::vector<int32_t>& words, const std::string& rejected,
+                      const std::function<std::string(const Operation&)>& check) {
   Post& post = group_.post(group_.rank_, sequence_);
   post = mine;
   post.rejected = !rejected.empty();
   copy_text(post.text, rejected);
   post.pool_offset = offered_.offset;
   post.pool_bytes = offered_.bytes;
-  post.num_words = words.size();
   std::copy(words.begin(), words.end(), reinterpret_cast<int32_t*>(&post + 1));
-  own.sequence.store(sequence_, std::memory_order_release);
+  group_.control(group_.rank_).sequence.store(sequence_, std::memory_order_release);
   group_.ring_all();
 
   const auto missing = [this](int r) { return group_.control(r).sequence.load(std::memory_order_acquire) < sequence_; };
@@ -130,8 +139,11 @@ Operation::Operation(Group& group, Post mine, const std::vector<int32_t>& words,
   throw Error(str(prefix(), wrong));
 }
 
-Operation::~Operation() {
+Operation::~Operation() { abandon(); }
+
+void Operation::abandon() {
   if (open_) group_.close(State::broken, str(prefix(), "rank ", rank(), " failed in the middle of the operation"));
+  open_ = false;
 }
 
 void Operation::finish() {
@@ -201,7 +213,7 @@ void Operation::wait(const char* phase, const std::function<bool()>& ready, cons
     if (waited < group_.timeout_) continue;
     std::string late;
     for (int r = 0; r < size(); ++r)
-      if (missing(r)) {
+      if (r != rank() && missing(r)) {
         const uint64_t at = group_.control(r).sequence.load(std::memory_order_acquire);
         late += str(late.empty() ? "" : ", ", "rank ", r, " (",
                     at < sequence_ ? str("last seen in operation number ", at) : "in this operation", ")");

@@ -141,6 +141,10 @@ class Operation {
   void finish();
 
  private:
+  void enter(const Post& mine, const std::vector<int32_t>& words, const std::string& rejected,
+             const std::function<std::string(const Operation&)>& check);
+  // Gives the group up unless finish() was called.
+  void abandon();
   // Waits until ready(). `missing(r)`: rank r still owes something; `needed(r)`: nothing can become ready if rank r
   // is gone; `phase` names what is waited for.
   void wait(const char* phase, const std::function<bool()>& ready, const std::function<bool(int)>& missing,

@@ -40,9 +40,12 @@ std::vector<int32_t> Handle::words(std::string& wrong) const {
       digests[source].add(token * top_k + k, n);
   }
   for (int64_t slot = 0; slot < num_tokens * top_k && wrong.empty(); ++slot) {
-    if (send_head[slot] < 0) continue;
     const int64_t expert = topk_idx[slot];
-    if (expert < 0 || expert >= num_experts)
+    if (expert < -1 || expert >= num_experts)
+      wrong = str("topk_idx has the id ", expert, " at [", slot / top_k, ", ", slot % top_k,
+                  "]; allowed are -1 and 0..", num_experts - 1);
+    if (send_head[slot] < 0 || !wrong.empty()) continue;
+    if (expert < 0)
       wrong = str("send_head has a row for [", slot / top_k, ", ", slot % top_k, "], but topk_idx has the id ", expert,
                   " there; allowed are 0..", num_experts - 1);
     else if (destination(slot) == rank && send_head[slot] >= num_rows)

@@ -41,7 +41,6 @@ struct Post {
   int64_t rows;          // of the tensor that receives expert rows; dispatch: W, 0 in exact mode
   uint64_t pool_offset;  // the pool block that this rank offers for rows of this operation
   uint64_t pool_bytes;
-  uint64_t num_words;  // of what follows the post
   char text[kTextBytes];
 };
 

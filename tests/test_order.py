@@ -114,6 +114,34 @@ def test_inductor_without_gradients(pool: RankPool, strategy: str) -> None:
     check(pool, strategy, "inductor", False, False, True)
 
 
+def run_unused(ctx: RankContext, strategy: str, backend: str, train: bool) -> list[str]:
+    """Only rank 0 looks at what comes back. Returns what this rank issued in the compiled forward."""
+    torch._dynamo.reset()
+    group = ctx.prepared_group(strategy)
+    model = TwoMicroBatches(group.group_name, False, False)
+
+    def step(*args: Tensor) -> Tensor:
+        first, second = model(*args)
+        return first.sum() + second.sum() if ctx.rank == 0 else args[0].sum()
+
+    args = make_args(ctx.rank, train)
+    before = len(groups.op_log(group)) if strategy == "default" else 0
+    with torch.set_grad_enabled(train):
+        value = torch.compile(step, backend=backend, fullgraph=True)(*args)
+        expected = step(*args)
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-2)
+    return groups.op_log(group)[before:] if strategy == "default" else []
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("strategy", ["default", "alltoall"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_forward_is_issued_where_its_result_is_unused(pool: RankPool, strategy: str, backend: str, train: bool) -> None:
+    by_rank = pool.run(R, run_unused, strategy, backend, train)
+    assert by_rank[0] == by_rank[1]
+    assert sorted(by_rank[0]) == (sorted(2 * FORWARD) if strategy == "default" else [])
+
+
 def run_unordered(ctx: RankContext) -> list[list[str]]:
     """The order of both ranks' graphs without the lowering, on one rank, where it does no harm."""
     torch._dynamo.reset()

@@ -12,6 +12,9 @@ from torch import Tensor
 MAX_ROWS = 2**31 - 1
 """Rows are numbered in int32."""
 
+MAX_EXPERTS = 1 << 15
+"""Counts per expert are published in a space of fixed size."""
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -45,11 +48,19 @@ def _tensor(
     return None
 
 
+def _rows(name: str, rows: Tensor, shape: dict[str, Any]) -> str | None:
+    if error := _tensor(name, rows, FLOATS, rows.device, shape):
+        return error
+    if not _differ(rows.shape[1], 0):
+        return f"{name} must have a hidden size of at least 1"
+    return None
+
+
 def _experts(num_experts: int, num_ranks: int) -> str | None:
     if num_ranks < 1:
         return f"num_ranks must be at least 1, got {num_ranks}"
-    if num_experts < 1:
-        return f"num_experts must be at least 1, got {num_experts}"
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        return f"num_experts must be 1..{MAX_EXPERTS}, got {num_experts}"
     if num_experts % num_ranks:
         return f"num_experts ({num_experts}) must be divisible by num_ranks ({num_ranks})"
     return None
@@ -94,7 +105,7 @@ def dispatch(
     if num_worst_tokens < 0 or (isinstance(num_worst_tokens, int) and num_worst_tokens > MAX_ROWS):
         return f"num_worst_tokens must be 0 (exact) or a number of rows up to {MAX_ROWS}, got {num_worst_tokens}"
     return (
-        _tensor("x", x, FLOATS, x.device, {"T": None, "H": None})
+        _rows("x", x, {"T": None, "H": None})
         or _topk_idx(topk_idx, x.device, x.shape[0])
         or _topk_weights(topk_weights, topk_idx)
         or _experts(num_experts, num_ranks)
@@ -113,9 +124,7 @@ def _handle(
     """`rows`, the argument called `name`, stands in the row order of recv_x."""
     device = rows.device
     if error := (
-        _tensor(name, rows, FLOATS, device, {"N": None, "H": None})
-        or _topk_idx(topk_idx, device)
-        or _experts(num_experts, num_ranks)
+        _rows(name, rows, {"N": None, "H": None}) or _topk_idx(topk_idx, device) or _experts(num_experts, num_ranks)
     ):
         return error
     N, (T, K) = rows.shape[0], topk_idx.shape

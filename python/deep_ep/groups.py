@@ -143,4 +143,7 @@ def info_of(group: Group) -> GroupInfo:
 
 def op_log(group: Group = None) -> list[str]:
     """Names of the newest communicating ops that this rank issued under ``default``, oldest first."""
-    return _windows[info_of(group).name].log()
+    info = info_of(group)
+    if info.name not in _windows:
+        raise RuntimeError(f"deep_ep: the group '{info.name}' has no windows; the strategy alltoall keeps no log")
+    return _windows[info.name].log()
