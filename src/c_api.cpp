@@ -56,12 +56,12 @@ DEEP_EP_API void deep_ep_group_publish(void* handle, const char* name) {
   deep_ep::groups::put(name, group);
 }
 
-// Up to `capacity` codes of the newest operations, oldest first; returns how many.
-DEEP_EP_API int deep_ep_group_log(void* handle, uint32_t* ops, int capacity) {
-  const auto log = (*static_cast<Handle*>(handle))->log();
-  const int count = static_cast<int>(log.size()) < capacity ? static_cast<int>(log.size()) : capacity;
-  for (int i = 0; i < count; ++i) ops[i] = static_cast<uint32_t>(log[log.size() - count + i]);
-  return count;
+// Codes of the newest operations, oldest first, into ops[capacity]; returns how many were ever issued.
+DEEP_EP_API uint64_t deep_ep_group_log(void* handle, uint32_t* ops, uint64_t capacity) {
+  uint64_t issued;
+  const auto log = (*static_cast<Handle*>(handle))->log(capacity, &issued);
+  for (size_t i = 0; i < log.size(); ++i) ops[i] = static_cast<uint32_t>(log[i]);
+  return issued;
 }
 
 // Frees the handle; the group goes with the last operation and the registry entry under `name`, if it is its own.

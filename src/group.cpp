@@ -51,10 +51,12 @@ void Group::connect(const int64_t* pids, const int64_t* fds, const uint64_t* byt
   }
 }
 
-std::vector<Op> Group::log() const {
+std::vector<Op> Group::log(uint64_t limit, uint64_t* issued) const {
   std::lock_guard lock(mutex_);
   std::vector<Op> ops;
-  for (uint64_t n = sequence_ > kLogged ? sequence_ - kLogged : 0; n < sequence_; ++n) ops.push_back(log_[n % kLogged]);
+  const uint64_t count = std::min({limit, kLogged, sequence_});
+  for (uint64_t n = sequence_ - count; n < sequence_; ++n) ops.push_back(log_[n % kLogged]);
+  *issued = sequence_;
   return ops;
 }
 

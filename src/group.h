@@ -50,8 +50,8 @@ class Group {
   // False once an operation has failed in its middle: no further one can work.
   bool usable() const { return control(rank_).state.load() == State::open; }
 
-  // The operations issued so far, oldest first, the last kLogged of them.
-  std::vector<Op> log() const;
+  // The operations issued so far, oldest first, at most the last `limit` and the last kLogged; and how many there were.
+  std::vector<Op> log(uint64_t limit, uint64_t* issued) const;
 
  private:
   friend class Operation;

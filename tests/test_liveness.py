@@ -427,7 +427,7 @@ def without_backward(ctx: RankContext) -> tuple[list[str], tuple[str, str]]:
         )
         out = deep_ep.combine(received.recv_x * 2, received.handle, group=group)
         losses.append((x if ctx.rank == last else out).sum())
-    forward = groups.op_log(group)
+    forward, _ = groups.op_log(group)
 
     def go_on() -> None:
         losses[-1].backward()

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import RankContext, RankPool
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -57,6 +58,11 @@ def make_args(rank: int, requires_grad: bool) -> list[Tensor]:
     return [arg.requires_grad_(requires_grad) for arg in args]
 
 
+def issued_ops(group: dist.ProcessGroup, strategy: str = "default", since: int = 0) -> tuple[list[str], int]:
+    """As groups.op_log; nothing where there is no log."""
+    return groups.op_log(group, since) if strategy == "default" else ([], 0)
+
+
 def run_both(
     ctx: RankContext, strategy: str, backend: str, train: bool, checkpointed: bool, capacity: bool
 ) -> dict[str, list[str]]:
@@ -68,11 +74,11 @@ def run_both(
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     issued, results = {}, []
     for name, fn in (("eager", model), ("compiled", compiled)):
-        before = len(groups.op_log(group)) if strategy == "default" else 0
+        before = issued_ops(group, strategy)[1]
         with torch.set_grad_enabled(train):
             outs = fn(*args)
             grads = torch.autograd.grad(sum(o.square().sum() for o in outs), [*args, model.weight]) if train else ()
-        issued[name] = groups.op_log(group)[before:] if strategy == "default" else []
+        issued[name] = issued_ops(group, strategy, before)[0]
         results.append([*outs, *grads])
     for eager, other in zip(*results, strict=True):
         torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-4 * float(eager.detach().abs().max()))
@@ -125,12 +131,12 @@ def run_unused(ctx: RankContext, strategy: str, backend: str, train: bool) -> li
         return first.sum() + second.sum() if ctx.rank == 0 else args[0].sum()
 
     args = make_args(ctx.rank, train)
-    before = len(groups.op_log(group)) if strategy == "default" else 0
+    before = issued_ops(group, strategy)[1]
     with torch.set_grad_enabled(train):
         value = torch.compile(step, backend=backend, fullgraph=True)(*args)
         expected = step(*args)
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-2)
-    return groups.op_log(group)[before:] if strategy == "default" else []
+    return issued_ops(group, strategy, before)[0]
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
@@ -151,10 +157,10 @@ def run_unordered(ctx: RankContext) -> list[list[str]]:
         for rank in range(len(TOKENS)):
             model = TwoMicroBatches(group.group_name, False, True)
             compiled = torch.compile(model, fullgraph=True, dynamic=False)
-            before = len(groups.op_log(group))
+            before = issued_ops(group)[1]
             with torch.no_grad():
                 compiled(*make_args(rank, False))
-            orders.append(groups.op_log(group)[before:])
+            orders.append(issued_ops(group, since=before)[0])
     return orders
 
 

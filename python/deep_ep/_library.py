@@ -38,7 +38,7 @@ def _load() -> ctypes.CDLL:
         "deep_ep_group_bytes": (u64, [pointer]),
         "deep_ep_group_connect": (i32, [pointer, pointer, pointer, pointer, text]),
         "deep_ep_group_publish": (None, [pointer, text]),
-        "deep_ep_group_log": (i32, [pointer, pointer, i32]),
+        "deep_ep_group_log": (u64, [pointer, pointer, u64]),
         "deep_ep_group_destroy": (None, [pointer, text]),
     }
     for name, (result, arguments) in signatures.items():

@@ -141,9 +141,14 @@ def info_of(group: Group) -> GroupInfo:
     return info
 
 
-def op_log(group: Group = None) -> list[str]:
-    """Names of the newest communicating ops that this rank issued under ``default``, oldest first."""
+def op_log(group: Group = None, since: int = 0) -> tuple[list[str], int]:
+    """What this rank issued under ``default``: for debugging ranks that fall out of step.
+
+    Returns:
+        The names of the communicating ops after the first `since` ones, oldest first (1024 are remembered), and how
+        many have been issued by now.
+    """
     info = info_of(group)
     if info.name not in _windows:
         raise RuntimeError(f"deep_ep: the group '{info.name}' has no windows; the strategy alltoall keeps no log")
-    return _windows[info.name].log()
+    return _windows[info.name].log(since)

@@ -19,6 +19,9 @@ from ._library import ERROR_BYTES, library
 DEFAULT_BYTES = 256 << 20
 """Bytes of a rank's window unless something else is asked for."""
 
+# How many ops a group remembers.
+_LOGGED = 1024
+
 _OPS = ("dispatch", "combine", "dispatch_backward", "combine_backward", "combine_backward_weights")
 
 
@@ -108,11 +111,13 @@ class Windows:
         """Whether ops can use these windows: not after one has failed in its middle, on this rank."""
         return bool(library.deep_ep_group_usable(self._handle))
 
-    def log(self) -> list[str]:
-        """Names of the newest communicating ops of this rank, oldest first (at most 1024)."""
-        codes = (ctypes.c_uint32 * 1024)()
-        count = library.deep_ep_group_log(self._handle, codes, len(codes))
-        return [_OPS[code] for code in codes[:count]]
+    def log(self, since: int) -> tuple[list[str], int]:
+        """Names of this rank's communicating ops after the first `since` ones, and how many there are by now."""
+        codes = (ctypes.c_uint32 * _LOGGED)()
+        issued = library.deep_ep_group_log(self._handle, codes, _LOGGED)
+        kept = min(issued, _LOGGED)
+        wanted = min(max(issued - since, 0), kept)
+        return [_OPS[code] for code in codes[kept - wanted : kept]], issued
 
     def close(self) -> None:
         """Leaves the group: peers that still wait for this rank raise. Tensors in the window stay valid."""
