@@ -3,8 +3,6 @@
 T local tokens · H hidden · K top-k · E experts · R ranks · N received rows.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from .. import alltoall, checks
@@ -29,14 +27,9 @@ def fake(
     return x.new_empty(x.shape), topk_weights.new_empty(topk_weights.shape)
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
-
-
 register(
     "combine_backward",
     fake=fake,
     alltoall=alltoall.combine_backward,
-    setup_context=setup_context,
     backward=no_second_derivative("combine_backward"),
 )

@@ -3,8 +3,6 @@
 T local tokens · H hidden · K top-k · E experts · R ranks · N received rows.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from .. import alltoall, checks
@@ -29,14 +27,9 @@ def fake(
     return grad_recv_x.new_empty((T, grad_recv_x.shape[1])), grad_recv_topk_weights.new_empty((T, K))
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
-
-
 register(
     "dispatch_backward",
     fake=fake,
     alltoall=alltoall.dispatch_backward,
-    setup_context=setup_context,
     backward=no_second_derivative("dispatch_backward"),
 )
