@@ -1,9 +1,9 @@
 """Ranks that compile on their own issue the same communicating ops in the same order, whatever their sizes.
 
-Two independent micro-batches, of T = (4, 4096) tokens on rank 0 and (4096, 4) on rank 1, in one graph. Inductor
-schedules for its own rank's memory: without the library's lowering, the forward without gradients runs
+Two independent micro-batches, of T = (4, 4096) tokens on rank 0 and (4096, 4) on rank 1, in one graph. Left to itself,
+inductor moves nodes to their users and schedules for its own rank's memory, and the forward without gradients runs
 dispatch, dispatch, combine, combine on one rank and dispatch, combine, dispatch, combine on the other
-(`test_it_is_the_lowering_that_keeps_the_order`). A swap of two equal ops would show in the values.
+(`test_left_to_itself_inductor_reorders`). A swap of two equal ops would show in the values.
 """
 
 from unittest import mock
@@ -43,6 +43,9 @@ class TwoMicroBatches(torch.nn.Module):
     def interleaved(self, x1: Tensor, logits1: Tensor, x2: Tensor, logits2: Tensor) -> tuple[Tensor, Tensor]:
         first, second = self.dispatch(x1, logits1), self.dispatch(x2, logits2)
         return self.combine(first), self.combine(second)
+
+    def one_by_one(self, x1: Tensor, logits1: Tensor, x2: Tensor, logits2: Tensor) -> tuple[Tensor, Tensor]:
+        return self.combine(self.dispatch(x1, logits1)), self.combine(self.dispatch(x2, logits2))
 
     def forward(self, *args: Tensor) -> tuple[Tensor, Tensor]:
         if self.checkpointed:
@@ -94,12 +97,14 @@ def check(pool: RankPool, *args: object) -> None:
     assert by_rank[0] == by_rank[1]
     strategy, _, train, checkpointed, _ = args
     if strategy == "default":
-        # Eager recomputes all of a checkpoint, compiled code what it needs: the dispatches.
-        recomputed = {"eager": FORWARD, "compiled": ["dispatch", "dispatch"]} if checkpointed else {}
-        for mode, issued in by_rank[0].items():
-            assert issued[: len(FORWARD)] == FORWARD
-            backward = recomputed.get(mode, []) + BACKWARD if train else []
-            assert sorted(issued[len(FORWARD) :]) == sorted(backward)
+        eager, compiled = by_rank[0]["eager"], by_rank[0]["compiled"]
+        if checkpointed:
+            # Eager recomputes all of a checkpoint, compiled code what it needs: the dispatches.
+            assert eager == FORWARD + FORWARD + BACKWARD
+            assert compiled[: len(FORWARD)] == FORWARD
+            assert sorted(compiled[len(FORWARD) :]) == sorted(["dispatch", "dispatch", *BACKWARD])
+        else:
+            assert eager == compiled == (FORWARD + BACKWARD if train else FORWARD)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
@@ -118,6 +123,28 @@ def test_inductor(pool: RankPool, checkpointed: bool) -> None:
 @pytest.mark.parametrize("strategy", ["default", "alltoall"])
 def test_inductor_without_gradients(pool: RankPool, strategy: str) -> None:
     check(pool, strategy, "inductor", False, False, True)
+
+
+def run_mixed(ctx: RankContext, compiled_rank: int) -> list[str]:
+    """One rank compiles, the other one does not. Returns what this rank issued."""
+    torch._dynamo.reset()
+    group = ctx.prepared_group("default")
+    step = TwoMicroBatches(group.group_name, False, True).one_by_one
+    args = make_args(ctx.rank, False)
+    with torch.no_grad():
+        expected = step(*args)
+        if ctx.rank == compiled_rank:
+            step = torch.compile(step, fullgraph=True, dynamic=False)
+        before = issued_ops(group)[1]
+        outs = step(*args)
+    torch.testing.assert_close(outs, expected, rtol=1e-4, atol=1e-4)
+    return issued_ops(group, since=before)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled_rank", range(R))
+def test_compiled_and_eager_ranks(pool: RankPool, compiled_rank: int) -> None:
+    assert pool.run(R, run_mixed, compiled_rank) == [["dispatch", "combine"] * 2] * R
 
 
 def run_unused(ctx: RankContext, strategy: str, backend: str, train: bool) -> list[str]:
@@ -149,7 +176,7 @@ def test_forward_is_issued_where_its_result_is_unused(pool: RankPool, strategy: 
 
 
 def run_unordered(ctx: RankContext) -> list[list[str]]:
-    """The order of both ranks' graphs without the lowering, on one rank, where it does no harm."""
+    """The order of both ranks' graphs without what the library does, on one rank, where it does no harm."""
     torch._dynamo.reset()
     group = ctx.prepared_group("default")
     orders = []
@@ -165,7 +192,7 @@ def run_unordered(ctx: RankContext) -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_it_is_the_lowering_that_keeps_the_order(pool: RankPool) -> None:
+def test_left_to_itself_inductor_reorders(pool: RankPool) -> None:
     pool.close()  # ranks in which nothing has been lowered yet
     [[first, second]] = pool.run(1, run_unordered)
     pool.close()

@@ -3,8 +3,8 @@
 Ranks compile on their own, with their own sizes, and still must issue the same communicating ops in the same order:
 
 - no graph pass removes such an op (`communicating`),
-- inductor schedules them in the order of the graph (`prepare` gives them a lowering that depends on the one
-  before),
+- inductor runs them in the order of the program: `prepare` gives them a lowering that depends on the one before, and
+  keeps the pass that moves nodes towards their users away from graphs that contain them,
 - compiled code from the on-disk caches is used only by the version of this package that made it: torch does not see
   that a fake, a backward formula or a lowering changed, so their digest becomes part of its cache keys.
 
@@ -56,8 +56,16 @@ def _tag_caches() -> None:
 
 @functools.cache
 def _order_in_inductor() -> None:
+    from torch._inductor.fx_passes import post_grad
     from torch._inductor.lowering import lowerings, make_fallback, require_contiguous
 
+    reorder_for_locality = post_grad.reorder_for_locality
+
+    def reorder_unless_communicating(graph: torch.fx.Graph) -> None:
+        if not any(node.target in _communicating for node in graph.nodes):
+            reorder_for_locality(graph)
+
+    post_grad.reorder_for_locality = reorder_unless_communicating
     last_kernel: MutableMapping[Any, str] = weakref.WeakKeyDictionary()
     for op in _communicating:
         make_fallback(op, layout_constraint=require_contiguous, warn=False)
