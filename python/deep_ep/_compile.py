@@ -84,7 +84,7 @@ def _ordered(lower: Any, last_kernel: MutableMapping[Any, str]) -> Any:
         (kernel,) = (op for op in graph.operations[known:] if isinstance(op, ir.FallbackKernel))
         kernel.has_side_effects = lambda: True  # type: ignore[method-assign]
         if graph in last_kernel:
-            graph.additional_star_deps[kernel.get_operation_name()].add(last_kernel[graph])
+            graph.additional_buffer_deps[kernel.get_operation_name()].add(last_kernel[graph])
         last_kernel[graph] = kernel.get_name()
         return result
 
