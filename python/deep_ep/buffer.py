@@ -123,6 +123,8 @@ class Buffer:
             the number of rows of each local expert (a list; a tensor int64 [L] under torch.compile and with
             num_worst_tokens, where a list would need the values on the host), handle, event.
 
+            With num_worst_tokens, handle.num_dropped is the number of rows for this rank that did not fit.
+
         Raises:
             ValueError: a missing argument, or one that this version does not have.
             RuntimeError: as `deep_ep.dispatch`.

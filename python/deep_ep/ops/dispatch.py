@@ -38,6 +38,12 @@ class DispatchHandle(NamedTuple):
     topk_weights: Tensor
     """fp32 [T, K], as given to dispatch; ones if none were given."""
 
+    @property
+    def num_dropped(self) -> Tensor:
+        """int64 []: rows for this rank that did not fit into W (as DispatchOutput.num_dropped)."""
+        wanted = self.recv_channel_prefix_matrix[-1, -1]
+        return wanted - (self.recv_src_idx[:, 0] >= 0).sum()
+
 
 class DispatchOutput(NamedTuple):
     """What dispatch returns."""
