@@ -41,11 +41,6 @@ std::string shape_name(const std::vector<int64_t>& shape) {
 
 }  // namespace
 
-Checks& Checks::require(bool holds, const std::string& message) {
-  if (wrong_.empty() && !holds) wrong_ = message;
-  return *this;
-}
-
 Checks& Checks::tensor(const char* name, const Tensor& tensor, const std::vector<ScalarType>& dtypes,
                        const std::vector<int64_t>& shape) {
   if (!passed()) return *this;
@@ -53,26 +48,26 @@ Checks& Checks::tensor(const char* name, const Tensor& tensor, const std::vector
   bool fits = given.size() == shape.size();
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] == kAny || shape[i] == given[i];
   const ScalarType dtype = tensor.scalar_type();
-  require(std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end(),
-          str(name, " must be ", list(dtypes, dtype_name, ", "), ", got ", dtype_name(dtype)));
-  require(fits, str(name, " must have the shape ", shape_name(shape), ", got ", shape_name(given)));
-  require(tensor.is_cpu(), str(name, " must be on the CPU, as the other tensors are"));
-  return require(tensor.is_contiguous(), str(name, " must be contiguous; call .contiguous() on it"));
+  if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end())
+    return require(false, name, " must be ", list(dtypes, dtype_name, ", "), ", got ", dtype_name(dtype));
+  if (!fits) return require(false, name, " must have the shape ", shape_name(shape), ", got ", shape_name(given));
+  require(tensor.is_cpu(), name, " must be on the CPU, as the other tensors are");
+  return require(tensor.is_contiguous(), name, " must be contiguous; call .contiguous() on it");
 }
 
 Checks& Checks::rows(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
   this->tensor(name, tensor, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, shape);
-  return require(!passed() || tensor.size(1) > 0, str(name, " must have a hidden size of at least 1"));
+  return require(!passed() || tensor.size(1) > 0, name, " must have a hidden size of at least 1");
 }
 
 Checks& Checks::experts(int64_t num_experts, int64_t num_ranks, int64_t group_size) {
-  require(num_ranks > 0, str("num_ranks must be positive, got ", num_ranks));
-  require(group_size == 0 || num_ranks == group_size,
-          str("num_ranks must be the size of the group, ", group_size, ", got ", num_ranks));
-  require(num_experts > 0 && num_experts <= static_cast<int64_t>(Group::kMaxExperts),
-          str("num_experts must be 1..", Group::kMaxExperts, ", got ", num_experts));
-  return require(!passed() || num_experts % num_ranks == 0,
-                 str("num_experts (", num_experts, ") must be divisible by num_ranks (", num_ranks, ")"));
+  require(num_ranks > 0, "num_ranks must be positive, got ", num_ranks);
+  require(group_size == 0 || num_ranks == group_size, "num_ranks must be the size of the group, ", group_size, ", got ",
+          num_ranks);
+  require(num_experts > 0 && num_experts <= static_cast<int64_t>(Group::kMaxExperts), "num_experts must be 1..",
+          Group::kMaxExperts, ", got ", num_experts);
+  return require(!passed() || num_experts % num_ranks == 0, "num_experts (", num_experts,
+                 ") must be divisible by num_ranks (", num_ranks, ")");
 }
 
 std::vector<int64_t> sizes_of(const Tensor& tensor) {
@@ -96,8 +91,8 @@ namespace {
 Checks& check_topk_idx(Checks& checks, const Tensor& topk_idx, int64_t num_tokens) {
   checks.tensor("topk_idx", topk_idx, {ScalarType::Long}, {num_tokens, Checks::kAny});
   checks.require(!checks.passed() || topk_idx.size(1) > 0, "topk_idx must have at least one column");
-  return checks.require(!checks.passed() || topk_idx.numel() <= kMaxRows,
-                        str("topk_idx must have at most ", kMaxRows, " elements"));
+  return checks.require(!checks.passed() || topk_idx.numel() <= kMaxRows, "topk_idx must have at most ", kMaxRows,
+                        " elements");
 }
 
 }  // namespace
@@ -105,8 +100,8 @@ Checks& check_topk_idx(Checks& checks, const Tensor& topk_idx, int64_t num_token
 Checks check_get_dispatch_layout(const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks, int64_t num_nodes) {
   Checks checks;
   check_topk_idx(checks, topk_idx, Checks::kAny).experts(num_experts, num_ranks, 0);
-  return checks.require(num_nodes > 0 && num_ranks % num_nodes == 0,
-                        str("num_nodes must divide num_ranks (", num_ranks, "), got ", num_nodes));
+  return checks.require(num_nodes > 0 && num_ranks % num_nodes == 0, "num_nodes must divide num_ranks (", num_ranks,
+                        "), got ", num_nodes);
 }
 
 Checks check_dispatch(const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weights, int64_t num_experts,
@@ -117,9 +112,9 @@ Checks check_dispatch(const Tensor& x, const Tensor& topk_idx, const Tensor& top
   if (checks.passed())
     checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, {topk_idx.size(0), topk_idx.size(1)});
   checks.experts(num_experts, num_ranks, group_size);
-  return checks.require(
-      num_worst_tokens >= 0 && num_worst_tokens <= kMaxRows,
-      str("num_worst_tokens must be 0 (exact) or a number of rows up to ", kMaxRows, ", got ", num_worst_tokens));
+  return checks.require(num_worst_tokens >= 0 && num_worst_tokens <= kMaxRows,
+                        "num_worst_tokens must be 0 (exact) or a number of rows up to ", kMaxRows, ", got ",
+                        num_worst_tokens);
 }
 
 Checks check_handle(const char* rows_name, const Tensor& expert_rows, const Tensor& topk_idx,

@@ -35,7 +35,12 @@ class Checks {
   Checks& rows(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape);
   // E, R and K as every op has them; group_size 0 when no group is involved.
   Checks& experts(int64_t num_experts, int64_t num_ranks, int64_t group_size);
-  Checks& require(bool holds, const std::string& message);
+  // The message is the concatenation of its parts, put together only when it is needed.
+  template <typename... Parts>
+  Checks& require(bool holds, const Parts&... message) {
+    if (wrong_.empty() && !holds) wrong_ = str(message...);
+    return *this;
+  }
 
   const std::string& wrong() const { return wrong_; }
   bool passed() const { return wrong_.empty(); }

@@ -39,7 +39,6 @@ def prepare() -> None:
         _order_in_inductor()
 
 
-@functools.cache
 def _digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):

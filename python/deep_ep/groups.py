@@ -97,9 +97,13 @@ def _owns(pg: dist.ProcessGroup) -> bool:
 
 def _forget(name: str, owner: weakref.ref[dist.ProcessGroup]) -> None:
     if _owners.get(name) is owner:
-        del _owners[name]
-        _infos.pop(name, None)
-        _close_windows(name)
+        _drop(name)
+
+
+def _drop(name: str) -> None:
+    _owners.pop(name, None)
+    _infos.pop(name, None)
+    _close_windows(name)
 
 
 def _close_windows(name: str) -> None:
@@ -124,10 +128,7 @@ def destroy(group: Group = None) -> None:
 
     Tensors that lie in the window stay valid. Without this call the same happens when the ProcessGroup goes.
     """
-    name = group if isinstance(group, str) else process_group(group).group_name
-    _owners.pop(name, None)
-    _infos.pop(name, None)
-    _close_windows(name)
+    _drop(group if isinstance(group, str) else process_group(group).group_name)
 
 
 def info_of(group: Group) -> GroupInfo:
