@@ -21,11 +21,24 @@ constexpr int kTextBytes = 512;
 
 constexpr uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
-enum class Op : uint32_t { dispatch, combine, dispatch_backward, combine_backward, combine_backward_weights };
+enum class Op : uint32_t {
+  dispatch,
+  combine,
+  dispatch_backward,
+  combine_backward,
+  combine_backward_weights,
+  low_latency_dispatch,
+  low_latency_combine
+};
 
 constexpr const char* name_of(Op op) {
-  constexpr const char* names[] = {"dispatch", "combine", "dispatch_backward", "combine_backward",
-                                   "combine_backward (weights)"};
+  constexpr const char* names[] = {"dispatch",
+                                   "combine",
+                                   "dispatch_backward",
+                                   "combine_backward",
+                                   "combine_backward (weights)",
+                                   "low_latency_dispatch",
+                                   "low_latency_combine"};
   return names[static_cast<uint32_t>(op)];
 }
 

@@ -117,6 +117,32 @@ Checks check_dispatch(const Tensor& x, const Tensor& topk_idx, const Tensor& top
                         num_worst_tokens);
 }
 
+Checks check_low_latency_dispatch(const Tensor& x, const Tensor& topk_idx, int64_t num_max_dispatch_tokens_per_rank,
+                                  int64_t num_experts, int64_t num_ranks, int64_t group_size) {
+  Checks checks;
+  checks.rows("x", x, {Checks::kAny, Checks::kAny});
+  if (checks.passed()) check_topk_idx(checks, topk_idx, x.size(0)).experts(num_experts, num_ranks, group_size);
+  if (!checks.passed()) return checks;
+  const int64_t K = topk_idx.size(1), L = num_experts / num_ranks, most = std::min(K, L);
+  checks.require(
+      num_max_dispatch_tokens_per_rank > 0 && num_max_dispatch_tokens_per_rank <= kMaxRows / num_ranks / most,
+      "num_max_dispatch_tokens_per_rank must be 1..", kMaxRows / num_ranks / most, ", got ",
+      num_max_dispatch_tokens_per_rank);
+  checks.require(x.size(0) <= num_max_dispatch_tokens_per_rank, "x has ", x.size(0),
+                 " tokens; allowed are at most num_max_dispatch_tokens_per_rank = ", num_max_dispatch_tokens_per_rank);
+  // With ids that repeat, a token may want more rows of a rank than there is room for.
+  const int64_t* ids = topk_idx.const_data_ptr<int64_t>();
+  for (int64_t t = 0; K > L && t < topk_idx.size(0); ++t)
+    for (int64_t first = 0; first < K && checks.passed(); ++first) {
+      int64_t rows = 0;
+      for (int64_t k = 0; k < K; ++k) rows += ids[t * K + k] >= 0 && ids[t * K + k] / L == ids[t * K + first] / L;
+      checks.require(ids[t * K + first] < 0 || rows <= most, "topk_idx sends token ", t, " to rank ",
+                     ids[t * K + first] / L, " ", rows, " times; allowed are ", most,
+                     ": ids may not repeat where K exceeds the ", L, " experts of a rank");
+    }
+  return checks;
+}
+
 Checks check_handle(const char* rows_name, const Tensor& expert_rows, const Tensor& topk_idx,
                     const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts, int64_t num_ranks,
                     int64_t group_size) {

@@ -20,7 +20,7 @@ namespace deep_ep {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The `str group` argument. (torch's own conversion to std::string leaks, as of torch 2.13.)
+// A `str` argument, such as group. (torch's own conversion to std::string leaks, as of torch 2.13.)
 struct GroupName {
   std::string value;
 };
@@ -55,6 +55,8 @@ std::vector<int64_t> sizes_of(const Tensor& tensor);
 Checks check_get_dispatch_layout(const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks, int64_t num_nodes);
 Checks check_dispatch(const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weights, int64_t num_experts,
                       int64_t num_ranks, int64_t num_worst_tokens, int64_t group_size);
+Checks check_low_latency_dispatch(const Tensor& x, const Tensor& topk_idx, int64_t num_max_dispatch_tokens_per_rank,
+                                  int64_t num_experts, int64_t num_ranks, int64_t group_size);
 // The arguments that combine, combine_backward and dispatch_backward share; `expert_rows` [N, H] is the one called
 // `rows_name`.
 Checks check_handle(const char* rows_name, const Tensor& expert_rows, const Tensor& topk_idx,

@@ -14,4 +14,11 @@ inline void define(torch::stable::detail::StableLibrary& library, const std::str
   library.def((name + ".alltoall" + schema).c_str());
 }
 
+// With `.ops` as well. All overloads of an op have one schema: torch 2.13 aborts when a process ends if they differ.
+inline void define_low_latency(torch::stable::detail::StableLibrary& library, const std::string& name,
+                               const std::string& schema) {
+  define(library, name, schema);
+  library.def((name + ".ops" + schema).c_str());
+}
+
 }  // namespace deep_ep

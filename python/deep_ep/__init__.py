@@ -4,6 +4,8 @@
 `Buffer` offers the same with the calls of DeepEP and DeepEP-Ascend.
 """
 
+import torch
+
 from .buffer import Buffer
 from .config import Config
 from .groups import destroy, init
@@ -11,8 +13,13 @@ from .ops import combine_backward, dispatch_backward  # noqa: F401  (registers t
 from .ops.combine import combine
 from .ops.dispatch import DispatchHandle, DispatchOutput, dispatch
 from .ops.get_dispatch_layout import get_dispatch_layout
+from .ops.low_latency_combine import low_latency_combine
+from .ops.low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, low_latency_dispatch
 from .strategies import LowLatencyStrategy, NormalStrategy
 from .utils import EventHandle, EventOverlap
+
+topk_idx_t = torch.int64
+"""The dtype of expert ids."""
 
 __all__ = [
     "Buffer",
@@ -21,6 +28,8 @@ __all__ = [
     "DispatchOutput",
     "EventHandle",
     "EventOverlap",
+    "LowLatencyHandle",
+    "LowLatencyOutput",
     "LowLatencyStrategy",
     "NormalStrategy",
     "combine",
@@ -28,4 +37,7 @@ __all__ = [
     "dispatch",
     "get_dispatch_layout",
     "init",
+    "low_latency_combine",
+    "low_latency_dispatch",
+    "topk_idx_t",
 ]

@@ -24,7 +24,14 @@ from torch.distributed import distributed_c10d
 
 from . import checks, reference
 
-_OPS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
+_OPS = (
+    "dispatch",
+    "combine",
+    "dispatch_backward",
+    "combine_backward",
+    "low_latency_dispatch",
+    "low_latency_combine",
+)
 _TEXT_BYTES = 512
 # Elements of a block of rows whose fp32 sums stay in a core's cache.
 _BLOCK = 1 << 16
@@ -299,13 +306,72 @@ def dispatch(
     a failed exchange, such as with a peer that has died.
     """
     call = _Call("dispatch", group, x)
-    error = (
-        call.device_error
-        or checks.group_size(num_ranks, call.size)
-        or checks.dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens)
-        or _ids_error(topk_idx, num_experts)
+    error = checks.dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens)
+    return _dispatch(call, error, x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens)
+
+
+def low_latency_dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    comm_alg: str,
+) -> tuple[Tensor, ...]:
+    """Sends every (token, k) row to the rank of its expert, in R·M·min(K, L) rows; x: [T, H], T <= M.
+
+    Returns recv_x, recv_count, recv_src_idx, layout_range and send_head. Raises as dispatch does.
+    """
+    call = _Call("low_latency_dispatch", group, x)
+    M = num_max_dispatch_tokens_per_rank
+    error = checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks) or _crowded_error(
+        topk_idx, num_experts // num_ranks
     )
+    num_rows = 0 if error else num_ranks * M * min(topk_idx.shape[1], num_experts // num_ranks)
+    weights = torch.ones_like(topk_idx, dtype=torch.float32)
+    out = _dispatch(call, error, x, topk_idx, weights, num_experts, num_ranks, num_rows, same_rows=True)
+    layout_range = out.recv_channel_prefix_matrix.view(-1)
+    return out.recv_x, out.num_recv_tokens_per_expert, out.recv_src_idx, layout_range, out.send_head
+
+
+def _crowded_error(topk_idx: Tensor, L: int) -> str | None:
+    """With ids that repeat, a token may want more rows of a rank than low latency has room for."""
+    K = topk_idx.shape[1]
+    if K <= L:
+        return None
+    rank = topk_idx // L
+    rows = ((rank.unsqueeze(1) == rank.unsqueeze(2)) & (topk_idx >= 0).unsqueeze(1)).sum(2)
+    wrong = ((rows > L) & (topk_idx >= 0)).nonzero()
+    if not wrong.numel():
+        return None
+    t, k = wrong[0].tolist()
+    return (
+        f"topk_idx sends token {t} to rank {int(rank[t, k])} {int(rows[t, k])} times; allowed are {L}: ids may not "
+        f"repeat where K exceeds the {L} experts of a rank"
+    )
+
+
+def _dispatch(
+    call: _Call,
+    error: str | None,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    num_worst_tokens: int,
+    same_rows: bool = False,
+) -> reference.DispatchResult:
+    """`error`: what is wrong with the arguments. same_rows: num_worst_tokens must be equal on all ranks."""
+    error = call.device_error or checks.group_size(num_ranks, call.size) or error or _ids_error(topk_idx, num_experts)
     headers = call.agree(error, x, topk_idx, num_experts, num_worst_tokens)
+    for rank, header in enumerate(headers):
+        if same_rows and header.W != headers[0].W:
+            raise RuntimeError(
+                f"deep_ep.{call.op}: num_max_dispatch_tokens_per_rank must be the same on all ranks: rank 0 makes room "
+                f"for {headers[0].W} rows, rank {rank} for {header.W}"
+            )
     device = x.device
     (T, H), K, R, L = x.shape, topk_idx.shape[1], num_ranks, num_experts // num_ranks
 
@@ -322,7 +388,7 @@ def dispatch(
 
     most, rank = (int(v) for v in kept.sum((1, 2)).max(0))
     if most > checks.MAX_ROWS:
-        raise RuntimeError(f"deep_ep.dispatch: rank {rank} would receive {most} rows; allowed are {checks.MAX_ROWS}")
+        raise RuntimeError(f"deep_ep.{call.op}: rank {rank} would receive {most} rows; allowed are {checks.MAX_ROWS}")
 
     # This rank's slots in the order in which their destinations take them.
     asked_here = asked[call.rank].view(-1)
@@ -406,10 +472,46 @@ def combine(
     The other tensors are those of the dispatch that made the rows. Raises as dispatch does.
     """
     call = _Call("combine", group, x)
+    error = checks.combine(x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
+    return _combine(call, error, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
+
+
+def low_latency_combine(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    layout_range: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    comm_alg: str,
+) -> Tensor:
+    """As combine, for the rows of a low_latency_dispatch."""
+    call = _Call("low_latency_combine", group, x)
+    error = checks.low_latency_combine(
+        x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks
+    )
+    return _combine(call, error, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
+
+
+def _combine(
+    call: _Call,
+    error: str | None,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+) -> Tensor:
+    """`error`: what is wrong with the arguments by themselves."""
     error = (
         call.device_error
         or checks.group_size(num_ranks, call.size)
-        or checks.combine(x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
+        or error
         or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
     )
     routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)

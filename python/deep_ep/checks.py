@@ -112,6 +112,27 @@ def dispatch(
     )
 
 
+def low_latency_dispatch(
+    x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int, num_ranks: int
+) -> str | None:
+    error = (
+        _rows("x", x, {"T": None, "H": None})
+        or _topk_idx(topk_idx, x.device, x.shape[0])
+        or _experts(num_experts, num_ranks)
+    )
+    if error:
+        return error
+    M, most = (
+        num_max_dispatch_tokens_per_rank,
+        MAX_ROWS // num_ranks // min(topk_idx.shape[1], num_experts // num_ranks),
+    )
+    if not 1 <= M <= most:
+        return f"num_max_dispatch_tokens_per_rank must be 1..{most}, got {M}"
+    if isinstance(x.shape[0], int) and x.shape[0] > M:
+        return f"x has {x.shape[0]} tokens; allowed are at most num_max_dispatch_tokens_per_rank = {M}"
+    return None
+
+
 def _handle(
     name: str,
     rows: Tensor,
@@ -144,6 +165,21 @@ def combine(
 ) -> str | None:
     return _handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks) or _topk_weights(
         topk_weights, topk_idx
+    )
+
+
+def low_latency_combine(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    layout_range: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+) -> str | None:
+    return combine(x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks) or _tensor(
+        "layout_range", layout_range, (torch.int32,), x.device, {"E": num_experts}
     )
 
 

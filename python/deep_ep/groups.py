@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from . import _compile
-from .strategies import MODES, NormalStrategy, mode_from
+from .npu_ops import check_comm_alg
+from .strategies import MODES, LowLatencyStrategy, NormalStrategy, mode_from
 from .windows import DEFAULT_BYTES, Windows, exchange, group_timeout
 
 Group = dist.ProcessGroup | str | None
@@ -24,6 +25,8 @@ class GroupInfo:
     name: str
     size: int
     normal: NormalStrategy
+    low_latency: LowLatencyStrategy
+    comm_alg: str = ""
 
 
 _owners: dict[str, weakref.ref[dist.ProcessGroup]] = {}
@@ -50,6 +53,7 @@ def init(
     num_bytes: int | None = None,
     strategy: str | None = None,
     timeout: timedelta | None = None,
+    comm_alg: str = "",
 ) -> GroupInfo:
     """Prepares a group for the ops. Collective: all ranks of the group call it, outside of compiled code.
 
@@ -60,13 +64,17 @@ def init(
             is kept; a smaller one, or one that was given up after a failure, is replaced.
         strategy: ``default``, ``alltoall`` or ``ops``; None takes DEEP_USE_MODE, read now.
         timeout: how long an op waits for a peer without progress; None is the group's own timeout.
+        comm_alg: for the strategy ``ops``: hierarchy, fullmesh_v1, fullmesh_v2 or ccu; empty leaves it to torch_npu.
 
     Raises:
-        ValueError: an unknown strategy, or num_bytes is not positive (on this rank, before it waits for others).
+        ValueError: an unknown strategy or comm_alg, or num_bytes is not positive (on this rank, before it waits for
+            others).
         RuntimeError: on every rank, when windows cannot be made: too little memory on a rank, or ranks on several
             hosts under ``default``.
     """
     mode = mode_from(strategy)
+    if error := check_comm_alg(comm_alg):
+        raise ValueError(error)
     pg = process_group(group)
     if num_bytes is not None and num_bytes <= 0:
         raise ValueError(f"num_bytes must be positive, got {num_bytes}")
@@ -76,7 +84,7 @@ def init(
         raise RuntimeError(
             f"deep_ep: the ranks of the group '{pg.group_name}' chose different strategies: {', '.join(modes)}"
         )
-    normal, _ = MODES[mode]
+    normal, low_latency = MODES[mode]
     name = pg.group_name
     if normal is NormalStrategy.DEFAULT and not all(wish[1] for wish in wishes):
         windows = Windows(pg, num_bytes or DEFAULT_BYTES, timeout or group_timeout(pg))
@@ -84,7 +92,7 @@ def init(
         _windows[name] = windows
     if not _owns(pg):
         _owners[name] = weakref.ref(pg, functools.partial(_forget, name))
-    _infos[name] = info = GroupInfo(name, pg.size(), normal)
+    _infos[name] = info = GroupInfo(name, pg.size(), normal, low_latency, comm_alg)
     _compile.prepare()
     return info
 

@@ -22,7 +22,15 @@ DEFAULT_BYTES = 256 << 20
 # How many ops a group remembers.
 _LOGGED = 1024
 
-_OPS = ("dispatch", "combine", "dispatch_backward", "combine_backward", "combine_backward_weights")
+_OPS = (
+    "dispatch",
+    "combine",
+    "dispatch_backward",
+    "combine_backward",
+    "combine_backward_weights",
+    "low_latency_dispatch",
+    "low_latency_combine",
+)
 
 
 def group_timeout(group: dist.ProcessGroup) -> timedelta:

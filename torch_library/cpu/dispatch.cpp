@@ -1,8 +1,9 @@
+#include "dispatch.h"
+
 #include <algorithm>
 #include <limits>
 #include <optional>
 
-#include "arguments.h"
 #include "recv_rows.h"
 #include "routing.h"
 
@@ -16,14 +17,12 @@ struct RowMeta {
   float weight;
 };
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
-Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
-                 int64_t num_worst_tokens, GroupName group_name) {
-  const std::shared_ptr<Group> group = groups::get("dispatch", group_name.value);
-  Checks checks = check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, group->size());
+Dispatched dispatch_rows(Op op_code, Group& group, Checks checks, const Tensor& x, const Tensor& topk_idx,
+                         const Tensor& topk_weights, int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens) {
   Post post{};
-  post.op = Op::dispatch;
+  post.op = op_code;
   std::vector<int32_t> counts;
   if (checks.passed()) {
     post.tokens = x.size(0);
@@ -40,13 +39,18 @@ Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_exp
 
   std::optional<Routing> routing;
   RecvRows recv;
-  Operation op(*group, post, counts, checks.wrong(), [&](const Operation& op) {
+  Operation op(group, post, counts, checks.wrong(), [&](const Operation& op) {
     std::vector<const int32_t*> all_counts;
     std::vector<int64_t> worst;
     for (int r = 0; r < op.size(); ++r) {
       all_counts.push_back(op.words(r));
       worst.push_back(op.post(r).rows);
     }
+    if (op_code == Op::low_latency_dispatch)
+      for (int r = 1; r < op.size(); ++r)
+        if (worst[r] != worst[0])
+          return str("num_max_dispatch_tokens_per_rank must be the same on all ranks: rank 0 makes room for ", worst[0],
+                     " rows, rank ", r, " for ", worst[r]);
     routing.emplace(num_experts, std::move(all_counts), std::move(worst));
     for (int r = 0; r < op.size(); ++r)
       if (routing->wanted(r) > std::numeric_limits<int32_t>::max())
@@ -151,6 +155,21 @@ Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_exp
   op.finish();
   return {recv_x,      recv_topk_idx,  recv_topk_weights,   counts_out,   num_dropped,
           rank_prefix, channel_prefix, recv_channel_prefix, recv_src_idx, send_head};
+}
+
+namespace {
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
+                 int64_t num_worst_tokens, GroupName group_name) {
+  const std::shared_ptr<Group> group = groups::get("dispatch", group_name.value);
+  Checks checks = check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, group->size());
+  const Dispatched out = dispatch_rows(Op::dispatch, *group, std::move(checks), x, topk_idx, topk_weights, num_experts,
+                                       num_ranks, num_worst_tokens);
+  return {out.recv_x,       out.recv_topk_idx,      out.recv_topk_weights,     out.num_recv_tokens_per_expert,
+          out.num_dropped,  out.rank_prefix_matrix, out.channel_prefix_matrix, out.recv_channel_prefix_matrix,
+          out.recv_src_idx, out.send_head};
 }
 
 }  // namespace

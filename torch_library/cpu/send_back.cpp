@@ -70,4 +70,27 @@ HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks
   words = handle.words(wrong);
 }
 
+Tensor combine_rows(Op op_code, Group& group, Checks checks, const Tensor& x, const Tensor& topk_idx,
+                    const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
+                    int64_t num_experts, int64_t num_ranks) {
+  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx));
+  const HandleArguments arguments(op_code, group, checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks);
+  SendBack back{.handle = arguments.handle};
+  std::vector<Region> regions;
+  Operation op(group, arguments.post, arguments.words, arguments.wrong, [&](const Operation& op) {
+    back.dtype = dtype_of(x);
+    back.hidden = x.size(1);
+    back.rows = x.const_data_ptr();
+    back.weights = topk_weights.const_data_ptr<float>();
+    regions = back.place(op);
+    return Handle::check(op);
+  });
+
+  Tensor combined = new_empty(x, {topk_idx.size(0), x.size(1)});
+  back.sums = combined.mutable_data_ptr();
+  back.run(op, regions);
+  op.finish();
+  return combined;
+}
+
 }  // namespace deep_ep

@@ -16,6 +16,7 @@ def register(
     *,
     fake: Callable[..., Any],
     alltoall: Callable[..., Any],
+    ops: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     communicates: bool = True,
@@ -23,22 +24,25 @@ def register(
     """Registers the Python parts of op `name` for its overloads.
 
     Args:
-        fake: shapes and dtypes of the results.
+        fake: shapes and dtypes of the results; called with `overload=` too where there is an overload `.ops`.
         alltoall: the kernel of the overload `.alltoall`, for every device.
+        ops: the kernel of the overload `.ops`, for every device, where there is such an overload.
         setup_context, backward: the autograd formula; `backward` is called with `overload=`, the name of the overload
             whose gradient is wanted. None: the results have no gradients.
         communicates: whether ranks talk to each other in it.
     """
     _fragment.impl(f"{name}.alltoall", alltoall, "CompositeExplicitAutograd")
+    if ops is not None:
+        _fragment.impl(f"{name}.ops", ops, "CompositeExplicitAutograd")
     packet = getattr(torch.ops.deep_ep, name)
 
-    def prepared_fake(*args: Any) -> Any:
+    def prepared_fake(*args: Any, overload: str) -> Any:
         _compile.prepare()
-        return fake(*args)
+        return fake(*args, overload=overload) if ops is not None else fake(*args)
 
     for overload in packet.overloads():
         op = getattr(packet, overload)
-        torch.library.register_fake(op, prepared_fake, lib=_fragment)
+        torch.library.register_fake(op, functools.partial(prepared_fake, overload=overload), lib=_fragment)
         if backward is not None:
             formula = functools.partial(backward, overload=overload)
             torch.library.register_autograd(op, formula, setup_context=setup_context, lib=_fragment)

@@ -1,0 +1,94 @@
+"""The `.ops` overloads: low latency through torch_npu's own MoE operators, MoeDistributeDispatchV2 and CombineV2.
+
+T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · M num_max_dispatch_tokens_per_rank.
+
+Shapes are those of torch_npu's own meta functions; nothing here has run on an NPU.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+COMM_ALGS = ("hierarchy", "fullmesh_v1", "fullmesh_v2", "ccu")
+"""How the operators may send: what torch_npu calls comm_alg. "" leaves the choice to it."""
+
+
+def check_comm_alg(comm_alg: str) -> str | None:
+    """What is wrong with comm_alg, or None."""
+    if comm_alg and comm_alg not in COMM_ALGS:
+        return f"comm_alg must be one of {', '.join(COMM_ALGS)}, or empty; got {comm_alg!r}"
+    return None
+
+
+def _operator(op: str, name: str, x: Tensor) -> Any:
+    if error := missing(x):
+        raise RuntimeError(f"deep_ep.{op}.ops: {error}; use the strategy default or alltoall (DEEP_USE_MODE) instead")
+    return getattr(torch.ops.npu, name)
+
+
+def missing(x: Tensor) -> str | None:
+    """What this machine or tensor lacks for the `.ops` overloads, or None."""
+    if not hasattr(torch.ops.npu, "npu_moe_distribute_dispatch_v2"):
+        return "torch_npu is not loaded: the strategy ops calls torch_npu's npu_moe_distribute_dispatch_v2/combine_v2"
+    if x.device.type != "npu":
+        return f"x must be on an NPU, got {x.device}"
+    return None
+
+
+def _group_arguments(group: str, num_experts: int, num_ranks: int) -> dict[str, Any]:
+    pg = cast(Any, distributed_c10d)._resolve_process_group(group)
+    backend = pg._get_backend(torch.device("npu"))
+    return {
+        "group_ep": backend.get_hccl_comm_name(pg.rank()),
+        "ep_world_size": num_ranks,
+        "ep_rank_id": pg.rank(),
+        "moe_expert_num": num_experts,
+    }
+
+
+def low_latency_dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    comm_alg: str,
+) -> tuple[Tensor, ...]:
+    operator = _operator("low_latency_dispatch", "npu_moe_distribute_dispatch_v2", x)
+    recv_x, _, assist_info, recv_count, recv_counts, *_ = operator(
+        x,
+        topk_idx.int(),
+        **_group_arguments(group, num_experts, num_ranks),
+        global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
+        expert_token_nums_type=1,
+        comm_alg=comm_alg,
+    )
+    return recv_x, recv_count, assist_info, recv_counts, torch.full_like(topk_idx, -1, dtype=torch.int32)
+
+
+def low_latency_combine(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    layout_range: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    comm_alg: str,
+) -> Tensor:
+    operator = _operator("low_latency_combine", "npu_moe_distribute_combine_v2", x)
+    return operator(
+        x,
+        topk_idx.int(),
+        recv_src_idx,
+        layout_range,
+        topk_weights,
+        **_group_arguments(group, num_experts, num_ranks),
+        global_bs=x.shape[0] // min(topk_idx.shape[1], num_experts // num_ranks),
+        comm_alg=comm_alg,
+    )
