@@ -605,15 +605,15 @@ def check_buffer_arguments(ctx: RankContext) -> None:
     for name in ("topk_idx", "num_tokens_per_rank", "is_token_in_rank", "num_tokens_per_expert"):
         with pytest.raises(ValueError, match=f"{name} is missing"):
             buffer.dispatch(**right | {name: None})
-    with pytest.raises(ValueError, match="expert_alignment must be 1 in this version, got 8"):
-        buffer.dispatch(**right, expert_alignment=8)
+    with pytest.raises(ValueError, match="expert_alignment must be at least 1, got 0"):
+        buffer.dispatch(**right, expert_alignment=0)
     with pytest.raises(ValueError, match="dispatch_wait_recv_cost_stats"):
         buffer.dispatch(**right, dispatch_wait_recv_cost_stats=torch.zeros(1))
 
     recv_x, _, _, counts, handle, event = buffer.dispatch(**right)
     assert event.event is None
-    with pytest.raises(ValueError, match="handle: "):
-        buffer.dispatch(x, handle=handle)
+    with pytest.raises(ValueError, match="topk_idx must be None with a handle"):
+        buffer.dispatch(x, handle=handle, topk_idx=ids)
     for foreign in (weights.clone(), weights + 1):
         with pytest.raises(ValueError, match=r"topk_weights must be None or the weights in the handle, handle\[7\]"):
             buffer.combine(recv_x, handle, topk_weights=foreign)

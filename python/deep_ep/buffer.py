@@ -1,35 +1,90 @@
-"""deep_ep.Buffer: the calls of DeepEP-Ascend's Buffer over the ops of this library. Dynamo traces through its methods.
+"""deep_ep.Buffer: the calls of DeepEP's and DeepEP-Ascend's Buffer over the ops of this library.
+
+Dynamo traces through its methods.
 
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N received rows.
 """
+
+import os
+import time
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import quantization, rank_rows
 from .config import Config
-from .groups import init
+from .groups import GroupInfo, init
+from .low_latency import LowLatencyCalls
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
 from .ops import get_dispatch_layout as layout_op
 from .ops.dispatch import DispatchHandle
+from .rank_rows import RankHandle
 from .utils import EventHandle, EventOverlap
 
+ROWS = ("expert", "rank")
+"""The row contracts, as the keyword `rows` and DEEP_EP_ROWS name them."""
 
-class Buffer:
+Rows = Tensor | tuple[Tensor, Tensor]
+"""Rows [N, H], or quantised rows as (data, scales)."""
+
+
+class AlignedHandle(NamedTuple):
+    """A DispatchHandle of a dispatch with expert_alignment: N counts the padding rows, too."""
+
+    rank_prefix_matrix: Tensor
+    channel_prefix_matrix: Tensor
+    recv_channel_prefix_matrix: Tensor
+    recv_src_idx: Tensor
+    is_token_in_rank: Tensor
+    send_head: Tensor
+    topk_idx: Tensor
+    topk_weights: Tensor
+    position: Tensor
+    """int64 [N without padding]: where each row lies among the N rows."""
+    num_rows: Tensor
+    """int64 [L]: rows of each local expert, padding included."""
+
+    @property
+    def num_dropped(self) -> Tensor:
+        """int64 []: rows for this rank that did not fit into num_worst_tokens."""
+        return self.recv_channel_prefix_matrix[-1, -1] - (self.recv_src_idx[:, 0] >= 0).sum()
+
+
+Handle = DispatchHandle | AlignedHandle | RankHandle
+
+
+class Buffer(LowLatencyCalls):
     """Expert-parallel communication for one group of ranks.
 
     Making a Buffer is collective and happens outside of compiled code. Several may exist at once, also of one group;
     they share the group's windows.
 
+    There are two contracts of what a row is. Under rows="expert" (that of DeepEP-Ascend) dispatch gives one row per
+    (token, expert), ordered by local expert, source rank, token, k, and combine weights them. Under rows="rank" (that
+    of upstream DeepEP) it gives one row per (token, rank), ordered by source rank, token, and combine is the plain
+    sum, of weights as well if they are given.
+
     Args:
         group: the expert-parallel group.
         num_nvl_bytes: bytes of each rank's window, 0 for the default (256 MiB). Larger messages go in rounds.
         num_rdma_bytes: as num_nvl_bytes, for clients that size the buffer with it; the larger one counts.
-        low_latency_mode, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, meta_addr: accepted for
-            compatibility; they concern links that a CPU does not have.
+        low_latency_mode, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, meta_addr, use_fabric:
+            accepted for compatibility; they concern links that a CPU does not have.
+        explicitly_destroy: accepted for compatibility; `destroy` may be called in any case, and need not be.
+        rows: "expert" or "rank"; None takes DEEP_EP_ROWS, read now, or "expert" if that is not set.
+        straight_through: quantised dispatch gives one tensor of dequantised rows, with the identity as its gradient.
 
-    The strategy is DEEP_USE_MODE (default, alltoall or ops), read here; anything else is a ValueError.
+    Read from the environment when the Buffer is made: the strategy DEEP_USE_MODE (default, alltoall or ops),
+    DEEP_EP_ROWS, MOE_EXPERT_TOKEN_NUMS_TYPE (0: dispatch lists running counts of rows per expert under rows="expert";
+    1, the default: counts) and DEEP_NORMAL_MODE_USE_INT8_QUANT (1: dispatch without quant_mode means int8; 0, the
+    default: none).
+
+    Raises:
+        ValueError: a negative size, or a choice that does not exist, with its name.
+        RuntimeError: as `deep_ep.init`.
     """
 
     num_sms: int = 20
@@ -44,10 +99,26 @@ class Buffer:
         allow_nvlink_for_low_latency_mode: bool = True,
         allow_mnnvl: bool = False,
         meta_addr: int = 0,
+        explicitly_destroy: bool = False,
+        use_fabric: bool = False,
+        *,
+        rows: str | None = None,
+        straight_through: bool = False,
     ) -> None:
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+        if rows is None:
+            rows = _from_env("DEEP_EP_ROWS", ROWS, "expert")
+        elif rows not in ROWS:
+            raise ValueError(f"rows must be one of {', '.join(ROWS)}; got {rows!r}")
+        self._rows = rows
+        self._running_counts = _from_env("MOE_EXPERT_TOKEN_NUMS_TYPE", ("0", "1"), "1") == "0"
+        int8 = _from_env("DEEP_NORMAL_MODE_USE_INT8_QUANT", ("0", "1"), "0") == "1"
+        self._quant_mode = "int8" if int8 else "none"
+        self._straight_through = straight_through
+        self.explicitly_destroy = explicitly_destroy
+        self._destroyed = False
         self.group = group
         self.rank = group.rank()
         self.group_size = group.size()
@@ -78,6 +149,49 @@ class Buffer:
         """The work issued so far, as an event for `previous_event`."""
         return EventOverlap(EventHandle())
 
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes of a window that holds a low-latency dispatch and its combine in one round, in bf16.
+
+        Every one of the E/R local experts may get M = num_max_dispatch_tokens_per_rank rows of each of R ranks, on
+        the way there and on the way back: 2 * E * M * (2 * hidden + 16) bytes, with 16 for a row's source, rounded up
+        to a multiple of 128.
+
+        ValueError: a number is not positive, or num_experts is not divisible by num_ranks.
+        """
+        _check_positive(
+            num_max_dispatch_tokens_per_rank=num_max_dispatch_tokens_per_rank,
+            hidden=hidden,
+            num_ranks=num_ranks,
+            num_experts=num_experts,
+        )
+        if num_experts % num_ranks:
+            raise ValueError(f"num_experts ({num_experts}) must be divisible by num_ranks ({num_ranks})")
+        num_bytes = 2 * num_experts * num_max_dispatch_tokens_per_rank * (2 * hidden + 16)
+        return (num_bytes + 127) // 128 * 128
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
+        """Nothing to clean: no op leaves anything in a window that the next one could take for its own.
+
+        ValueError: a number is not positive, or num_experts is not divisible by R. RuntimeError: after `destroy`.
+        """
+        self._live()
+        self.get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, self.group_size, num_experts)
+
+    def destroy(self) -> None:
+        """Ends the use of this Buffer; its methods that communicate raise RuntimeError from here on.
+
+        The windows stay, for other users of the group, until the group goes or `deep_ep.destroy`.
+        """
+        self._destroyed = True
+
+    def _live(self) -> GroupInfo:
+        if self._destroyed:
+            raise RuntimeError("deep_ep: this Buffer was destroyed; make another one")
+        return self._info
+
     def get_dispatch_layout(
         self,
         topk_idx: Tensor,
@@ -86,14 +200,19 @@ class Buffer:
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
-        """As `deep_ep.get_dispatch_layout`, with an event behind its results."""
-        per_rank, _, per_expert, in_rank = layout_op.call(self._info, topk_idx, num_experts)
+        """As `deep_ep.get_dispatch_layout`, with an event behind its results.
+
+        is_token_in_rank [T, R] is int32 under rows="expert" and bool under rows="rank".
+        """
+        per_rank, _, per_expert, in_rank = layout_op.call(self._live(), topk_idx, num_experts)
+        if self._rows == "rank":
+            in_rank = in_rank.to(torch.bool)
         return per_rank, None, per_expert, in_rank, _event(async_finish)
 
     def dispatch(
         self,
-        x: Tensor,
-        handle: DispatchHandle | None = None,
+        x: Rows,
+        handle: Handle | None = None,
         num_tokens_per_rank: Tensor | None = None,
         num_tokens_per_rdma_rank: Tensor | None = None,
         is_token_in_rank: Tensor | None = None,
@@ -107,61 +226,170 @@ class Buffer:
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
         dispatch_wait_recv_cost_stats: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, list[int] | Tensor, DispatchHandle, EventOverlap]:
-        """Sends every token once to each of its experts; see `deep_ep.dispatch`.
+        quant_mode: str | None = None,
+    ) -> tuple[Rows, Tensor | None, Tensor | None, list[int] | Tensor | None, Handle, EventOverlap]:
+        """Sends every token once to each of its experts (rows="expert") or to each of their ranks (rows="rank").
+
+        Differentiable in x and topk_weights.
 
         Args:
-            x, topk_idx, topk_weights, num_worst_tokens: as in `deep_ep.dispatch`.
+            x: [T, H] bf16, fp16 or fp32, contiguous; or (data [T, D], scales [T] or [T, S]) of any dtypes, rows that
+                are quantised already.
+            topk_idx, topk_weights, num_worst_tokens: as in `deep_ep.dispatch`. Under rows="rank", topk_idx=None
+                sends rows without metadata.
             num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: from get_dispatch_layout of the same topk_idx;
-                num_tokens_per_expert's length is E. What travels depends on topk_idx alone.
+                num_tokens_per_expert's length is E. What travels depends on topk_idx alone under rows="expert", and
+                rows travel by is_token_in_rank under rows="rank".
+            handle: of an earlier dispatch: x takes the ways of its tokens, into as many rows. Nothing else that
+                describes the routing may be given.
+            expert_alignment: under rows="rank" the counts are rounded up to multiples of it. Under rows="expert" so
+                are the blocks of rows of each local expert: padding rows are 0 with ids of -1, combine passes over
+                them, and N grows by at most L * (expert_alignment - 1), which is by how much it does grow with
+                num_worst_tokens.
             previous_event, async_finish, allocate_on_comm_stream: on CPU the call is finished when it returns.
             config: see Config.
-            handle, expert_alignment other than 1, dispatch_wait_recv_cost_stats: not in this version.
+            dispatch_wait_recv_cost_stats: int32 or int64 [R]; the call adds to every peer's entry the microseconds
+                that it took. Unchanged under torch.compile.
+            quant_mode: rows travel quantised, one of `quantization.MODES`. None is what the environment says, or
+                "none" with a handle, since that is how gradients travel.
 
         Returns:
-            recv_x [N, H], recv_topk_idx int64 [N, K], recv_topk_weights fp32 [N, K],
-            the number of rows of each local expert (a list; a tensor int64 [L] under torch.compile and with
-            num_worst_tokens, where a list would need the values on the host), handle, event.
+            recv_x [N, H], or (data, scales) of N rows where x is quantised; but if the Buffer has straight_through,
+            quant_mode gives the dequantised rows [N, H] in x's dtype.
+            recv_topk_idx int64 [N, K] and recv_topk_weights fp32 [N, K]: rows="expert" has the expert in the column
+            that brought the row; rows="rank" has all experts of the token that are local, -1 and 0 elsewhere.
+            The rows of each local expert (rows="expert": a list; a tensor int64 [L] under torch.compile and with
+            num_worst_tokens, where a list would need the values on the host; a list with any handle) or its pairs
+            of (token, expert) (rows="rank": a list; a tensor under torch.compile; an empty list with num_worst_tokens).
+            handle, event.
 
+            Under rows="rank" a dispatch with a handle gives None for the three in the middle, and without topk_idx
+            there is neither recv_topk_idx nor recv_topk_weights.
             With num_worst_tokens, handle.num_dropped is the number of rows for this rank that did not fit.
 
         Raises:
-            ValueError: a missing argument, or one that this version does not have.
-            RuntimeError: as `deep_ep.dispatch`.
+            ValueError: an argument is missing, or has another dtype, shape or value than it may have.
+            RuntimeError: as `deep_ep.dispatch`; x requires a gradient but is quantised, and the Buffer has no
+                straight_through; after `destroy`.
         """
+        info = self._live()
+        if expert_alignment < 1:
+            raise ValueError(f"expert_alignment must be at least 1, got {expert_alignment}")
+        _check_stats("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, self.group_size)
+        given = {
+            "num_tokens_per_rank": num_tokens_per_rank,
+            "is_token_in_rank": is_token_in_rank,
+            "num_tokens_per_expert": num_tokens_per_expert,
+        }
         if handle is not None:
-            raise ValueError("handle: dispatch with the layout of another dispatch is not in this version")
+            for name, value in (given | {"topk_idx": topk_idx, "topk_weights": topk_weights}).items():
+                if value is not None:
+                    raise ValueError(f"{name} must be None with a handle, which has the routing")
+            if num_worst_tokens != 0:
+                raise ValueError(f"num_worst_tokens must be 0 with a handle, whose rows count; got {num_worst_tokens}")
+            if expert_alignment != 1:
+                raise ValueError(f"expert_alignment must be 1 with a handle, whose rows count; got {expert_alignment}")
+        else:
+            if self._rows == "expert":
+                given["topk_idx"] = topk_idx
+            for name, value in given.items():
+                if value is None:
+                    raise ValueError(f"{name} is missing; get_dispatch_layout gives the layout of topk_idx")
+        rows, packed = self._rows_to_send(x, quant_mode, handle is not None)
+
+        start = _now(dispatch_wait_recv_cost_stats)
+        results: tuple[Any, ...]
+        if self._rows == "rank":
+            if handle is not None:
+                results = rank_rows.cached_dispatch(info, rows, handle), None, None, None, handle
+            else:
+                assert is_token_in_rank is not None and num_tokens_per_expert is not None
+                results = rank_rows.dispatch(
+                    info,
+                    self.rank,
+                    rows,
+                    is_token_in_rank,
+                    num_tokens_per_expert,
+                    topk_idx,
+                    topk_weights,
+                    expert_alignment,
+                    num_worst_tokens,
+                )
+        elif handle is not None:
+            results = self._cached_dispatch(info, rows, handle)
+        else:
+            assert topk_idx is not None and num_tokens_per_expert is not None
+            E = num_tokens_per_expert.shape[0]
+            out = dispatch_op.call(info, rows, topk_idx, topk_weights, E, num_worst_tokens, is_token_in_rank)
+            results = self._expert_rows(out, expert_alignment, num_worst_tokens == 0)
+        _add_cost(dispatch_wait_recv_cost_stats, start, self.rank)
+        recv_x, recv_topk_idx, recv_topk_weights, counts, handle = results
+        assert handle is not None
+        if packed is not None:
+            recv_x = quantization.unpack(recv_x, *packed)
+        return recv_x, recv_topk_idx, recv_topk_weights, counts, handle, _event(async_finish)
+
+    def _rows_to_send(
+        self, x: Rows, quant_mode: str | None, cached: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """What travels for x, and the (data, scales) that it is packed from, if it is."""
+        if quant_mode is not None:
+            quantization.check_mode(quant_mode)
+        if isinstance(x, tuple):
+            if quant_mode not in (None, "none"):
+                raise ValueError(f"quant_mode must be None for x that is quantised already, got {quant_mode!r}")
+            data, scales = x
+            if torch.is_grad_enabled() and (data.requires_grad or scales.requires_grad):
+                raise RuntimeError(
+                    "deep_ep: quantised x has no gradient; give x itself to a Buffer made with straight_through=True"
+                )
+            return quantization.pack(data, scales), (data, scales)
+        mode = quant_mode or ("none" if cached else self._quant_mode)
+        if mode == "none":
+            return x, None
+        if self._straight_through:
+            return quantization.straight_through(x, mode), None
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"deep_ep: x requires a gradient, which quant_mode {mode} does not have; "
+                "make the Buffer with straight_through=True"
+            )
+        data, scales = quantization.quantize(x, mode)
+        return quantization.pack(data, scales), (data, scales)
+
+    def _expert_rows(self, out: dispatch_op.DispatchOutput, expert_alignment: int, exact: bool) -> tuple[Any, ...]:
+        """recv_x, recv_topk_idx, recv_topk_weights, counts and handle as a client gets them."""
+        counts = out.num_recv_tokens_per_expert
+        results: tuple[Any, ...] = out.recv_x, out.recv_topk_idx, out.recv_topk_weights, out.handle
         if expert_alignment != 1:
-            raise ValueError(f"expert_alignment must be 1 in this version, got {expert_alignment}")
-        if dispatch_wait_recv_cost_stats is not None:
-            raise ValueError("dispatch_wait_recv_cost_stats is not in this version; it must be None")
-        for name, value in (
-            ("topk_idx", topk_idx),
-            ("num_tokens_per_rank", num_tokens_per_rank),
-            ("is_token_in_rank", is_token_in_rank),
-            ("num_tokens_per_expert", num_tokens_per_expert),
-        ):
-            if value is None:
-                raise ValueError(f"{name} is missing; get_dispatch_layout gives the layout of topk_idx")
-        assert topk_idx is not None and is_token_in_rank is not None and num_tokens_per_expert is not None
-        out = dispatch_op.call(
-            self._info,
-            x,
-            topk_idx,
-            topk_weights,
-            num_tokens_per_expert.shape[0],
-            num_worst_tokens,
-            is_token_in_rank,
-        )
-        counts: list[int] | Tensor = out.num_recv_tokens_per_expert
-        if num_worst_tokens == 0 and not torch.compiler.is_compiling():
-            counts = out.num_recv_tokens_per_expert.tolist()
-        return out.recv_x, out.recv_topk_idx, out.recv_topk_weights, counts, out.handle, _event(async_finish)
+            results = _align(out, expert_alignment, exact)
+            counts = results[3].num_rows
+        return *results[:3], self._listed(counts, exact), results[3]
+
+    def _listed(self, counts: Tensor, exact: bool) -> list[int] | Tensor:
+        if self._running_counts:
+            counts = counts.cumsum(0)
+        return counts.tolist() if exact and not torch.compiler.is_compiling() else counts
+
+    def _cached_dispatch(self, info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        aligned = _as_aligned(handle)
+        known = _expert_handle(handle)
+        N = known.recv_src_idx.shape[0]
+        E = info.size * known.channel_prefix_matrix.shape[1]
+        capacity = rank_rows.capacity_of(N)
+        out = dispatch_op.call(info, x, known.topk_idx, known.topk_weights, E, capacity, known.is_token_in_rank)
+        rank_rows.same_rows(out.recv_x, N)
+        counts = out.num_recv_tokens_per_expert
+        results: tuple[Any, ...] = out.recv_x, out.recv_topk_idx, out.recv_topk_weights
+        if aligned is not None:
+            results = _spread(out, aligned.position, aligned.recv_src_idx.shape[0])[:3]
+            counts = aligned.num_rows
+        return *results, self._listed(counts, True), handle
 
     def combine(
         self,
         x: Tensor,
-        handle: DispatchHandle,
+        handle: Handle,
         topk_weights: Tensor | None = None,
         bias: Tensor | tuple[Tensor, Tensor] | None = None,
         config: Config | None = None,
@@ -170,29 +398,150 @@ class Buffer:
         allocate_on_comm_stream: bool = False,
         combine_send_cost_stats: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
-        """Sums up each token's rows with the weights given to dispatch; see `deep_ep.combine`.
+        """Sums up each token's rows: with the weights given to dispatch (rows="expert") or as they are (rows="rank").
+
+        Differentiable in x, in the weights and in bias.
 
         Args:
             x: [N, H], the experts' results in the row order of recv_x.
             handle: of that dispatch.
-            topk_weights: None, or the weights in the handle.
-            bias, combine_send_cost_stats: not in this version.
+            topk_weights: rows="expert": None, or the weights in the handle. rows="rank": None, or fp32 [N, K], which
+                are summed up as well.
+            bias: [T, H] in x's dtype, or two of them, added to the result in fp32. Unlike upstream, which rounds
+                once, the sum of rows is rounded before.
+            combine_send_cost_stats: int32 or int64 [R]; the call adds to every peer's entry the microseconds that it
+                took. Unchanged under torch.compile.
 
         Returns:
-            combined_x [T, H], None, event.
+            combined_x [T, H], combined_topk_weights fp32 [T, K] (None under rows="expert" and without topk_weights),
+            event.
 
         Raises:
-            ValueError: topk_weights are not those in the handle, or an argument that this version does not have.
-            RuntimeError: as `deep_ep.combine`.
+            ValueError: topk_weights are not those in the handle, or an argument of another dtype or shape.
+            RuntimeError: as `deep_ep.combine`; after `destroy`.
         """
-        if bias is not None:
-            raise ValueError("bias is not in this version; it must be None")
-        if combine_send_cost_stats is not None:
-            raise ValueError("combine_send_cost_stats is not in this version; it must be None")
-        if topk_weights is not None and topk_weights is not handle[7]:
-            raise ValueError("topk_weights must be None or the weights in the handle, handle[7]")
-        combined = combine_op.call(self._info, x, DispatchHandle(*handle))
-        return combined, None, _event(async_finish)
+        info = self._live()
+        _check_stats("combine_send_cost_stats", combine_send_cost_stats, self.group_size)
+        known = rank_rows.check_handle(handle) if self._rows == "rank" else _expert_handle(handle)
+        biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
+        _check_biases(biases, x, known.is_token_in_rank.shape[0])
+        start = _now(combine_send_cost_stats)
+        combined_weights = None
+        if isinstance(known, RankHandle):
+            combined, combined_weights = rank_rows.combine(info, x, known, topk_weights)
+        else:
+            if topk_weights is not None and topk_weights is not known.topk_weights:
+                raise ValueError("topk_weights must be None or the weights in the handle, handle[7]")
+            aligned = _as_aligned(handle)
+            if aligned is not None:
+                x = x.index_select(0, aligned.position)
+            combined = combine_op.call(info, x, known)
+        _add_cost(combine_send_cost_stats, start, self.rank)
+        if biases:
+            total = combined.to(torch.float32)
+            for one in biases:
+                total = total + one
+            combined = total.to(x.dtype)
+        return combined, combined_weights, _event(async_finish)
+
+
+def _as_aligned(handle: tuple[Tensor, ...]) -> AlignedHandle | None:
+    return AlignedHandle(*handle) if len(handle) == len(AlignedHandle._fields) else None
+
+
+def _expert_handle(handle: tuple[Tensor, ...]) -> DispatchHandle:
+    """The handle that the ops know; ValueError unless it has 8 tensors, or 10 with padding rows."""
+    if len(handle) == len(DispatchHandle._fields):
+        return DispatchHandle(*handle)
+    aligned = _as_aligned(handle)
+    if aligned is None:
+        raise ValueError(
+            f'handle must be of a dispatch under rows="expert", with {len(DispatchHandle._fields)} tensors; '
+            f"got {len(handle)}"
+        )
+    return DispatchHandle(*aligned[:8])._replace(recv_src_idx=aligned.recv_src_idx.index_select(0, aligned.position))
+
+
+def _align(
+    out: dispatch_op.DispatchOutput, alignment: int, exact: bool
+) -> tuple[Tensor, Tensor, Tensor, AlignedHandle]:
+    """recv_x, recv_topk_idx, recv_topk_weights and handle with each expert's block padded to a multiple of alignment.
+
+    Rows that hold nothing follow the last block.
+    """
+    counts = out.num_recv_tokens_per_expert
+    padded = (counts + (alignment - 1)) // alignment * alignment
+    before = torch.cat([counts.new_zeros(1), (padded - counts).cumsum(0)])
+    n = out.recv_x.shape[0]
+    row = torch.arange(n, device=counts.device)
+    position = row + before[torch.searchsorted(counts.cumsum(0), row, right=True)]
+    if exact:
+        N = int(padded.sum().item())
+        torch._check(n <= N)
+    else:
+        N = n + counts.shape[0] * (alignment - 1)
+    recv_x, recv_topk_idx, recv_topk_weights, src = _spread(out, position, N)
+    handle = AlignedHandle(*out.handle._replace(recv_src_idx=src), position, padded)
+    return recv_x, recv_topk_idx, recv_topk_weights, handle
+
+
+def _spread(out: dispatch_op.DispatchOutput, position: Tensor, N: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """recv_x, recv_topk_idx, recv_topk_weights and recv_src_idx of N rows, with padding where no row has its place."""
+
+    def spread(rows: Tensor, padding: int) -> Tensor:
+        return rows.new_full((N, rows.shape[1]), padding).index_copy(0, position, rows)
+
+    return (
+        spread(out.recv_x, 0),
+        spread(out.recv_topk_idx, -1),
+        spread(out.recv_topk_weights, 0),
+        spread(out.handle.recv_src_idx, -1),
+    )
+
+
+def _from_env(name: str, choices: tuple[str, ...], default: str) -> str:
+    value = os.environ.get(name, default)
+    if value not in choices:
+        raise ValueError(f"the environment variable {name} must be one of {', '.join(choices)}; got {value!r}")
+    return value
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} must be positive, got {number}")
+
+
+def _check_biases(biases: tuple[Tensor, ...], x: Tensor, T: int) -> None:
+    if len(biases) > 2:
+        raise ValueError(f"bias must be a tensor or two of them, got {len(biases)}")
+    for one in biases:
+        if one.dtype != x.dtype or one.dim() != 2 or one.shape[0] != T or one.shape[1] != x.shape[1]:
+            raise ValueError(
+                f"bias must be {x.dtype} [T, H] with T = {T} and H = {x.shape[1]}, got {one.dtype} {list(one.shape)}"
+            )
+
+
+def _check_stats(name: str, stats: Tensor | None, num_ranks: int) -> None:
+    if stats is None:
+        return
+    if stats.dtype not in (torch.int32, torch.int64) or stats.dim() != 1 or stats.shape[0] != num_ranks:
+        raise ValueError(
+            f"{name} must be torch.int32 or torch.int64 [R] with R = {num_ranks}, got {stats.dtype} {list(stats.shape)}"
+        )
+
+
+def _now(stats: Tensor | None) -> int:
+    """Nanoseconds, or 0 where no time is taken: a graph has no clock."""
+    return 0 if stats is None or torch.compiler.is_compiling() else time.perf_counter_ns()
+
+
+def _add_cost(stats: Tensor | None, start: int, rank: int) -> None:
+    if stats is None or torch.compiler.is_compiling():
+        return
+    elapsed = (time.perf_counter_ns() - start) // 1000
+    stats[:rank] += elapsed
+    stats[rank + 1 :] += elapsed
 
 
 def _config(num_ranks: int) -> Config:

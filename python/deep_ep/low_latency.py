@@ -1,0 +1,218 @@
+"""The low-latency calls of deep_ep.Buffer. Dynamo traces through them.
+
+T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts ·
+M num_max_dispatch_tokens_per_rank · N = R·M·min(K, L) packed rows.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import quantization
+from .groups import GroupInfo
+from .ops import low_latency_combine as combine_op
+from .ops import low_latency_dispatch as dispatch_op
+from .ops.low_latency_dispatch import LowLatencyHandle
+from .utils import EventHandle, EventOverlap
+
+
+class PaddedHandle(NamedTuple):
+    """The handle under rows="rank", where every expert has R·M rows. The first five are upstream DeepEP's."""
+
+    src_info: Tensor
+    """int32 [L, R·M]: the token of every row, -1 in rows that hold nothing."""
+    layout_range: Tensor
+    """int64 [L, R]: begin << 32 | count of the rows of each rank."""
+    num_max_dispatch_tokens_per_rank: int
+    hidden: int
+    num_experts: int
+    packed: LowLatencyHandle
+    place: Tensor
+    """int64 [N]: where each packed row is among the L·R·M padded ones; 0 for unused rows."""
+
+
+Rows = Tensor | tuple[Tensor, Tensor]
+
+
+class LowLatencyCalls:
+    """What Buffer inherits for decoding."""
+
+    _rows: str
+    _straight_through: bool
+
+    def _live(self) -> GroupInfo:
+        raise NotImplementedError
+
+    def low_latency_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        quant_mode: str | None = None,
+    ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle, EventOverlap, Callable[[], None] | None]:
+        """Sends every token once to each of its experts, with static shapes.
+
+        Args:
+            x: [T, H] bf16, fp16 or fp32, contiguous, 0 <= T <= M.
+            topk_idx: int64 [T, K], expert ids 0..E-1, or -1 for none; a token's ids must be distinct.
+            num_max_dispatch_tokens_per_rank: M, the same on all ranks.
+            num_experts: E, a multiple of R.
+            cumulative_local_expert_recv_stats: int32 [L]; the rows of each local expert are added to it.
+            use_fp8: send quantised rows: int8 with one scale per row under rows="expert", float8_e4m3fn with one scale
+                per 128 channels under rows="rank".
+            round_scale, use_ue8m0: scales of the latter, see `deep_ep.quantization.quantize`.
+            async_finish, return_recv_hook: the call is finished when it returns; the hook has nothing left to do.
+            quant_mode: one of deep_ep.quantization.MODES instead of what use_fp8 says.
+
+        Returns:
+            recv_x: under rows="expert" [N, H], ordered by local expert, source rank, token, without gaps; under
+                rows="rank" [L, R·M, H]. Rows that hold nothing are 0. Quantised: (data, scales) with scales [N],
+                [N, H/32] or [N, H/128] (rows="rank": [L, R·M] and so on).
+            recv_count: int64 [L] (rows="rank": int32 [L]).
+            handle: for low_latency_combine.
+            event, hook (None without return_recv_hook).
+
+        Raises:
+            RuntimeError: as `deep_ep.low_latency_dispatch`; x requires a gradient, rows are quantised and the Buffer
+                was not made with straight_through=True (with it, recv_x is always one tensor in x's dtype, of
+                dequantised values); after `destroy`.
+            ValueError: an unknown quant_mode; H does not suit it; cumulative_local_expert_recv_stats has another shape
+                or dtype.
+        """
+        info = self._live()
+        if quant_mode is None:
+            quantised = "block_fp8_e4m3" if self._rows == "rank" else "int8"
+            quant_mode = quantised if use_fp8 else "none"
+        quantization.check_mode(quant_mode)
+        stats, L = cumulative_local_expert_recv_stats, num_experts // info.size
+        if stats is not None and (stats.dtype != torch.int32 or stats.shape != (L,)):
+            raise ValueError(
+                f"cumulative_local_expert_recv_stats must be torch.int32 [{L}], got {stats.dtype} {list(stats.shape)}"
+            )
+        options = {"low_latency": True, "round_scale": round_scale, "use_ue8m0": use_ue8m0}
+        sent: tuple[Tensor, Tensor] | None = None
+        if quant_mode != "none":
+            if self._straight_through:
+                x = quantization.straight_through(x, quant_mode, **options)
+            elif not (x.requires_grad and torch.is_grad_enabled()):
+                sent = quantization.quantize(x, quant_mode, **options)
+                x = quantization.pack(*sent)
+            else:
+                raise RuntimeError(
+                    f"low_latency_dispatch: x requires a gradient, and quantised rows ({quant_mode}) have none; make "
+                    'the Buffer with straight_through=True, or pass quant_mode="none"'
+                )
+        out = dispatch_op.call(info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
+        rows: tuple[Tensor, ...] = (out.recv_x,)
+        if sent is not None:
+            rows = quantization.unpack(out.recv_x, *sent)
+        hidden = sent[0].shape[1] * (2 if sent[0].dtype == torch.float4_e2m1fn_x2 else 1) if sent else x.shape[1]
+        handle: LowLatencyHandle | PaddedHandle = out.handle._replace(hidden=hidden)
+        recv_count = out.recv_count
+        if self._rows == "rank":
+            handle, indices = _padded(info, out.handle._replace(hidden=hidden))
+            rows = tuple(_pad(part, indices) for part in rows)
+            recv_count = recv_count.int()
+        if stats is not None:
+            stats.add_(out.recv_count.to(torch.int32))
+        recv_x: Rows = (rows[0], rows[1]) if sent is not None else rows[0]
+        return recv_x, recv_count, handle, _event(async_finish), _nothing if return_recv_hook else None
+
+    def low_latency_combine(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: LowLatencyHandle | PaddedHandle,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, EventOverlap, Callable[[], None] | None]:
+        """Sums up each token's rows with its weights, in fp32, in the order of k, rounded once.
+
+        Args:
+            x: the experts' results in the shape and row order of low_latency_dispatch's recv_x; bf16, fp16 or fp32.
+            topk_idx: int64 [T, K], as given to low_latency_dispatch.
+            topk_weights: fp32 [T, K].
+            handle: of that low_latency_dispatch.
+            zero_copy: x is, or equals, what get_next_low_latency_combine_buffer gave. Rows are taken from x.
+            async_finish, return_recv_hook: as in low_latency_dispatch.
+            out: [T, H] in x's dtype, to be written to and returned.
+
+        Returns:
+            combined_x [T, H], event, hook.
+
+        Raises:
+            RuntimeError: as `deep_ep.low_latency_combine`.
+            ValueError: out has another shape or dtype.
+        """
+        packed = handle
+        if isinstance(handle, PaddedHandle):
+            packed = handle.packed
+            x = x.reshape(-1, x.shape[-1]).index_select(0, handle.place)
+        combined = combine_op.call(self._live(), x, topk_idx, topk_weights, LowLatencyHandle(*packed))
+        if out is not None:
+            if out.shape != combined.shape or out.dtype != combined.dtype:
+                raise ValueError(
+                    f"out must be {combined.dtype} {list(combined.shape)}, got {out.dtype} {list(out.shape)}"
+                )
+            combined = out.copy_(combined)
+        return combined, _event(async_finish), _nothing if return_recv_hook else None
+
+    def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle | PaddedHandle) -> Tensor:
+        """An uninitialised bf16 tensor for the experts' results, of the shape that low_latency_combine takes.
+
+        It belongs to the caller: nothing else writes to it.
+        """
+        M, H, E = handle[2], handle[3], handle[4]
+        shape: tuple[int, ...] = (handle.src_info.shape[0], H)
+        if isinstance(handle, PaddedHandle):
+            R = self._live().size
+            shape = (E // R, R * M, H)
+        return handle.src_info.new_empty(shape, dtype=torch.bfloat16)
+
+
+def _padded(info: GroupInfo, packed: LowLatencyHandle) -> tuple[PaddedHandle, Tensor]:
+    """The padded form of `packed`, and the packed row that each padded one takes: int64 [L, R·M], N for none."""
+    M, E, R = packed.num_max_dispatch_tokens_per_rank, packed.num_experts, info.size
+    L, N, device = E // R, packed.src_info.shape[0], packed.src_info.device
+    end = packed.layout_range.long().view(L, R)
+    before = torch.cat([end.new_zeros(1), end.view(-1)[:-1]]).view(L, R)
+    first, count = before[:, :1], packed.recv_count.view(L, 1)
+    torch._assert_async(
+        (count <= R * M).all(), "low_latency_dispatch: an expert has more than R·M rows: a token's ids must be distinct"
+    )
+    slot = torch.arange(R * M, device=device)
+    indices = (first + slot).where(slot < count, N)
+    layout_range = (before - first) << 32 | (end - before)
+    src_info = torch.cat([packed.src_info[:, 1], packed.src_info.new_full((1,), -1)])[indices]
+    row = torch.arange(N, device=device)
+    expert = (row.unsqueeze(1) >= end[:, -1]).sum(1).clamp(max=L - 1)
+    place = (expert * R * M + row - first.view(-1)[expert]).where(packed.src_info[:, 0] >= 0, 0)
+    return PaddedHandle(src_info, layout_range, M, packed.hidden, E, packed, place), indices
+
+
+def _pad(rows: Tensor, indices: Tensor) -> Tensor:
+    """Packed rows [N, ...] in their padded places [L, R·M, ...]; the others are 0."""
+    if rows.dtype.itemsize == 1 and rows.dtype != torch.uint8:  # torch has no index_select of its small floats
+        return _pad(rows.view(torch.uint8), indices).view(rows.dtype)
+    with_zero = torch.cat([rows, rows.new_zeros((1, *rows.shape[1:]))])
+    return with_zero.index_select(0, indices.view(-1)).view(*indices.shape, *rows.shape[1:])
+
+
+def _nothing() -> None:
+    """The receive hook: everything has arrived when the call returns."""
+
+
+def _event(async_finish: bool) -> EventOverlap:
+    return EventOverlap(EventHandle() if async_finish else None)

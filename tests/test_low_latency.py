@@ -1,0 +1,442 @@
+"""low_latency_dispatch and low_latency_combine: the ops and Buffer's calls, against the reference on 1 to 4 ranks.
+
+T local tokens, H hidden, K top-k, E experts, R ranks, L = E/R local experts, M num_max_dispatch_tokens_per_rank,
+N = R·M·min(K, L) packed rows.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, Case, assert_same, bits, expert_outputs, make_inputs
+from hypothesis import given
+from hypothesis import strategies as st
+from op_calls import error_of
+from ranks import STRATEGIES, RankContext, RankPool
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import deep_ep
+from deep_ep import quantization, reference
+from deep_ep.npu_ops import COMM_ALGS
+
+QUANT_MODES = quantization.MODES
+THRESHOLDS = {"none": 1e-5, "int8": 3e-3, "mx_fp4_e2m1": 4e-2}  # of calc_diff; fp8: 2e-3
+
+
+def overload(name: str, strategy: str) -> Any:
+    return getattr(getattr(torch.ops.deep_ep, name), strategy)
+
+
+def num_rows(case: Case, M: int) -> int:
+    return case.R * M * min(case.K, case.local_experts)
+
+
+class Expected:
+    """What the ops must do on every rank, with experts that multiply each row by a factor of its own."""
+
+    def __init__(self, case: Case, M: int) -> None:
+        self.xs, self.ids, self.weights, _ = make_inputs(case)
+        N = num_rows(case, M)
+        self.dispatched = reference.dispatch(self.xs, self.ids, self.weights, case.E, [N] * case.R)
+        assert all(d.num_dropped == 0 for d in self.dispatched)
+        self.src = [d.recv_src_idx for d in self.dispatched]
+        self.ys = [expert_outputs(d.recv_x, d.recv_src_idx) for d in self.dispatched]
+        self.outs = reference.combine(self.ys, self.weights, self.src)
+        generator = torch.Generator().manual_seed(case.seed + 1)
+        self.grad_outs = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in self.xs]
+        self.grad_ys, self.grad_weights = reference.combine_backward(self.grad_outs, self.ys, self.weights, self.src)
+        zeros = [torch.zeros(N, case.K) for _ in self.xs]
+        self.grad_xs, _ = reference.dispatch_backward(self.grad_ys, zeros, self.src, list(case.tokens))
+
+    def outputs(self, rank: int) -> tuple[Tensor, ...]:
+        """Of low_latency_dispatch."""
+        d = self.dispatched[rank]
+        layout_range = d.recv_channel_prefix_matrix.view(-1)
+        return d.recv_x, d.num_recv_tokens_per_expert, d.recv_src_idx, layout_range, d.send_head
+
+
+NAMES = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")
+
+
+def check_ops(ctx: RankContext, case: Case, M: int, strategy: str) -> None:
+    group = ctx.prepared_group(strategy)
+    expected, r = Expected(case, M), ctx.rank
+    x, ids, weights = expected.xs[r], expected.ids[r], expected.weights[r]
+    # Memory that is given out again is full of NaN: an unwritten row would show.
+    poison = torch.ops.deep_ep.dispatch.default if strategy == "default" else None
+    if poison is not None:
+        nan = torch.full((16, case.H), float("nan"))
+        poison(nan, torch.zeros(16, 1, dtype=torch.int64), torch.ones(16, 1), case.R, case.R, 0, group.group_name)
+    sizes = (case.E, case.R, group.group_name, "")
+    out = overload("low_latency_dispatch", strategy)(x, ids, M, *sizes)
+    y = expected.ys[r]
+    combined = overload("low_latency_combine", strategy)(y, ids, weights, out[2], out[3], out[4], *sizes)
+
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    received = deep_ep.low_latency_dispatch(x, ids, M, case.E, group=group)
+    rows = expected.ys[r].clone().requires_grad_()
+    result = deep_ep.low_latency_combine(rows, ids, weights, received.handle, group=group)
+    grad_y, grad_weights = torch.autograd.grad(result, [rows, weights], expected.grad_outs[r])
+    (grad_x,) = torch.autograd.grad(received.recv_x, x, expected.grad_ys[r])
+
+    for name, actual, wanted in zip(NAMES, out, expected.outputs(r), strict=True):
+        assert_same(name, actual, wanted)
+    assert_same("combined_x", combined, expected.outs[r])
+    assert_same("public combined_x", result, expected.outs[r])
+    assert_same("public recv_x", received.recv_x, expected.dispatched[r].recv_x)
+    assert_same("grad_y", grad_y, expected.grad_ys[r])
+    assert_same("grad_x", grad_x, expected.grad_xs[r])
+    norms = expected.grad_outs[r].double().norm(dim=1) * max(
+        [0.0, *torch.cat([y.double().norm(dim=1) for y in expected.ys]).nan_to_num().tolist()]
+    )
+    error = (grad_weights.double() - expected.grad_weights[r].double()).abs()
+    assert (error <= 1e-6 * norms.unsqueeze(1)).all()
+
+
+@st.composite
+def small_cases(draw: st.DrawFn) -> tuple[Case, int]:
+    """A case with distinct ids, and M: 0 to 512 tokens, some, all or none of the ids absent."""
+    R, local_experts = draw(st.integers(1, 4)), draw(st.integers(1, 16))
+    most = draw(st.sampled_from((1, 8, 64, 512)))
+    tokens = tuple(draw(st.lists(st.integers(0, most), min_size=R, max_size=R)))
+    case = Case(
+        tokens,
+        H=draw(st.sampled_from((8, 24, 128))),
+        K=draw(st.integers(1, min(8, R * local_experts))),
+        local_experts=local_experts,
+        dtype=draw(st.sampled_from(DTYPES)),
+        ids=draw(st.sampled_from(("distinct", "distinct", "distinct", "none"))),
+        absent=draw(st.sampled_from((0.0, 0.1, 0.5, 0.99))),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+    return case, max(1, *tokens) + draw(st.sampled_from((0, 0, 1, 7)))
+
+
+@pytest.mark.timeout(0)  # every run has its own
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@given(drawn=small_cases())
+def test_any_sizes(pool: RankPool, strategy: str, drawn: tuple[Case, int]) -> None:
+    case, M = drawn
+    pool.run(case.R, check_ops, case, M, strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("H", [2048, 7168])
+def test_large_rows(pool: RankPool, strategy: str, H: int) -> None:
+    pool.run(
+        4, check_ops, Case((8, 0, 3, 5), H=H, K=8, local_experts=4, dtype=torch.bfloat16, ids="distinct"), 8, strategy
+    )
+
+
+# Buffer
+
+
+@dataclass(frozen=True)
+class Settings:
+    strategy: str
+    rows: str
+    quant_mode: str = "none"
+    backend: str = "eager"
+
+
+def make_buffer(ctx: RankContext, settings: Settings, **kwargs: Any) -> deep_ep.Buffer:
+    group = ctx.prepared_group(settings.strategy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEP_USE_MODE", settings.strategy)
+        return deep_ep.Buffer(group, rows=settings.rows, low_latency_mode=True, **kwargs)
+
+
+def padded(packed: Tensor, counts: list[int], size: int) -> Tensor:
+    """[L, size, ...]: each expert's rows, then zeros."""
+    raw = packed.view(torch.uint8) if packed.element_size() == 1 else packed
+    out = raw.new_zeros(len(counts), size, *raw.shape[1:])
+    begin = 0
+    for l, count in enumerate(counts):
+        out[l, :count] = raw[begin : begin + count]
+        begin += count
+    return out.view(packed.dtype)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def check_buffer(ctx: RankContext, case: Case, M: int, settings: Settings) -> float:
+    """Returns calc_diff of combine after dispatch to an unquantised one, or -1 if there is nothing to compare."""
+    torch._dynamo.reset()
+    buffer = make_buffer(ctx, settings)
+    expected, r = Expected(case, M), ctx.rank
+    L, R = case.local_experts, case.R
+    mode = settings.quant_mode
+    x, ids, weights = expected.xs[r], expected.ids[r], expected.weights[r].abs()
+    stats = torch.arange(L, dtype=torch.int32)
+    into = torch.full_like(x, float("nan"))
+
+    def step(x: Tensor, ids: Tensor, weights: Tensor, stats: Tensor, into: Tensor) -> tuple[Any, ...]:
+        recv_x, count, handle, _, hook = buffer.low_latency_dispatch(
+            x, ids, M, case.E, cumulative_local_expert_recv_stats=stats, return_recv_hook=True, quant_mode=mode
+        )
+        hook()
+        y = recv_x
+        if isinstance(recv_x, tuple):
+            data, scales = recv_x
+            if settings.rows == "rank":
+                flat = quantization.dequantize(data.flatten(0, 1), scales.flatten(0, 1))
+                y = flat.view(L, R * M, case.H).to(x.dtype)
+            else:
+                y = quantization.dequantize(data, scales).to(x.dtype)
+        out, _, hook = buffer.low_latency_combine(y, ids, weights, handle, out=into, return_recv_hook=True)
+        hook()
+        return recv_x, count, tuple(handle[:2]), out
+
+    run = step if settings.backend == "eager" else torch.compile(step, backend=settings.backend, fullgraph=True)
+    recv_x, count, (src_info, layout_range), out = run(x, ids, weights, stats, into)
+
+    d = expected.dispatched[r]
+    counts = d.num_recv_tokens_per_expert.tolist()
+    if mode == "none":
+        wanted, actual = (d.recv_x,), (recv_x,)
+    else:
+        parts = [quantization.quantize(x, mode, low_latency=True) for x in expected.xs]
+        source, token, _ = d.recv_src_idx[d.recv_src_idx[:, 0] >= 0].long().unbind(1)
+        wanted = []
+        for part in (0, 1):
+            rows = [as_bytes(p[part].view(p[part].shape[0], *p[part].shape[1:2] or (1,))) for p in parts]
+            out_rows = torch.zeros(num_rows(case, M), rows[0].shape[1], dtype=torch.uint8)
+            for n, (s, t) in enumerate(zip(source.tolist(), token.tolist(), strict=True)):
+                out_rows[n] = rows[s][t]
+            wanted.append(out_rows)
+        actual = recv_x
+        assert [part.dtype for part in actual] == [part.dtype for part in parts[0]]
+    for what, a, w in zip(("recv_x", "scales"), actual, wanted, strict=False):
+        w = padded(w, counts, R * M) if settings.rows == "rank" else w
+        a = as_bytes(a.reshape(*a.shape[: w.dim() - 1], -1))
+        assert_same(what, a.to(torch.int16), as_bytes(w).to(torch.int16))
+    assert count.tolist() == counts
+    assert stats.tolist() == [l + c for l, c in enumerate(counts)]
+    if settings.rows == "rank":
+        assert_same("src_info", src_info, padded(d.recv_src_idx[:, 1] + 1, counts, R * M) - 1)
+        per_rank = torch.stack([(d.recv_topk_idx == l).any(1) for l in range(L)])
+        for l in range(L):
+            begin = 0
+            for s in range(R):
+                c = int((per_rank[l] & (d.recv_src_idx[:, 0] == s)).sum())
+                assert layout_range[l, s] == begin << 32 | c
+                begin += c
+    assert out is into or torch.equal(bits(out), bits(into))
+    exact = x.double() * (weights * (ids >= 0)).double().sum(1, keepdim=True)
+    if mode == "none":
+        assert torch.allclose(out.double(), exact, rtol=2**-7, atol=1e-4 if x.dtype != torch.float16 else 1e-3)
+    denominator = (out.double() ** 2 + exact**2).sum()
+    return float(1 - 2 * (out.double() * exact).sum() / denominator) if denominator > 0 else -1.0
+
+
+@pytest.mark.parametrize("mode", QUANT_MODES)
+@pytest.mark.parametrize("rows", ["expert", "rank"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_buffer(pool: RankPool, strategy: str, rows: str, mode: str) -> None:
+    settings = Settings(strategy, rows, mode)
+    case = Case((9, 0, 32), H=256, K=3, local_experts=4, dtype=torch.bfloat16, ids="distinct", seed=7)
+    threshold = THRESHOLDS.get(mode, 2e-3)
+    for diff in pool.run(3, check_buffer, case, 33, settings):
+        assert diff < threshold
+
+
+@pytest.mark.parametrize("mode", ["none", "int8", "mx_fp4_e2m1", "block_fp8_e4m3"])
+@pytest.mark.parametrize("rows", ["expert", "rank"])
+@pytest.mark.parametrize("strategy", ["default", pytest.param("alltoall", marks=pytest.mark.slow)])
+def test_compiled_buffer(pool: RankPool, strategy: str, rows: str, mode: str) -> None:
+    settings = Settings(strategy, rows, mode, "aot_eager")
+    pool.run(2, check_buffer, Case((6, 9), H=128, dtype=torch.bfloat16, ids="distinct"), 9, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ["expert", "rank"])
+def test_buffer_under_inductor(pool: RankPool, rows: str) -> None:
+    settings = Settings("default", rows, "int8", "inductor")
+    pool.run(2, check_buffer, Case((6, 9), H=128, dtype=torch.bfloat16, ids="distinct"), 9, settings)
+
+
+def gradients(ctx: RankContext, rows: str, backend: str, straight_through: bool) -> list[Tensor]:
+    torch._dynamo.reset()
+    buffer = make_buffer(ctx, Settings("default", rows), straight_through=straight_through)
+    case = Case((6, 9), H=128, ids="distinct")
+    x, ids, weights, _ = (given[ctx.rank] for given in make_inputs(case))
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+
+    def step(x: Tensor, weights: Tensor) -> Tensor:
+        mode = "int8" if straight_through else "none"
+        recv_x, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, 9, case.E, quant_mode=mode)
+        return buffer.low_latency_combine(2 * recv_x, ids, weights, handle)[0]
+
+    run = step if backend == "eager" else torch.compile(step, backend=backend, fullgraph=True)
+    out = run(x, weights)
+    return [out, *torch.autograd.grad(out.sum(), [x, weights]), (weights * (ids >= 0)).sum(1, keepdim=True)]
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("rows", ["expert", "rank"])
+def test_gradients(pool: RankPool, rows: str, straight_through: bool) -> None:
+    eager = pool.run(2, gradients, rows, "eager", straight_through)
+    compiled = pool.run(2, gradients, rows, "aot_eager", straight_through)
+    for (out, grad_x, grad_weights, total), again in zip(eager, compiled, strict=True):
+        # out = 2 · x · Σ w, as far as tokens have experts.
+        torch.testing.assert_close(grad_x, (2 * total).expand_as(grad_x).detach())
+        for a, b in zip((out, grad_x, grad_weights), again[:3], strict=True):
+            assert_same("compiled", b, a)
+
+
+def quantised_gradient(ctx: RankContext) -> tuple[str, str]:
+    buffer = make_buffer(ctx, Settings("default", "expert"))
+    x = torch.ones(2, 32, requires_grad=True)
+    return error_of(buffer.low_latency_dispatch, x, torch.zeros(2, 1, dtype=torch.int64), 4, 2)
+
+
+def test_quantised_dispatch_has_no_gradient(pool: RankPool) -> None:
+    for kind, message in pool.run(2, quantised_gradient):
+        assert kind == "RuntimeError" and "straight_through" in message
+
+
+def wrong_calls(ctx: RankContext, strategy: str) -> list[tuple[str, str]]:
+    group = ctx.prepared_group(strategy)
+    x, ids, last = torch.ones(3, 8), torch.tensor([[0, 1]]).repeat(3, 1), ctx.rank == ctx.size - 1
+    call = partial(deep_ep.low_latency_dispatch, group=group)
+    errors = [
+        error_of(call, x, ids, 2 if last else 3, ctx.size),
+        error_of(call, x, ids, 4 if last else 3, ctx.size),
+        error_of(call, x, ids + 7 * last, 3, ctx.size),
+        error_of(call, x, torch.zeros_like(ids) if last else ids, 3, ctx.size),
+        error_of(call, x, ids, 0 if last else 3, ctx.size),
+    ]
+    out = deep_ep.low_latency_dispatch(x, ids, 3, ctx.size, group=group)
+    weights = torch.ones(3, 2)
+    errors.append(
+        error_of(
+            deep_ep.low_latency_combine, out.recv_x[1:] if last else out.recv_x, ids, weights, out.handle, group=group
+        )
+    )
+    wrong = out.handle._replace(layout_range=out.handle.layout_range[1:]) if last else out.handle
+    errors.append(error_of(deep_ep.low_latency_combine, out.recv_x, ids, weights, wrong, group=group))
+    combined = deep_ep.low_latency_combine(out.recv_x, ids, weights, out.handle, group=group)
+    assert_same("afterwards", combined, 2 * x)
+    return errors
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_wrong_arguments_raise_on_all_ranks(pool: RankPool, strategy: str) -> None:
+    says = (
+        ("x has 3 tokens", "num_max_dispatch_tokens_per_rank = 2"),
+        ("num_max_dispatch_tokens_per_rank must be the same on all ranks",),
+        ("topk_idx has the id 7", "0..1"),
+        ("topk_idx sends token 0 to rank 0 2 times", "allowed are 1"),
+        ("num_max_dispatch_tokens_per_rank must be 1..", "got 0"),
+        ("recv_src_idx", "shape"),
+        ("layout_range", "shape"),
+    )
+    for errors in pool.run(2, wrong_calls, strategy):
+        for (kind, message), wanted in zip(errors, says, strict=True):
+            assert kind == "RuntimeError" and all(text in message for text in wanted), message
+
+
+def opcheck(ctx: RankContext, strategy: str) -> None:
+    group = ctx.prepared_group(strategy)
+    case = Case((3, 5), ids="distinct")
+    x, ids, weights, _ = (given[ctx.rank] for given in make_inputs(case))
+    sizes = (case.E, case.R, group.group_name, "")
+    check = partial(torch.library.opcheck, raise_exception=True)
+    op = overload("low_latency_dispatch", strategy)
+    out = op(x, ids, 5, *sizes)
+    check(op, (x.requires_grad_(), ids, 5, *sizes))
+    y = torch.randn(out[0].shape)
+    combine = overload("low_latency_combine", strategy)
+    check(combine, (y.requires_grad_(), ids, weights.requires_grad_(), *out[2:], *sizes))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_opcheck(pool: RankPool, strategy: str) -> None:
+    pool.run(2, opcheck, strategy)
+
+
+@pytest.mark.parametrize("comm_alg", ["", *COMM_ALGS])
+def test_ops_traces_without_a_device_and_says_what_is_missing(comm_alg: str) -> None:
+    """The shapes are those of torch_npu's npu_moe_distribute_dispatch_v2."""
+    T, H, K, M, E, R = 3, 8, 2, 4, 8, 2
+    arguments = (M, E, R, "a group", comm_alg)
+    with FakeTensorMode():
+        x, ids = torch.empty(T, H, dtype=torch.bfloat16), torch.empty(T, K, dtype=torch.int64)
+        out = torch.ops.deep_ep.low_latency_dispatch.ops(x, ids, *arguments)
+        back = torch.ops.deep_ep.low_latency_combine.ops(
+            out[0], ids, torch.empty(T, K), *out[2:], E, R, "a group", comm_alg
+        )
+    N = R * M * min(K, E // R)
+    assert [tuple(tensor.shape) for tensor in out] == [(N, H), (E // R,), (128 * N,), (E,), (T, K)]
+    assert back.shape == (T, H) and back.dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="torch_npu is not loaded"):
+        torch.ops.deep_ep.low_latency_dispatch.ops(torch.ones(T, H), torch.zeros(T, K, dtype=torch.int64), *arguments)
+
+
+def mode_ops(ctx: RankContext) -> tuple[str, str]:
+    group = ctx.prepared_group("default")
+    info = deep_ep.init(group, strategy="ops", comm_alg="fullmesh_v2")
+    try:
+        assert (info.low_latency.value, info.comm_alg) == ("ops", "fullmesh_v2")
+        ids = torch.zeros(2, 1, dtype=torch.int64)
+        return error_of(deep_ep.low_latency_dispatch, torch.ones(2, 8), ids, 2, ctx.size, group=group)
+    finally:
+        deep_ep.init(group, strategy="default")
+
+
+def test_the_strategy_ops_takes_the_overload_ops(pool: RankPool) -> None:
+    for kind, message in pool.run(2, mode_ops):
+        assert kind == "RuntimeError" and "low_latency_dispatch.ops" in message
+    with pytest.raises(ValueError, match="comm_alg must be one of hierarchy"):
+        deep_ep.init(comm_alg="ring")
+
+
+def private_bytes() -> int:
+    """Resident memory without that of windows, which is reserved from the start."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) << 10
+
+
+def alternate(ctx: RankContext, strategy: str, num_calls: int) -> tuple[int, int]:
+    """Normal and low-latency calls of random sizes. Returns the growth in memory over the last four fifths of them,
+    and that in the number of files in /dev/shm over all."""
+    group = ctx.prepared_group(strategy).group_name
+    before = len(os.listdir("/dev/shm"))
+    random = Random(5)
+    early, r = 0, ctx.rank
+    for n in range(num_calls // 2):
+        if n == num_calls // 10:
+            early = private_bytes()
+        tokens = tuple(random.randint(0, 24) for _ in range(ctx.size))
+        case = Case(tokens, H=8 * random.randint(1, 16), K=random.randint(1, 4), ids="distinct", seed=n)
+        M = max(1, *tokens)
+        xs, all_ids, all_weights, _ = make_inputs(case)
+        dispatched = reference.dispatch(xs, all_ids, all_weights, case.E, [num_rows(case, M)] * case.R)
+        src = [d.recv_src_idx for d in dispatched]
+        ys = [expert_outputs(d.recv_x, d.recv_src_idx) for d in dispatched]
+        x, ids, weights, y = xs[r], all_ids[r], all_weights[r], ys[r]
+        sizes = (case.E, case.R, group)
+        if n % 2:
+            out = overload("low_latency_dispatch", strategy)(x, ids, M, *sizes, "")
+            combined = overload("low_latency_combine", strategy)(y, ids, weights, *out[2:], *sizes, "")
+        else:
+            out = overload("dispatch", strategy)(x, ids, weights, case.E, case.R, num_rows(case, M), group)
+            combined = overload("combine", strategy)(y, ids, weights, *out[8:], *sizes)
+        assert_same("recv_x", out[0], dispatched[r].recv_x)
+        assert_same("combined_x", combined, reference.combine(ys, all_weights, src)[r])
+    return private_bytes() - early, len(os.listdir("/dev/shm")) - before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_thousand_alternating_calls(pool: RankPool, strategy: str) -> None:
+    for growth, files in pool.run(4, alternate, strategy, 1000, timeout=240.0):
+        assert growth < 16 << 20 and files == 0
