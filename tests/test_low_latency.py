@@ -258,8 +258,9 @@ def test_compiled_buffer(pool: RankPool, strategy: str, rows: str, mode: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", ["expert", "rank"])
-def test_buffer_under_inductor(pool: RankPool, rows: str) -> None:
-    settings = Settings("default", rows, "int8", "inductor")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_buffer_under_inductor(pool: RankPool, strategy: str, rows: str) -> None:
+    settings = Settings(strategy, rows, "int8", "inductor")
     pool.run(2, check_buffer, Case((6, 9), H=128, dtype=torch.bfloat16, ids="distinct"), 9, settings)
 
 
