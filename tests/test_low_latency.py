@@ -293,6 +293,56 @@ def test_gradients(pool: RankPool, rows: str, straight_through: bool) -> None:
             assert_same("compiled", b, a)
 
 
+def under_another_default_dtype(ctx: RankContext, strategy: str) -> None:
+    """Clients set torch's default dtype to bf16; nothing may depend on it."""
+    buffer = make_buffer(ctx, Settings(strategy, "expert"))
+    case = Case((6, 9), H=128, K=3, local_experts=4, dtype=torch.bfloat16, ids="distinct")
+    x, ids, weights, _ = (given[ctx.rank] for given in make_inputs(case))
+
+    def results() -> list[Tensor]:
+        found = []
+        for mode in ("bf16", "int8", "mx_fp8_e4m3"):
+            recv_x, _, handle, _, _ = buffer.low_latency_dispatch(
+                x, ids, 9, case.E, topk_weights=weights, quant_mode=mode
+            )
+            y = recv_x
+            if isinstance(recv_x, tuple):
+                y = quantization.dequantize(*recv_x).bfloat16()
+            found.append(buffer.low_latency_combine(y, ids, weights, handle, out=x.new_empty(12, 128))[0])
+        rows = deep_ep.dispatch(x.clone().requires_grad_(), ids, weights, num_experts=case.E, group=buffer.group)
+        out = deep_ep.combine(rows.recv_x, rows.handle, group=buffer.group)
+        return [*found, rows.recv_topk_weights, out, *torch.autograd.grad(out.sum(), rows.recv_x)]
+
+    expected = results()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        actual = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for i, (a, wanted) in enumerate(zip(actual, expected, strict=True)):
+        assert_same(f"result {i}", a, wanted)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_default_dtype_does_not_matter(pool: RankPool, strategy: str) -> None:
+    pool.run(2, under_another_default_dtype, strategy)
+
+
+def strategy_of_buffer(ctx: RankContext) -> None:
+    group = ctx.prepared_group("default")
+    buffer = deep_ep.Buffer(group, low_latency_strategy="ops", comm_alg="ccu")
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    kind, message = error_of(buffer.low_latency_dispatch, torch.ones(2, 8), ids, 2, ctx.size, use_fp8=False)
+    assert kind == "RuntimeError" and "low_latency_dispatch.ops" in message
+    kind, message = error_of(deep_ep.Buffer, group, low_latency_strategy="ring")
+    assert kind == "ValueError" and "low_latency_strategy must be one of default, alltoall, ops" in message
+    deep_ep.init(group, strategy="default")
+
+
+def test_low_latency_strategy_of_a_buffer(pool: RankPool) -> None:
+    pool.run(2, strategy_of_buffer)
+
+
 def quantised_gradient(ctx: RankContext) -> tuple[str, str]:
     buffer = make_buffer(ctx, Settings("default", "expert"))
     x = torch.ones(2, 32, requires_grad=True)

@@ -128,7 +128,7 @@ def expert_parallel(num_ranks: int) -> Iterator[None]:
     )
     yield
     parallel_state.destroy_model_parallel()
-    for group in set(dist.distributed_c10d._world.pg_map) - known:
+    for group in [group for group in dist.distributed_c10d._world.pg_map if group not in known]:
         dist.destroy_process_group(group)
 
 
@@ -223,14 +223,18 @@ def test_layer_equals_megatrons_alltoall(pool: RankPool, num_ranks: int, strateg
 
 
 class Graphs:
-    """A backend that counts its graphs."""
+    """A backend that counts its graphs, each of which must have the strategy's dispatch and combine."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, strategy: str) -> None:
         self.backend = backend
+        self.ops = {f"deep_ep.{name}.{strategy}" for name in ("dispatch", "combine")}
         self.made = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
         self.made += 1
+        # The forward of an autograd.Function is a graph of its own within the graph.
+        parts = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        assert self.ops <= {str(node.target) for part in parts for node in part.graph.nodes}
         return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
 
 
@@ -245,7 +249,7 @@ def check_compiled_layer(
         with buffers(strategy):
             layer = make_layer("flex")
             parameters = dict(layer.named_parameters())
-            graphs = Graphs(backend)
+            graphs = Graphs(backend, strategy)
             compiled = torch.compile(layer, backend=graphs, fullgraph=True)
             for seed, (more, num_graphs) in enumerate(steps):
                 batch = make_batch(T[ctx.rank] + more, 10 * seed + ctx.rank)
@@ -349,7 +353,7 @@ def check_fused(ctx: RankContext, strategy: str, events: str, backend: str) -> N
     with buffers(strategy):
         check(use_fused)
         if backend != "eager":
-            graphs = Graphs(backend)
+            graphs = Graphs(backend, strategy)
             with traceable():
                 check(torch.compile(use_fused, backend=graphs, fullgraph=True))
             assert graphs.made == 1

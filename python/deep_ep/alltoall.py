@@ -433,7 +433,7 @@ def _dispatch(
     recv_x[N:].zero_()
 
     recv_topk_idx = torch.full((rows, K), -1, dtype=torch.int64, device=device)
-    recv_topk_weights = torch.zeros(rows, K, device=device)
+    recv_topk_weights = torch.zeros(rows, K, dtype=torch.float32, device=device)
     recv_src_idx = torch.full((rows, 3), -1, dtype=torch.int32, device=device)
     row = torch.arange(N, device=device)
     recv_topk_idx[row, k] = local_expert
@@ -595,7 +595,7 @@ def combine_backward(
 
     grad_x = torch.empty_like(x)
     grad_x[recv_src_idx[:, 0] < 0] = 0
-    grads = torch.empty(rows.numel(), device=x.device)
+    grads = torch.empty(rows.numel(), dtype=torch.float32, device=x.device)
     for block in _blocks(rows.numel(), H):
         grad = arrived.index_select(0, place[block]).float()
         grads[block] = (grad * x.index_select(0, rows[block])).sum(1)
@@ -617,7 +617,7 @@ def _return_rows(call: _Call, x: Tensor, routes: _Routes, topk_idx: Tensor, weig
         weights = weights.t().where(place < n, 0).unsqueeze(2)
     out = x.new_empty(T, H)
     for block in _blocks(T, H):
-        total = torch.zeros(block.stop - block.start, H, device=x.device)
+        total = torch.zeros(block.stop - block.start, H, dtype=torch.float32, device=x.device)
         for k in range(K):
             rows = arrived.index_select(0, place[k, block])
             total += rows if weights is None else rows * weights[k, block]
@@ -627,7 +627,7 @@ def _return_rows(call: _Call, x: Tensor, routes: _Routes, topk_idx: Tensor, weig
 
 def _return_scalars(call: _Call, scalars: Tensor, routes: _Routes, topk_idx: Tensor) -> Tensor:
     """Sends every row's scalar, ordered as routes.rows, to its slot and returns fp32 [T, K]."""
-    out = torch.zeros(topk_idx.shape, device=scalars.device)
+    out = torch.zeros(topk_idx.shape, dtype=torch.float32, device=scalars.device)
     out.view(-1)[routes.slots] = call.all_to_all(
         "weight gradients", scalars, routes.rows_per_rank, routes.slots_per_rank
     )

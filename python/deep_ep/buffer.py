@@ -7,6 +7,7 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 
 import os
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,19 +17,17 @@ from torch import Tensor
 from . import quantization, rank_rows
 from .config import Config
 from .groups import GroupInfo, init
-from .low_latency import LowLatencyCalls
+from .low_latency import LowLatencyCalls, Rows, event_of
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
 from .ops import get_dispatch_layout as layout_op
 from .ops.dispatch import DispatchHandle
 from .rank_rows import RankHandle
+from .strategies import LowLatencyStrategy
 from .utils import EventHandle, EventOverlap
 
 ROWS = ("expert", "rank")
 """The row contracts, as the keyword `rows` and DEEP_EP_ROWS name them."""
-
-Rows = Tensor | tuple[Tensor, Tensor]
-"""Rows [N, H], or quantised rows as (data, scales)."""
 
 
 class AlignedHandle(NamedTuple):
@@ -75,6 +74,8 @@ class Buffer(LowLatencyCalls):
             accepted for compatibility; they concern links that a CPU does not have.
         explicitly_destroy: accepted for compatibility; `destroy` may be called in any case, and need not be.
         rows: "expert" or "rank"; None takes DEEP_EP_ROWS, read now, or "expert" if that is not set.
+        low_latency_strategy: "default", "alltoall" or "ops" for the low-latency calls; None is what DEEP_USE_MODE says.
+        comm_alg: as in `deep_ep.init`.
         straight_through: quantised dispatch gives one tensor of dequantised rows, with the identity as its gradient.
 
     Read from the environment when the Buffer is made: the strategy DEEP_USE_MODE (default, alltoall or ops),
@@ -104,6 +105,8 @@ class Buffer(LowLatencyCalls):
         *,
         rows: str | None = None,
         straight_through: bool = False,
+        low_latency_strategy: str | None = None,
+        comm_alg: str = "",
     ) -> None:
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
             if value < 0:
@@ -112,6 +115,11 @@ class Buffer(LowLatencyCalls):
             rows = _from_env("DEEP_EP_ROWS", ROWS, "expert")
         elif rows not in ROWS:
             raise ValueError(f"rows must be one of {', '.join(ROWS)}; got {rows!r}")
+        strategies = [strategy.value for strategy in LowLatencyStrategy]
+        if low_latency_strategy not in (None, *strategies):
+            raise ValueError(
+                f"low_latency_strategy must be one of {', '.join(strategies)}; got {low_latency_strategy!r}"
+            )
         self._rows = rows
         self._running_counts = _from_env("MOE_EXPERT_TOKEN_NUMS_TYPE", ("0", "1"), "1") == "0"
         int8 = _from_env("DEEP_NORMAL_MODE_USE_INT8_QUANT", ("0", "1"), "0") == "1"
@@ -125,7 +133,9 @@ class Buffer(LowLatencyCalls):
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
         self.low_latency_mode = low_latency_mode
-        self._info = init(group, num_bytes=max(num_nvl_bytes, num_rdma_bytes) or None)
+        self._info = init(group, num_bytes=max(num_nvl_bytes, num_rdma_bytes) or None, comm_alg=comm_alg)
+        if low_latency_strategy is not None:
+            self._info = replace(self._info, low_latency=LowLatencyStrategy(low_latency_strategy))
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
@@ -207,7 +217,7 @@ class Buffer(LowLatencyCalls):
         per_rank, _, per_expert, in_rank = layout_op.call(self._live(), topk_idx, num_experts)
         if self._rows == "rank":
             in_rank = in_rank.to(torch.bool)
-        return per_rank, None, per_expert, in_rank, _event(async_finish)
+        return per_rank, None, per_expert, in_rank, event_of(async_finish)
 
     def dispatch(
         self,
@@ -327,14 +337,14 @@ class Buffer(LowLatencyCalls):
         assert handle is not None
         if packed is not None:
             recv_x = quantization.unpack(recv_x, *packed)
-        return recv_x, recv_topk_idx, recv_topk_weights, counts, handle, _event(async_finish)
+        return recv_x, recv_topk_idx, recv_topk_weights, counts, handle, event_of(async_finish)
 
     def _rows_to_send(
         self, x: Rows, quant_mode: str | None, cached: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """What travels for x, and the (data, scales) that it is packed from, if it is."""
         if quant_mode is not None:
-            quantization.check_mode(quant_mode)
+            quant_mode = quantization.check_mode(quant_mode)
         if isinstance(x, tuple):
             if quant_mode not in (None, "none"):
                 raise ValueError(f"quant_mode must be None for x that is quantised already, got {quant_mode!r}")
@@ -442,7 +452,7 @@ class Buffer(LowLatencyCalls):
             for one in biases:
                 total = total + one
             combined = total.to(x.dtype)
-        return combined, combined_weights, _event(async_finish)
+        return combined, combined_weights, event_of(async_finish)
 
 
 def _as_aligned(handle: tuple[Tensor, ...]) -> AlignedHandle | None:
@@ -548,7 +558,3 @@ def _config(num_ranks: int) -> Config:
     if num_ranks < 1:
         raise ValueError(f"num_ranks must be positive, got {num_ranks}")
     return Config(num_sms=Buffer.num_sms)
-
-
-def _event(async_finish: bool) -> EventOverlap:
-    return EventOverlap(EventHandle() if async_finish else None)

@@ -34,6 +34,7 @@ class PaddedHandle(NamedTuple):
 
 
 Rows = Tensor | tuple[Tensor, Tensor]
+"""Rows [N, H], or quantised rows as (data, scales)."""
 
 
 class LowLatencyCalls:
@@ -57,6 +58,7 @@ class LowLatencyCalls:
         use_ue8m0: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
+        topk_weights: Tensor | None = None,
         quant_mode: str | None = None,
     ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle, EventOverlap, Callable[[], None] | None]:
         """Sends every token once to each of its experts, with static shapes.
@@ -71,6 +73,7 @@ class LowLatencyCalls:
                 per 128 channels under rows="rank".
             round_scale, use_ue8m0: scales of the latter, see `deep_ep.quantization.quantize`.
             async_finish, return_recv_hook: the call is finished when it returns; the hook has nothing left to do.
+            topk_weights: accepted for compatibility; low_latency_combine takes them.
             quant_mode: one of deep_ep.quantization.MODES instead of what use_fp8 says.
 
         Returns:
@@ -92,7 +95,7 @@ class LowLatencyCalls:
         if quant_mode is None:
             quantised = "block_fp8_e4m3" if self._rows == "rank" else "int8"
             quant_mode = quantised if use_fp8 else "none"
-        quantization.check_mode(quant_mode)
+        quant_mode = quantization.check_mode(quant_mode)
         stats, L = cumulative_local_expert_recv_stats, num_experts // info.size
         if stats is not None and (stats.dtype != torch.int32 or stats.shape != (L,)):
             raise ValueError(
@@ -125,7 +128,7 @@ class LowLatencyCalls:
         if stats is not None:
             stats.add_(out.recv_count.to(torch.int32))
         recv_x: Rows = (rows[0], rows[1]) if sent is not None else rows[0]
-        return recv_x, recv_count, handle, _event(async_finish), _nothing if return_recv_hook else None
+        return recv_x, recv_count, handle, event_of(async_finish), _nothing if return_recv_hook else None
 
     def low_latency_combine(
         self,
@@ -147,7 +150,7 @@ class LowLatencyCalls:
             handle: of that low_latency_dispatch.
             zero_copy: x is, or equals, what get_next_low_latency_combine_buffer gave. Rows are taken from x.
             async_finish, return_recv_hook: as in low_latency_dispatch.
-            out: [T, H] in x's dtype, to be written to and returned.
+            out: [T, H] in x's dtype, to be written to and returned; of a longer one the first T rows are.
 
         Returns:
             combined_x [T, H], event, hook.
@@ -162,12 +165,13 @@ class LowLatencyCalls:
             x = x.reshape(-1, x.shape[-1]).index_select(0, handle.place)
         combined = combine_op.call(self._live(), x, topk_idx, topk_weights, LowLatencyHandle(*packed))
         if out is not None:
-            if out.shape != combined.shape or out.dtype != combined.dtype:
+            T, H = combined.shape
+            if out.dim() != 2 or out.shape[0] < T or out.shape[1] != H or out.dtype != combined.dtype:
                 raise ValueError(
                     f"out must be {combined.dtype} {list(combined.shape)}, got {out.dtype} {list(out.shape)}"
                 )
-            combined = out.copy_(combined)
-        return combined, _event(async_finish), _nothing if return_recv_hook else None
+            combined = out[:T].copy_(combined)
+        return combined, event_of(async_finish), _nothing if return_recv_hook else None
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle | PaddedHandle) -> Tensor:
         """An uninitialised bf16 tensor for the experts' results, of the shape that low_latency_combine takes.
@@ -214,5 +218,6 @@ def _nothing() -> None:
     """The receive hook: everything has arrived when the call returns."""
 
 
-def _event(async_finish: bool) -> EventOverlap:
+def event_of(async_finish: bool) -> EventOverlap:
+    """The event of a call, which is finished when it returns."""
     return EventOverlap(EventHandle() if async_finish else None)

@@ -36,10 +36,13 @@ _MX: dict[str, tuple[torch.dtype, int, float]] = {
 }
 
 
-def check_mode(mode: str) -> None:
-    """ValueError unless `mode` is one of `MODES`."""
+def check_mode(mode: str) -> str:
+    """`mode`; ValueError unless it is one of `MODES`, or bf16, which DeepEP-Ascend's clients say for none."""
+    if mode == "bf16":
+        return "none"
     if mode not in MODES:
         raise ValueError(f"quant_mode must be one of {', '.join(MODES)}, got {mode!r}")
+    return mode
 
 
 def quantize(
