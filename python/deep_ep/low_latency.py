@@ -71,7 +71,8 @@ class LowLatencyCalls:
             cumulative_local_expert_recv_stats: int32 [L]; the rows of each local expert are added to it.
             use_fp8: send quantised rows: int8 with one scale per row under rows="expert", float8_e4m3fn with one scale
                 per 128 channels under rows="rank".
-            round_scale, use_ue8m0: scales of the latter, see `deep_ep.quantization.quantize`.
+            round_scale, use_ue8m0: scales of the latter, see `deep_ep.quantization.quantize`; other modes have their
+                own.
             async_finish, return_recv_hook: the call is finished when it returns; the hook has nothing left to do.
             topk_weights: accepted for compatibility; low_latency_combine takes them.
             quant_mode: one of deep_ep.quantization.MODES instead of what use_fp8 says.
@@ -101,7 +102,9 @@ class LowLatencyCalls:
             raise ValueError(
                 f"cumulative_local_expert_recv_stats must be torch.int32 [{L}], got {stats.dtype} {list(stats.shape)}"
             )
-        options = {"low_latency": True, "round_scale": round_scale, "use_ue8m0": use_ue8m0}
+        options = {"low_latency": True}
+        if quant_mode == "block_fp8_e4m3":
+            options |= {"round_scale": round_scale, "use_ue8m0": use_ue8m0}
         sent: tuple[Tensor, Tensor] | None = None
         if quant_mode != "none":
             if self._straight_through:
