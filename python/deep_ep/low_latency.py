@@ -80,7 +80,7 @@ class LowLatencyCalls:
         Returns:
             recv_x: under rows="expert" [N, H], ordered by local expert, source rank, token, without gaps; under
                 rows="rank" [L, R·M, H]. Rows that hold nothing are 0. Quantised: (data, scales) with scales [N],
-                [N, H/32] or [N, H/128] (rows="rank": [L, R·M] and so on).
+                [N·H/32] (MX) or [N, H/128]; rows="rank": [L, R·M], [L, R·M, H/32] or [L, R·M, H/128].
             recv_count: int64 [L] (rows="rank": int32 [L]).
             handle: for low_latency_combine.
             event, hook (None without return_recv_hook).
@@ -120,7 +120,10 @@ class LowLatencyCalls:
         out = dispatch_op.call(info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
         rows: tuple[Tensor, ...] = (out.recv_x,)
         if sent is not None:
-            rows = quantization.unpack(out.recv_x, *sent)
+            data, scales = quantization.unpack(out.recv_x, *sent)
+            if self._rows == "expert" and quant_mode.startswith("mx_"):
+                scales = scales.view(-1)
+            rows = data, scales
         hidden = sent[0].shape[1] * (2 if sent[0].dtype == torch.float4_e2m1fn_x2 else 1) if sent else x.shape[1]
         handle: LowLatencyHandle | PaddedHandle = out.handle._replace(hidden=hidden)
         recv_count = out.recv_count

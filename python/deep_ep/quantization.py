@@ -100,13 +100,16 @@ def quantize(
 def dequantize(data: Tensor, scales: Tensor) -> Tensor:
     """fp32 [N, H] = number * scale, in the format that the dtypes and shapes of quantize's results tell.
 
-    scales: fp32 [N] (one per row), float8_e8m0fnu [N, H/32], fp32 [N, H/128] or int32 [N, H/512] (see use_ue8m0).
+    scales: fp32 [N] (one per row), float8_e8m0fnu [N, H/32] or [N·H/32], fp32 [N, H/128] or int32 [N, H/512] (see
+    use_ue8m0).
     Numbers at the very top of fp32's range may have become Inf by rounding.
 
     ValueError: another dtype or shape.
     """
     values = _numbers(data)
     N, H = values.shape
+    if scales.dim() == 1 and scales.dtype == torch.float8_e8m0fnu and not _differ(MX_BLOCK * scales.shape[0], N * H):
+        scales = scales.view(N, H // MX_BLOCK)
     if scales.dim() == 1 and scales.dtype == torch.float32 and not _differ(scales.shape[0], N):
         return values * scales.unsqueeze(1)
     if scales.dim() == 2 and not _differ(scales.shape[0], N):
