@@ -29,6 +29,7 @@ import deep_ep
 T, H, K, E = (7, 12, 3, 10), 16, 3, 8
 
 # For tests in which a strategy is little more than a name.
+pytestmark = pytest.mark.slow  # importing Megatron takes seconds on every rank
 DEFAULT_FIRST = ("default", pytest.param("alltoall", marks=pytest.mark.slow))
 
 # async_finish and allocate_on_comm_stream. Megatron's layer gives True for both.

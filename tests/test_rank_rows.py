@@ -300,7 +300,7 @@ def check_by_hand(ctx: RankContext, tokens: tuple[int, ...], strategy: str, asyn
     assert_same("grad_topk_weights", grads[1], wanted_grads[1])
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_by_hand(pool: RankPool, strategy: str, asynchronous: bool, backend: str) -> None:
@@ -475,6 +475,7 @@ def check_quantised_compiles(ctx: RankContext, mode: str) -> None:
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "mx_fp8_e4m3"])
 def test_quantised_rows_compile(pool: RankPool, mode: str) -> None:
     pool.run(2, check_quantised_compiles, mode)
