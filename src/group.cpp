@@ -52,7 +52,7 @@ void Group::connect(const int64_t* pids, const int64_t* fds, const uint64_t* byt
 }
 
 std::vector<Op> Group::log(uint64_t limit, uint64_t* issued) const {
-  std::lock_guard lock(mutex_);
+  std::lock_guard lock(log_mutex_);
   std::vector<Op> ops;
   const uint64_t count = std::min({limit, kLogged, sequence_});
   for (uint64_t n = sequence_ - count; n < sequence_; ++n) ops.push_back(log_[n % kLogged]);
@@ -93,17 +93,32 @@ void Group::close(State state, const std::string& reason) {
   ring_all();
 }
 
-Operation::Operation(Group& group, Post mine, const std::vector<int32_t>& words, const std::string& rejected,
+Turn::~Turn() {
+  if (!group_) return;
+  wait();
+  group_->turns_.end();
+}
+
+void Turn::wait() {
+  if (!has_come_) group_->turns_.wait_for(number_);
+  has_come_ = true;
+}
+
+Operation::Operation(Turn turn, Post mine, const std::vector<int32_t>& words, const std::string& rejected,
                      const std::function<std::string(const Operation&)>& check)
-    : group_(group), lock_(group.mutex_), op_(mine.op) {
+    : turn_(std::move(turn)), group_(turn_.group()), op_(mine.op) {
+  turn_.wait();
   const Control& own = group_.control(group_.rank_);
   if (own.state.load() == State::broken)
     throw Error(str(prefix(), "the windows of this group were given up and cannot be used again; make a new group (",
                     own.reason, ")"));
 
-  sequence_ = ++group_.sequence_;
-  if (group_.log_.size() < Group::kLogged) group_.log_.resize(Group::kLogged);
-  group_.log_[(sequence_ - 1) % Group::kLogged] = op_;
+  {
+    std::lock_guard lock(group_.log_mutex_);
+    sequence_ = ++group_.sequence_;
+    if (group_.log_.size() < Group::kLogged) group_.log_.resize(Group::kLogged);
+    group_.log_[(sequence_ - 1) % Group::kLogged] = op_;
+  }
   offered_ = group_.own_->pool.take_largest();
   open_ = true;
 

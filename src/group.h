@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "pool.h"
+#include "turns.h"
 #include "window.h"
 #include "window_layout.h"
 
@@ -54,6 +55,7 @@ class Group {
   std::vector<Op> log(uint64_t limit, uint64_t* issued) const;
 
  private:
+  friend class Turn;
   friend class Operation;
   static constexpr uint64_t kLogged = 1024;
 
@@ -78,9 +80,29 @@ class Group {
   const std::chrono::milliseconds timeout_;
   std::shared_ptr<OwnWindow> own_;
   std::vector<Peer> peers_;
+  Turns turns_;
+  mutable std::mutex log_mutex_;
   uint64_t sequence_ = 0;
   std::vector<Op> log_;
-  mutable std::mutex mutex_;
+};
+
+// The right to run the next operation of a group, from when it is made: operations run in the order of their turns,
+// whichever threads they run on.
+class Turn {
+ public:
+  Turn(std::shared_ptr<Group> group) : group_(std::move(group)), number_(group_->turns_.draw()) {}
+  Turn(Turn&& other) = default;
+  ~Turn();
+
+  Group& group() const { return *group_; }
+
+  // Returns when all operations before have ended.
+  void wait();
+
+ private:
+  std::shared_ptr<Group> group_;  // nullptr: moved from
+  uint64_t number_;
+  bool has_come_ = false;
 };
 
 // Where the rows that a rank receives in one operation lie: slots 0..num_slots-1, in chunks. Chunk c lies in
@@ -106,10 +128,10 @@ struct Entry {
 
 class Operation {
  public:
-  // Enters `mine.op` on `group`. `words` are published with the post; `rejected`, unless empty, says why this rank
-  // cannot take part. `check` runs once all posts are there, may look at all of them, must come to the same
+  // Enters `mine.op` on the group of `turn`. `words` are published with the post; `rejected`, unless empty, says why
+  // this rank cannot take part. `check` runs once all posts are there, may look at all of them, must come to the same
   // result on every rank, and returns what is wrong (or throws Error), or nothing.
-  Operation(Group& group, Post mine, const std::vector<int32_t>& words, const std::string& rejected,
+  Operation(Turn turn, Post mine, const std::vector<int32_t>& words, const std::string& rejected,
             const std::function<std::string(const Operation&)>& check = {});
 
   // Without finish() before it, the operation failed on this rank alone: the group is given up, and peers raise.
@@ -153,8 +175,8 @@ class Operation {
   [[noreturn]] void give_up(const std::string& reason);
   std::string prefix() const;
 
+  Turn turn_;
   Group& group_;
-  std::unique_lock<std::mutex> lock_;
   const Op op_;
   uint64_t sequence_ = 0;
   Block offered_;

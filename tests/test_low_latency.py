@@ -5,7 +5,7 @@ N = R·M·min(K, L) packed rows.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, Case, assert_same, bits, expert_outputs, make_inputs
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_calls import error_of
 from ranks import STRATEGIES, RankContext, RankPool
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 import deep_ep
 from deep_ep import quantization, reference
@@ -64,19 +65,24 @@ class Expected:
 NAMES = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")
 
 
+def poison(group: str, strategy: str, case: Case) -> None:
+    """Fills memory that is given out again with NaN: an unwritten or stale row would show."""
+    nan = torch.full((num_rows(case, max(1, *case.tokens)), case.H), float("nan"), dtype=case.dtype)
+    ids, weights = torch.zeros(len(nan), 1, dtype=torch.int64), torch.ones(len(nan), 1)
+    overload("dispatch", strategy)(nan, ids, weights, case.R, case.R, 0, group)
+    private = [torch.full_like(nan, float("nan")) for _ in range(4)]
+    del private
+
+
 def check_ops(ctx: RankContext, case: Case, M: int, strategy: str) -> None:
     group = ctx.prepared_group(strategy)
     expected, r = Expected(case, M), ctx.rank
     x, ids, weights = expected.xs[r], expected.ids[r], expected.weights[r]
-    # Memory that is given out again is full of NaN: an unwritten row would show.
-    poison = torch.ops.deep_ep.dispatch.default if strategy == "default" else None
-    if poison is not None:
-        nan = torch.full((16, case.H), float("nan"))
-        poison(nan, torch.zeros(16, 1, dtype=torch.int64), torch.ones(16, 1), case.R, case.R, 0, group.group_name)
+    poison(group.group_name, strategy, case)
     sizes = (case.E, case.R, group.group_name, "")
-    out = overload("low_latency_dispatch", strategy)(x, ids, M, *sizes)
+    out = overload("low_latency_dispatch", strategy)(x, ids, M, *sizes, None)
     y = expected.ys[r]
-    combined = overload("low_latency_combine", strategy)(y, ids, weights, out[2], out[3], out[4], *sizes)
+    combined = overload("low_latency_combine", strategy)(y, ids, weights, out[2], out[3], out[4], *sizes, None)
 
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     received = deep_ep.low_latency_dispatch(x, ids, M, case.E, group=group)
@@ -171,6 +177,7 @@ def check_buffer(ctx: RankContext, case: Case, M: int, settings: Settings) -> fl
     """Returns calc_diff of combine after dispatch to an unquantised one, or -1 if there is nothing to compare."""
     torch._dynamo.reset()
     buffer = make_buffer(ctx, settings)
+    poison(buffer.group.group_name, settings.strategy, case)
     expected, r = Expected(case, M), ctx.rank
     L, R = case.local_experts, case.R
     mode = settings.quant_mode
@@ -249,6 +256,20 @@ def test_buffer(pool: RankPool, strategy: str, rows: str, mode: str) -> None:
     threshold = THRESHOLDS.get(mode, 2e-3)
     for diff in pool.run(3, check_buffer, case, 33, settings):
         assert diff < threshold
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)  # every run has its own
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rows", ["expert", "rank"])
+@settings(max_examples=40)
+@given(drawn=small_cases(), mode=st.sampled_from(QUANT_MODES))
+def test_any_buffer(pool: RankPool, strategy: str, rows: str, drawn: tuple[Case, int], mode: str) -> None:
+    case, _ = drawn
+    tokens = tuple(T % 65 for T in case.tokens)
+    small = replace(case, tokens=tokens, H=128 * (1 + case.seed % 3))
+    for diff in pool.run(case.R, check_buffer, small, max(1, *tokens), Settings(strategy, rows, mode)):
+        assert diff < THRESHOLDS.get(mode, 2e-3)
 
 
 @pytest.mark.parametrize("mode", ["none", "int8", "mx_fp4_e2m1", "block_fp8_e4m3"])
@@ -398,11 +419,175 @@ def test_wrong_arguments_raise_on_all_ranks(pool: RankPool, strategy: str) -> No
             assert kind == "RuntimeError" and all(text in message for text in wanted), message
 
 
+# Receive hooks: calls that do not wait for peers
+
+
+def key_of(ctx: RankContext, name: str) -> str:
+    """A key that no other run of a test uses."""
+    ctx.runs = getattr(ctx, "runs", 0) + 1
+    return f"{name}-{ctx.size}-{ctx.runs}"
+
+
+@torch.library.custom_op("deep_ep_tests::meet", mutates_args=())
+def meet(x: Tensor, rank: int, key: str) -> Tensor:
+    """x, once rank 0 has come here."""
+    if rank == 0:
+        STORES[0].set(key, "here")
+    else:
+        STORES[0].wait([key])
+    return x.clone()
+
+
+@meet.register_fake
+def _(x: Tensor, rank: int, key: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+STORES: list[Any] = []
+
+
+def split(ctx: RankContext, strategy: str, rows: str, backend: str, quant_mode: str) -> None:
+    """Rank 0 issues dispatch and combine before, the other ranks after rank 0 has been told to go on: a call that waits
+    for its peers cannot pass."""
+    torch._dynamo.reset()
+    STORES[:] = [ctx.store]
+    buffer, case, M, r = make_buffer(ctx, Settings(strategy, rows)), Case((6, 9), H=128, ids="distinct"), 9, ctx.rank
+    keys = [key_of(ctx, name) for name in ("dispatch", "combine")]
+    x, ids, weights, _ = (given[r] for given in make_inputs(case))
+
+    def step(x: Tensor, ids: Tensor, weights: Tensor, stats: Tensor, hooks: bool) -> tuple[Any, ...]:
+        kwargs = {"cumulative_local_expert_recv_stats": stats, "quant_mode": quant_mode, "return_recv_hook": hooks}
+        if hooks and r > 0:
+            x = torch.ops.deep_ep_tests.meet(x, r, keys[0])
+        received = buffer.low_latency_dispatch(x, ids, M, case.E, **kwargs)
+        recv_x, count, handle, _, hook = received
+        if hooks:
+            if r == 0:
+                weights = torch.ops.deep_ep_tests.meet(weights, r, keys[0])
+            hook()
+        y = recv_x
+        if isinstance(recv_x, tuple):
+            flat = [part.flatten(0, 1) if rows == "rank" else part for part in recv_x]
+            y = quantization.dequantize(*flat).view(*recv_x[0].shape[:-1], case.H).to(x.dtype)
+        if hooks and r > 0:
+            y = torch.ops.deep_ep_tests.meet(y, r, keys[1])
+        out, _, hook = buffer.low_latency_combine(2 * y, ids, weights, handle, return_recv_hook=hooks)
+        if hooks:
+            if r == 0:
+                stats = stats + torch.ops.deep_ep_tests.meet(stats, r, keys[1])
+            hook()
+        return recv_x, count, handle, out, stats
+
+    run = step if backend == "eager" else torch.compile(step, backend=backend, fullgraph=True)
+    zeros = torch.zeros(case.local_experts, dtype=torch.int32)
+    expected = step(x, ids, weights, zeros.clone(), False)
+    actual = run(x, ids, weights, stats := zeros.clone(), True)
+    assert_same("stats", stats, expected[4])
+    for a, wanted in zip(tree_leaves(actual[:4]), tree_leaves(expected[:4]), strict=True):
+        if isinstance(a, Tensor):
+            assert_same("with hooks", as_bytes(a).to(torch.int16), as_bytes(wanted).to(torch.int16))
+        else:
+            assert a == wanted
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("quant_mode", ["none", "int8", "mx_fp4_e2m1"])
+@pytest.mark.parametrize("rows", ["expert", "rank"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_call_with_a_hook_does_not_wait(
+    pool: RankPool, strategy: str, rows: str, quant_mode: str, backend: str
+) -> None:
+    pool.run(2, split, strategy, rows, backend, quant_mode)
+
+
+def interleaved_hooks(ctx: RankContext, strategy: str) -> None:
+    """Two micro-batches at once, with inputs that are overwritten, in between a call without a hook, and gradients."""
+    buffer, M, r = make_buffer(ctx, Settings(strategy, "expert")), 16, ctx.rank
+    expected = [Expected(Case((6, 9, 0), H=32, ids="distinct", seed=seed), M) for seed in (1, 2)]
+    (x0, x1), (ids0, ids1) = ([getattr(e, what)[r] for e in expected] for what in ("xs", "ids"))
+    E = 6
+
+    sent = x0.clone(), ids0.clone()
+    recv0, count0, handle0, _, hook0 = buffer.low_latency_dispatch(*sent, M, E, use_fp8=False, return_recv_hook=True)
+    assert not recv0.any()
+    sent[0].fill_(float("nan"))
+    sent[1].fill_(-1)
+    leaf = x1.clone().requires_grad_()
+    recv1, count1, handle1, _, hook1 = buffer.low_latency_dispatch(
+        leaf, ids1, M, E, use_fp8=False, return_recv_hook=True
+    )
+    between = buffer.low_latency_dispatch(x0, ids0, M, E, use_fp8=False)
+    hook1()
+    hook0()
+    for e, recv, count, handle in zip(expected, (recv0, recv1), (count0, count1), (handle0, handle1), strict=True):
+        outputs = recv.detach(), count, handle.src_info, handle.layout_range, handle.send_head
+        for name, actual, wanted in zip(NAMES, outputs, e.outputs(r), strict=True):
+            assert_same(name, actual, wanted)
+    assert_same("between", between[0], expected[0].dispatched[r].recv_x)
+    (grad_x,) = torch.autograd.grad(recv1, leaf, expected[1].grad_ys[r])
+    assert_same("grad_x", grad_x, expected[1].grad_xs[r])
+
+    y, weights = expected[1].ys[r].clone().requires_grad_(), expected[1].weights[r].clone().requires_grad_()
+    out, _, hook = buffer.low_latency_combine(y, ids1, weights, handle1, return_recv_hook=True)
+    hook()
+    assert_same("combined_x", out, expected[1].outs[r])
+    grad_y, _ = torch.autograd.grad(out, [y, weights], expected[1].grad_outs[r])
+    assert_same("grad_y", grad_y, expected[1].grad_ys[r])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_interleaved_hooks(pool: RankPool, strategy: str) -> None:
+    pool.run(3, interleaved_hooks, strategy)
+
+
+def wrong_hooks(ctx: RankContext, strategy: str) -> list[tuple[str, str]]:
+    buffer, last = make_buffer(ctx, Settings(strategy, "expert")), ctx.rank == ctx.size - 1
+    group = ctx.prepared_group(strategy).group_name
+    x, ids = torch.ones(3, 8), torch.tensor([[0, 1]]).repeat(3, 1)
+    dispatch = partial(buffer.low_latency_dispatch, use_fp8=False, return_recv_hook=True)
+    errors = [
+        error_of(dispatch, x, ids, 2 if last else 3, ctx.size) if last else error_of(hook_of, dispatch(x, ids, 3, 2))
+    ]
+    errors.append(error_of(hook_of, dispatch(x, ids + 7 * last, 3, ctx.size)))
+
+    recv_x, _, handle, _, hook = dispatch(x, ids, 3, ctx.size)
+    hook()
+    errors.append(error_of(hook))  # it has been called
+    start = overload("low_latency_dispatch_start", strategy)
+    ticket = start(x, ids, 3, ctx.size, ctx.size, group, "")
+    rows = handle.src_info, handle.layout_range, handle.send_head
+    combine = overload("low_latency_combine", strategy)
+    weights = torch.ones(3, 2)
+    errors.append(error_of(combine, recv_x, ids, weights, *rows, ctx.size, ctx.size, group, "", ticket))
+    out = buffer.low_latency_combine(recv_x, ids, weights, handle, return_recv_hook=True)
+    dispatch(x, ids, 3, ctx.size)  # nobody calls its hook
+    hook_of(out)
+    assert_same("afterwards", out[0], 2 * x)
+    return errors
+
+
+def hook_of(results: tuple[Any, ...]) -> None:
+    results[-1]()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_wrong_calls_with_hooks(pool: RankPool, strategy: str) -> None:
+    says = (
+        ("rank 1: x has 3 tokens",),
+        ("rank 1: topk_idx has the id 7",),
+        ("low_latency_dispatch: started must be what low_latency_dispatch_start returned", "completes one call"),
+        ("low_latency_combine: started must be", "got that of low_latency_dispatch_start"),
+    )
+    for errors in pool.run(2, wrong_hooks, strategy):
+        for (kind, message), wanted in zip(errors, says, strict=True):
+            assert kind == "RuntimeError" and all(text in message for text in wanted), message
+
+
 def opcheck(ctx: RankContext, strategy: str) -> None:
     group = ctx.prepared_group(strategy)
     case = Case((3, 5), ids="distinct")
     x, ids, weights, _ = (given[ctx.rank] for given in make_inputs(case))
-    sizes = (case.E, case.R, group.group_name, "")
+    sizes = (case.E, case.R, group.group_name, "", None)
     check = partial(torch.library.opcheck, raise_exception=True)
     op = overload("low_latency_dispatch", strategy)
     out = op(x, ids, 5, *sizes)
@@ -410,6 +595,11 @@ def opcheck(ctx: RankContext, strategy: str) -> None:
     y = torch.randn(out[0].shape)
     combine = overload("low_latency_combine", strategy)
     check(combine, (y.requires_grad_(), ids, weights.requires_grad_(), *out[2:], *sizes))
+    # The number of a ticket is another one each time, which the test of autograd's effect on results cannot know.
+    tests = ("test_schema", "test_faketensor")
+    check(overload("low_latency_dispatch_start", strategy), (x.detach(), ids, 5, *sizes[:-1]), test_utils=tests)
+    rest = (y.detach(), ids, weights.detach(), *out[2:], *sizes[:-1])
+    check(overload("low_latency_combine_start", strategy), rest, test_utils=tests)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -421,12 +611,12 @@ def test_opcheck(pool: RankPool, strategy: str) -> None:
 def test_ops_traces_without_a_device_and_says_what_is_missing(comm_alg: str) -> None:
     """The shapes are those of torch_npu's npu_moe_distribute_dispatch_v2."""
     T, H, K, M, E, R = 3, 8, 2, 4, 8, 2
-    arguments = (M, E, R, "a group", comm_alg)
+    arguments = (M, E, R, "a group", comm_alg, None)
     with FakeTensorMode():
         x, ids = torch.empty(T, H, dtype=torch.bfloat16), torch.empty(T, K, dtype=torch.int64)
         out = torch.ops.deep_ep.low_latency_dispatch.ops(x, ids, *arguments)
         back = torch.ops.deep_ep.low_latency_combine.ops(
-            out[0], ids, torch.empty(T, K), *out[2:], E, R, "a group", comm_alg
+            out[0], ids, torch.empty(T, K), *out[2:], E, R, "a group", comm_alg, None
         )
     N = R * M * min(K, E // R)
     assert [tuple(tensor.shape) for tensor in out] == [(N, H), (E // R,), (128 * N,), (E,), (T, K)]
@@ -479,8 +669,8 @@ def alternate(ctx: RankContext, strategy: str, num_calls: int) -> tuple[int, int
         x, ids, weights, y = xs[r], all_ids[r], all_weights[r], ys[r]
         sizes = (case.E, case.R, group)
         if n % 2:
-            out = overload("low_latency_dispatch", strategy)(x, ids, M, *sizes, "")
-            combined = overload("low_latency_combine", strategy)(y, ids, weights, *out[2:], *sizes, "")
+            out = overload("low_latency_dispatch", strategy)(x, ids, M, *sizes, "", None)
+            combined = overload("low_latency_combine", strategy)(y, ids, weights, *out[2:], *sizes, "", None)
         else:
             out = overload("dispatch", strategy)(x, ids, weights, case.E, case.R, num_rows(case, M), group)
             combined = overload("combine", strategy)(y, ids, weights, *out[8:], *sizes)

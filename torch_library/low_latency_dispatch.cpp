@@ -3,7 +3,7 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(deep_ep, library) {
   deep_ep::define_low_latency(
       library, "low_latency_dispatch",
-      "(Tensor x, Tensor topk_idx, int num_max_dispatch_tokens_per_rank, int num_experts, int num_ranks, str group, "
-      "str comm_alg) -> "
-      "(Tensor recv_x, Tensor recv_count, Tensor recv_src_idx, Tensor layout_range, Tensor send_head)");
+      "Tensor x, Tensor topk_idx, int num_max_dispatch_tokens_per_rank, int num_experts, int num_ranks, str group, "
+      "str comm_alg",
+      "Tensor recv_x, Tensor recv_count, Tensor recv_src_idx, Tensor layout_range, Tensor send_head");
 }

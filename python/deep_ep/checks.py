@@ -133,6 +133,13 @@ def low_latency_dispatch(
     return None
 
 
+def ticket(started: Tensor | None) -> str | None:
+    """What is wrong with the argument `started` of an op that can be started before."""
+    if started is None:
+        return None
+    return _tensor("started", started, (torch.int64,), torch.device("cpu"), {"1": 1})
+
+
 def _handle(
     name: str,
     rows: Tensor,

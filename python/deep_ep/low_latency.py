@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from . import quantization
+from . import checks, quantization
 from .groups import GroupInfo
 from .ops import low_latency_combine as combine_op
 from .ops import low_latency_dispatch as dispatch_op
@@ -73,7 +74,11 @@ class LowLatencyCalls:
                 per 128 channels under rows="rank".
             round_scale, use_ue8m0: scales of the latter, see `deep_ep.quantization.quantize`; other modes have their
                 own.
-            async_finish, return_recv_hook: the call is finished when it returns; the hook has nothing left to do.
+            async_finish: the call is finished when it returns.
+            return_recv_hook: the call does not wait for peers. The hook does, and fills the returned tensors, which
+                hold zeros until then, and adds to cumulative_local_expert_recv_stats. x and topk_idx may be written
+                to before. Errors that concern several ranks are raised by the hook. Every rank calls it, before it
+                uses what the call returned; other calls of the group wait for a call that has been started.
             topk_weights: accepted for compatibility; low_latency_combine takes them.
             quant_mode: one of deep_ep.quantization.MODES instead of what use_fp8 says.
 
@@ -117,24 +122,48 @@ class LowLatencyCalls:
                     f"low_latency_dispatch: x requires a gradient, and quantised rows ({quant_mode}) have none; make "
                     'the Buffer with straight_through=True, or pass quant_mode="none"'
                 )
-        out = dispatch_op.call(info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
+        call = info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts
+
+        def received(out: dispatch_op.LowLatencyOutput) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle]:
+            return self._received(info, out, sent)
+
+        # Wrong arguments raise at once, on all ranks, with a hook as well.
+        if not return_recv_hook or checks.low_latency_dispatch(*call[1:], info.size):
+            out = dispatch_op.call(*call)
+            if stats is not None:
+                stats.add_(out.recv_count.to(torch.int32))
+            return *received(out), event_of(async_finish), None
+
+        started = dispatch_op.start(*call)
+        results = received(_nothing_yet(info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts))
+
+        def hook() -> None:
+            out = dispatch_op.call(*call, started)
+            if stats is not None:
+                stats.add_(out.recv_count.to(torch.int32))
+            for to, arrived in zip(tree_leaves(results), tree_leaves(received(out)), strict=True):
+                if isinstance(to, Tensor):
+                    to.copy_(arrived)
+
+        return *results, event_of(async_finish), hook
+
+    def _received(
+        self, info: GroupInfo, out: dispatch_op.LowLatencyOutput, sent: tuple[Tensor, Tensor] | None
+    ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle]:
+        """recv_x, recv_count and handle as a client gets them. `sent`: the (data, scales) that the rows hold."""
         rows: tuple[Tensor, ...] = (out.recv_x,)
+        hidden = out.handle.hidden
         if sent is not None:
             data, scales = quantization.unpack(out.recv_x, *sent)
-            if self._rows == "expert" and quant_mode.startswith("mx_"):
+            hidden = data.shape[1] * (2 if data.dtype == torch.float4_e2m1fn_x2 else 1)
+            if self._rows == "expert" and scales.dtype == torch.float8_e8m0fnu:
                 scales = scales.view(-1)
             rows = data, scales
-        hidden = sent[0].shape[1] * (2 if sent[0].dtype == torch.float4_e2m1fn_x2 else 1) if sent else x.shape[1]
-        handle: LowLatencyHandle | PaddedHandle = out.handle._replace(hidden=hidden)
-        recv_count = out.recv_count
-        if self._rows == "rank":
-            handle, indices = _padded(info, out.handle._replace(hidden=hidden))
-            rows = tuple(_pad(part, indices) for part in rows)
-            recv_count = recv_count.int()
-        if stats is not None:
-            stats.add_(out.recv_count.to(torch.int32))
-        recv_x: Rows = (rows[0], rows[1]) if sent is not None else rows[0]
-        return recv_x, recv_count, handle, event_of(async_finish), _nothing if return_recv_hook else None
+        packed = out.handle._replace(hidden=hidden)
+        if self._rows == "expert":
+            return _one_or_two(rows), out.recv_count, packed
+        handle, indices = _padded(info, packed)
+        return _one_or_two(tuple(_pad(part, indices) for part in rows)), out.recv_count.int(), handle
 
     def low_latency_combine(
         self,
@@ -154,8 +183,9 @@ class LowLatencyCalls:
             topk_idx: int64 [T, K], as given to low_latency_dispatch.
             topk_weights: fp32 [T, K].
             handle: of that low_latency_dispatch.
-            zero_copy: x is, or equals, what get_next_low_latency_combine_buffer gave. Rows are taken from x.
-            async_finish, return_recv_hook: as in low_latency_dispatch.
+            zero_copy: x is, or equals, what get_next_low_latency_combine_buffer gave. On CPU rows go from any x
+                straight into the windows of their tokens' ranks, so that there is no copy to be saved.
+            async_finish, return_recv_hook: as in low_latency_dispatch; the hook fills combined_x.
             out: [T, H] in x's dtype, to be written to and returned; of a longer one the first T rows are.
 
         Returns:
@@ -169,15 +199,26 @@ class LowLatencyCalls:
         if isinstance(handle, PaddedHandle):
             packed = handle.packed
             x = x.reshape(-1, x.shape[-1]).index_select(0, handle.place)
-        combined = combine_op.call(self._live(), x, topk_idx, topk_weights, LowLatencyHandle(*packed))
+        call = self._live(), x, topk_idx, topk_weights, LowLatencyHandle(*packed)
+        wrong = None
         if out is not None:
-            T, H = combined.shape
-            if out.dim() != 2 or out.shape[0] < T or out.shape[1] != H or out.dtype != combined.dtype:
-                raise ValueError(
-                    f"out must be {combined.dtype} {list(combined.shape)}, got {out.dtype} {list(out.shape)}"
-                )
-            combined = out[:T].copy_(combined)
-        return combined, event_of(async_finish), _nothing if return_recv_hook else None
+            T, H = topk_idx.shape[0], x.shape[-1]
+            if out.dim() != 2 or out.shape[0] < T or out.shape[1] != H or out.dtype != x.dtype:
+                wrong = f"out must be {x.dtype} {[T, H]}, got {out.dtype} {list(out.shape)}"
+        # What is wrong on this rank alone must not keep it from taking part.
+        if wrong or not return_recv_hook or x.dim() != 2 or topk_idx.dim() != 2:
+            result = combine_op.call(*call)
+            if wrong:
+                raise ValueError(wrong)
+            return (result if out is None else out[: result.shape[0]].copy_(result)), event_of(async_finish), None
+
+        combined = x.new_zeros((topk_idx.shape[0], x.shape[1])) if out is None else out[: topk_idx.shape[0]]
+        started = combine_op.start(*call)
+
+        def hook() -> None:
+            combined.copy_(combine_op.call(*call, started))
+
+        return combined, event_of(async_finish), hook
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle | PaddedHandle) -> Tensor:
         """An uninitialised bf16 tensor for the experts' results, of the shape that low_latency_combine takes.
@@ -220,8 +261,22 @@ def _pad(rows: Tensor, indices: Tensor) -> Tensor:
     return with_zero.index_select(0, indices.view(-1)).view(*indices.shape, *rows.shape[1:])
 
 
-def _nothing() -> None:
-    """The receive hook: everything has arrived when the call returns."""
+def _nothing_yet(
+    info: GroupInfo, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int
+) -> dispatch_op.LowLatencyOutput:
+    """What low_latency_dispatch gives for the same arguments when no rank sends anything."""
+    M, H, (T, K), E = num_max_dispatch_tokens_per_rank, x.shape[1], topk_idx.shape, num_experts
+    L = E // info.size
+    N = info.size * M * min(K, L)
+    recv_count = topk_idx.new_zeros((L,))
+    src_info, send_head = (topk_idx.new_full(shape, -1, dtype=torch.int32) for shape in ((N, 3), (T, K)))
+    layout_range = topk_idx.new_zeros((E,), dtype=torch.int32)
+    handle = LowLatencyHandle(src_info, layout_range, M, H, E, recv_count, send_head)
+    return dispatch_op.LowLatencyOutput(x.new_zeros((N, H)), recv_count, handle)
+
+
+def _one_or_two(rows: tuple[Tensor, ...]) -> Rows:
+    return rows[0] if len(rows) == 1 else (rows[0], rows[1])
 
 
 def event_of(async_finish: bool) -> EventOverlap:

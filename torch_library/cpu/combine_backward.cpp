@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
   std::optional<Tensor> grad_x;
   {
     RecvRows recv;
-    Operation op(*group, arguments.post, arguments.words, arguments.wrong, [&](const Operation& op) {
+    Operation op(group, arguments.post, arguments.words, arguments.wrong, [&](const Operation& op) {
       std::string wrong = Handle::check(op);
       if (wrong.empty())
         recv.place(
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
   arguments.post.op = Op::combine_backward_weights;
   SendBack back{.handle = handle, .has_scalars = true, .scalars = products.data()};
   std::vector<Region> regions;
-  Operation op(*group, arguments.post, {}, "", [&](const Operation& op) {
+  Operation op(group, arguments.post, {}, "", [&](const Operation& op) {
     regions = back.place(op);
     return std::string();
   });

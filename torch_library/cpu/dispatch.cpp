@@ -19,7 +19,7 @@ struct RowMeta {
 
 }  // namespace
 
-Dispatched dispatch_rows(Op op_code, Group& group, Checks checks, const Tensor& x, const Tensor& topk_idx,
+Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                          const Tensor& topk_weights, int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens) {
   Post post{};
   post.op = op_code;
@@ -39,7 +39,7 @@ Dispatched dispatch_rows(Op op_code, Group& group, Checks checks, const Tensor& 
 
   std::optional<Routing> routing;
   RecvRows recv;
-  Operation op(group, post, counts, checks.wrong(), [&](const Operation& op) {
+  Operation op(std::move(turn), post, counts, checks.wrong(), [&](const Operation& op) {
     std::vector<const int32_t*> all_counts;
     std::vector<int64_t> worst;
     for (int r = 0; r < op.size(); ++r) {
@@ -165,7 +165,7 @@ Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_exp
                  int64_t num_worst_tokens, GroupName group_name) {
   const std::shared_ptr<Group> group = groups::get("dispatch", group_name.value);
   Checks checks = check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, group->size());
-  const Dispatched out = dispatch_rows(Op::dispatch, *group, std::move(checks), x, topk_idx, topk_weights, num_experts,
+  const Dispatched out = dispatch_rows(Op::dispatch, group, std::move(checks), x, topk_idx, topk_weights, num_experts,
                                        num_ranks, num_worst_tokens);
   return {out.recv_x,       out.recv_topk_idx,      out.recv_topk_weights,     out.num_recv_tokens_per_expert,
           out.num_dropped,  out.rank_prefix_matrix, out.channel_prefix_matrix, out.recv_channel_prefix_matrix,

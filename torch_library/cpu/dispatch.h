@@ -12,7 +12,7 @@ struct Dispatched {
 };
 
 // Runs as the operation `op`; `checks` has been made of its arguments, which are those of the op dispatch.
-Dispatched dispatch_rows(Op op, Group& group, Checks checks, const Tensor& x, const Tensor& topk_idx,
+Dispatched dispatch_rows(Op op, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                          const Tensor& topk_weights, int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens);
 
 }  // namespace deep_ep

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_rec
   SendBack back{.handle = arguments.handle};
   std::vector<float> of_row;
   std::vector<Region> regions;
-  Operation op(*group, arguments.post, arguments.words, arguments.wrong, [&](const Operation& op) {
+  Operation op(group, arguments.post, arguments.words, arguments.wrong, [&](const Operation& op) {
     back.dtype = dtype_of(grad_recv_x);
     back.hidden = grad_recv_x.size(1);
     back.rows = grad_recv_x.const_data_ptr();

@@ -70,14 +70,15 @@ HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks
   words = handle.words(wrong);
 }
 
-Tensor combine_rows(Op op_code, Group& group, Checks checks, const Tensor& x, const Tensor& topk_idx,
+Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
                     int64_t num_experts, int64_t num_ranks) {
   checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx));
-  const HandleArguments arguments(op_code, group, checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks);
+  const HandleArguments arguments(op_code, turn.group(), checks, x, topk_idx, recv_src_idx, send_head, num_experts,
+                                  num_ranks);
   SendBack back{.handle = arguments.handle};
   std::vector<Region> regions;
-  Operation op(group, arguments.post, arguments.words, arguments.wrong, [&](const Operation& op) {
+  Operation op(std::move(turn), arguments.post, arguments.words, arguments.wrong, [&](const Operation& op) {
     back.dtype = dtype_of(x);
     back.hidden = x.size(1);
     back.rows = x.const_data_ptr();

@@ -42,7 +42,7 @@ struct HandleArguments {
 
 // Each token's weighted sum of the rows x [N, H], as the operation `op`: what combine and low_latency_combine are made
 // of.
-Tensor combine_rows(Op op, Group& group, Checks checks, const Tensor& x, const Tensor& topk_idx,
+Tensor combine_rows(Op op, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
                     int64_t num_experts, int64_t num_ranks);
 

@@ -1,5 +1,7 @@
 """low_latency_dispatch: sends a few tokens per rank to the ranks of their experts, with static shapes, for decoding.
 
+low_latency_dispatch_start begins a call and does not wait for peers; low_latency_dispatch with its ticket completes it.
+
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts ·
 M num_max_dispatch_tokens_per_rank · N = R·M·min(K, L) rows.
 """
@@ -65,16 +67,29 @@ def low_latency_dispatch(
 
 
 def call(
-    info: GroupInfo, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int
+    info: GroupInfo,
+    x: Tensor,
+    topk_idx: Tensor,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    started: Tensor | None = None,
 ) -> LowLatencyOutput:
-    """The op's overload for `info`."""
+    """The op's overload for `info`. `started`: what `start` gave for the same arguments."""
     op = getattr(torch.ops.deep_ep.low_latency_dispatch, info.low_latency.value)
     M = num_max_dispatch_tokens_per_rank
     recv_x, recv_count, src_info, layout_range, send_head = op(
-        x, topk_idx, M, num_experts, info.size, info.name, info.comm_alg
+        x, topk_idx, M, num_experts, info.size, info.name, info.comm_alg, started
     )
     handle = LowLatencyHandle(src_info, layout_range, M, x.shape[1], num_experts, recv_count, send_head)
     return LowLatencyOutput(recv_x, recv_count, handle)
+
+
+def start(
+    info: GroupInfo, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int
+) -> Tensor:
+    """Begins a call: int64 [1], for `call`. The tensors may be written to as soon as this returns."""
+    op = getattr(torch.ops.deep_ep.low_latency_dispatch_start, info.low_latency.value)
+    return op(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, info.size, info.name, info.comm_alg)
 
 
 def fake(
@@ -85,12 +100,15 @@ def fake(
     num_ranks: int,
     group: str,
     comm_alg: str,
+    started: Tensor | None,
     *,
     overload: str,
 ) -> tuple[Tensor, ...]:
     M = num_max_dispatch_tokens_per_rank
-    error = checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks) or npu_ops.check_comm_alg(
-        comm_alg or ""
+    error = (
+        checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks)
+        or npu_ops.check_comm_alg(comm_alg)
+        or checks.ticket(started)
     )
     reject("low_latency_dispatch", error)
     (T, H), K, L = x.shape, topk_idx.shape[1], num_experts // num_ranks
@@ -107,7 +125,7 @@ def fake(
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, topk_idx, _, num_experts, num_ranks, group, _ = inputs
+    _, topk_idx, _, num_experts, num_ranks, group, *_ = inputs
     ctx.save_for_backward(output[2], topk_idx, output[4])
     ctx.arguments = num_experts, num_ranks, group
 
@@ -120,7 +138,24 @@ def backward(ctx: Any, grad_recv_x: Tensor, *_: Any, overload: str) -> Any:
     op = getattr(torch.ops.deep_ep.dispatch_backward, overload)
     no_weights = grad_recv_x.new_zeros((grad_recv_x.shape[0], topk_idx.shape[1]), dtype=torch.float32)
     grad_x, _ = op(grad_recv_x.contiguous(), no_weights, src_info, topk_idx, send_head, *ctx.arguments)
-    return grad_x, None, None, None, None, None, None
+    return grad_x, None, None, None, None, None, None, None
+
+
+def fake_start(
+    x: Tensor,
+    topk_idx: Tensor,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    comm_alg: str,
+    *,
+    overload: str,
+) -> Tensor:
+    M = num_max_dispatch_tokens_per_rank
+    error = checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks) or npu_ops.check_comm_alg(comm_alg)
+    reject("low_latency_dispatch_start", error)
+    return x.new_empty((1,), dtype=torch.int64, device="cpu")
 
 
 register(
@@ -130,4 +165,11 @@ register(
     ops=npu_ops.low_latency_dispatch,
     setup_context=setup_context,
     backward=backward,
+)
+
+register(
+    "low_latency_dispatch_start",
+    fake=fake_start,
+    alltoall=alltoall.low_latency_dispatch_start,
+    ops=npu_ops.low_latency_start,
 )

@@ -1,0 +1,39 @@
+// Whose turn it is: what is done with one thing by several threads, in the order in which it was asked for.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+
+namespace deep_ep {
+
+class Turns {
+ public:
+  uint64_t draw() {
+    std::lock_guard lock(mutex_);
+    return drawn_++;
+  }
+
+  // Until all turns drawn before `number` have ended.
+  void wait_for(uint64_t number) {
+    std::unique_lock lock(mutex_);
+    ended_one_.wait(lock, [&] { return ended_ == number; });
+  }
+
+  // Ends the turn that wait_for() has waited for.
+  void end() {
+    {
+      std::lock_guard lock(mutex_);
+      ++ended_;
+    }
+    ended_one_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable ended_one_;
+  uint64_t drawn_ = 0;
+  uint64_t ended_ = 0;
+};
+
+}  // namespace deep_ep
