@@ -119,7 +119,7 @@ def check_alignment(ctx: RankContext, strategy: str, worst: int, backend: str) -
     assert not padded_rows[start:].any()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("worst", [0, 12, 60])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_alignment(pool: RankPool, strategy: str, worst: int, backend: str) -> None:

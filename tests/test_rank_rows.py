@@ -462,13 +462,13 @@ def quantised_layer(buffer: deep_ep.Buffer, mode: str, arguments: dict[str, Any]
     return data, scales
 
 
-def check_quantised_compiles(ctx: RankContext, mode: str) -> None:
+def check_quantised_compiles(ctx: RankContext, mode: str, backend: str) -> None:
     case = Case((6, 9), H=128, K=3, dtype=torch.bfloat16, seed=9)
     buffer = make_buffer(ctx, "default")
     x, ids, weights = (tensors[ctx.rank] for tensors in make_inputs(case)[:3])
     arguments = {"topk_idx": ids, "topk_weights": weights, **layout(buffer, ids, case.E)}
     torch._dynamo.reset()
-    compiled = torch.compile(quantised_layer, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(quantised_layer, backend=backend, fullgraph=True)
     actual, expected = (fn(buffer, mode, arguments, x) for fn in (compiled, quantised_layer))
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype
@@ -476,6 +476,7 @@ def check_quantised_compiles(ctx: RankContext, mode: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("mode", ["int8", "mx_fp8_e4m3"])
-def test_quantised_rows_compile(pool: RankPool, mode: str) -> None:
-    pool.run(2, check_quantised_compiles, mode)
+def test_quantised_rows_compile(pool: RankPool, mode: str, backend: str) -> None:
+    pool.run(2, check_quantised_compiles, mode, backend, timeout=240)
