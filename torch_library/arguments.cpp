@@ -51,7 +51,8 @@ Checks& Checks::tensor(const char* name, const Tensor& tensor, const std::vector
   if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end())
     return require(false, name, " must be ", list(dtypes, dtype_name, ", "), ", got ", dtype_name(dtype));
   if (!fits) return require(false, name, " must have the shape ", shape_name(shape), ", got ", shape_name(given));
-  require(tensor.is_cpu(), name, " must be on the CPU, as the other tensors are");
+  require(tensor.device().type() == device_, name, " must be on the ", on_cpu() ? "CPU" : "NPU",
+          ", as the other tensors are");
   return require(tensor.is_contiguous(), name, " must be contiguous; call .contiguous() on it");
 }
 
@@ -98,7 +99,7 @@ Checks& check_topk_idx(Checks& checks, const Tensor& topk_idx, int64_t num_token
 }  // namespace
 
 Checks check_get_dispatch_layout(const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks, int64_t num_nodes) {
-  Checks checks;
+  Checks checks(topk_idx);
   check_topk_idx(checks, topk_idx, Checks::kAny).experts(num_experts, num_ranks, 0);
   return checks.require(num_nodes > 0 && num_ranks % num_nodes == 0, "num_nodes must divide num_ranks (", num_ranks,
                         "), got ", num_nodes);
@@ -106,7 +107,7 @@ Checks check_get_dispatch_layout(const Tensor& topk_idx, int64_t num_experts, in
 
 Checks check_dispatch(const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weights, int64_t num_experts,
                       int64_t num_ranks, int64_t num_worst_tokens, int64_t group_size) {
-  Checks checks;
+  Checks checks(x);
   checks.rows("x", x, {Checks::kAny, Checks::kAny});
   if (checks.passed()) check_topk_idx(checks, topk_idx, x.size(0));
   if (checks.passed())
@@ -119,7 +120,7 @@ Checks check_dispatch(const Tensor& x, const Tensor& topk_idx, const Tensor& top
 
 Checks check_low_latency_dispatch(const Tensor& x, const Tensor& topk_idx, int64_t num_max_dispatch_tokens_per_rank,
                                   int64_t num_experts, int64_t num_ranks, int64_t group_size) {
-  Checks checks;
+  Checks checks(x);
   checks.rows("x", x, {Checks::kAny, Checks::kAny});
   if (checks.passed()) check_topk_idx(checks, topk_idx, x.size(0)).experts(num_experts, num_ranks, group_size);
   if (!checks.passed()) return checks;
@@ -130,6 +131,7 @@ Checks check_low_latency_dispatch(const Tensor& x, const Tensor& topk_idx, int64
       num_max_dispatch_tokens_per_rank);
   checks.require(x.size(0) <= num_max_dispatch_tokens_per_rank, "x has ", x.size(0),
                  " tokens; allowed are at most num_max_dispatch_tokens_per_rank = ", num_max_dispatch_tokens_per_rank);
+  if (!checks.on_cpu()) return checks;
   // With ids that repeat, a token may want more rows of a rank than there is room for.
   const int64_t* ids = topk_idx.const_data_ptr<int64_t>();
   for (int64_t t = 0; K > L && t < topk_idx.size(0); ++t)
@@ -146,7 +148,7 @@ Checks check_low_latency_dispatch(const Tensor& x, const Tensor& topk_idx, int64
 Checks check_handle(const char* rows_name, const Tensor& expert_rows, const Tensor& topk_idx,
                     const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts, int64_t num_ranks,
                     int64_t group_size) {
-  Checks checks;
+  Checks checks(expert_rows);
   checks.rows(rows_name, expert_rows, {Checks::kAny, Checks::kAny});
   if (checks.passed()) checks.tensor("recv_src_idx", recv_src_idx, {ScalarType::Int}, {expert_rows.size(0), 3});
   check_topk_idx(checks, topk_idx, Checks::kAny);

@@ -30,6 +30,10 @@ class Checks {
   // Shape entries: a size, or kAny.
   static constexpr int64_t kAny = -1;
 
+  Checks() = default;
+  // Tensors must be on the kind of device that `like` is on.
+  explicit Checks(const Tensor& like) : device_(like.device().type()) {}
+
   Checks& tensor(const char* name, const Tensor& tensor, const std::vector<ScalarType>& dtypes,
                  const std::vector<int64_t>& shape);
   Checks& rows(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape);
@@ -44,14 +48,18 @@ class Checks {
 
   const std::string& wrong() const { return wrong_; }
   bool passed() const { return wrong_.empty(); }
+  // Whether values of tensors can be looked at here.
+  bool on_cpu() const { return device_ == torch::headeronly::kCPU; }
 
  private:
+  torch::headeronly::DeviceType device_ = torch::headeronly::kCPU;
   std::string wrong_;
 };
 
 DType dtype_of(const Tensor& tensor);
 std::vector<int64_t> sizes_of(const Tensor& tensor);
 
+// Of all tensors and numbers but for what only values on another device than the CPU show.
 Checks check_get_dispatch_layout(const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks, int64_t num_nodes);
 Checks check_dispatch(const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weights, int64_t num_experts,
                       int64_t num_ranks, int64_t num_worst_tokens, int64_t group_size);

@@ -38,20 +38,31 @@ Registry& registry() {
   return instance;
 }
 
-}  // namespace
-
-Tensor start(Op op, Turn turn, std::function<Results(Turn)> body) {
-  std::packaged_task<Results(Turn)> task(std::move(body));
-  auto number = std::make_unique<int64_t>(registry().put({op, task.get_future()}));
+Tensor ticket_for(Op op, std::future<Results> results) {
+  auto number = std::make_unique<int64_t>(registry().put({op, std::move(results)}));
   const auto drop = [](void* memory) {
     const std::unique_ptr<int64_t> number(static_cast<int64_t*>(memory));
     registry().take(*number);
   };
-  Tensor ticket = torch::stable::from_blob(number.get(), {1}, {1}, torch::stable::Device(torch::headeronly::kCPU),
-                                           ScalarType::Long, drop);
+  const auto cpu = torch::stable::Device(torch::headeronly::kCPU);
+  Tensor ticket = torch::stable::from_blob(number.get(), {1}, {1}, cpu, ScalarType::Long, drop);
   number.release();
+  return ticket;
+}
+
+}  // namespace
+
+Tensor start(Op op, Turn turn, std::function<Results(Turn)> body) {
+  std::packaged_task<Results(Turn)> task(std::move(body));
+  Tensor ticket = ticket_for(op, task.get_future());
   std::thread(std::move(task), std::move(turn)).detach();
   return ticket;
+}
+
+Tensor hold(Op op, Results results) {
+  std::promise<Results> promise;
+  promise.set_value(std::move(results));
+  return ticket_for(op, promise.get_future());
 }
 
 Results finish(Op op, const Tensor& ticket) {

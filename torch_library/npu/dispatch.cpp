@@ -1,0 +1,47 @@
+#include "npu/launch.h"
+
+namespace deep_ep::npu {
+namespace {
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The rows that this rank will receive, from the counts of all ranks: the host waits for them.
+int64_t exact_rows(const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks, const std::string& group) {
+  const char* op = "dispatch";
+  if (is_capturing(topk_idx))
+    throw Error(
+        str("deep_ep.", op,
+            ": num_worst_tokens is 0, so the number of rows depends on data, which a captured graph cannot wait "
+            "for; pass num_worst_tokens"));
+  const Tensor rows = new_empty(topk_idx, {1}, ScalarType::Long);
+  run("notify_dispatch", group, {topk_idx}, {num_experts, num_ranks}, {rows});
+  return *to(rows, torch::stable::Device(torch::headeronly::kCPU)).const_data_ptr<int64_t>();
+}
+
+Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
+                 int64_t num_worst_tokens, GroupName group) {
+  const char* op = "dispatch";
+  require(op, check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens,
+                             group_size(op, group.value)));
+  const int64_t T = x.size(0), K = topk_idx.size(1), R = num_ranks, L = num_experts / R;
+  const int64_t N = num_worst_tokens > 0 ? num_worst_tokens : exact_rows(topk_idx, num_experts, R, group.value);
+  const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) { return new_empty(x, shape, dtype); };
+  const Outputs out = {new_empty(x, {N, x.size(1)}),     empty({N, K}, ScalarType::Long),
+                       empty({N, K}, ScalarType::Float), empty({L}, ScalarType::Long),
+                       empty({}, ScalarType::Long),      empty({R, R}, ScalarType::Int),
+                       empty({R, L}, ScalarType::Int),   empty({L, R}, ScalarType::Int),
+                       empty({N, 3}, ScalarType::Int),   empty({T, K}, ScalarType::Int)};
+  std::apply(
+      [&](const auto&... outputs) {
+        run(op, group.value, {x, topk_idx, topk_weights}, {num_experts, num_ranks, N}, {outputs...});
+      },
+      out);
+  return out;
+}
+
+}  // namespace
+}  // namespace deep_ep::npu
+
+STABLE_TORCH_LIBRARY_IMPL(deep_ep, PrivateUse1, library) {
+  library.impl("dispatch", TORCH_BOX(&deep_ep::npu::dispatch));
+}

@@ -1,0 +1,60 @@
+/* The C interface between torch and the kernels of ops/. A library with kernels (the one over CANN's operator package,
+ * or the twin) exports deep_ep_kernels().
+ *
+ * An op call is given as its GE definition orders it (ops/<op>/op_host): inputs, then `windows` if ranks communicate,
+ * then integer attributes, then outputs. Definition and torch op have the same name, DeepEpDispatch and dispatch. In
+ * capacity mode num_worst_tokens is the last integer, not an input. One call is not a definition:
+ * notify_dispatch(topk_idx, windows; num_experts, num_ranks) gives int64 [1], the rows that a dispatch will bring to
+ * this rank, for shapes that the host has to know.
+ */
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { DEEP_EP_KERNELS_VERSION = 1, DEEP_EP_MAX_DIMS = 2, DEEP_EP_TEXT_BYTES = 512 };
+
+typedef struct DeepEpTensor {
+  void* data;
+  int32_t dtype; /* as CANN numbers them: aclDataType */
+  int32_t num_dims;
+  int64_t sizes[DEEP_EP_MAX_DIMS]; /* contiguous */
+} DeepEpTensor;
+
+typedef struct DeepEpCall {
+  const char* op;
+  const char* group; /* as its windows were opened; "" if ranks do not communicate */
+  int32_t num_inputs, num_outputs, num_integers;
+  const DeepEpTensor* inputs;
+  const DeepEpTensor* outputs;
+  const int64_t* integers;
+} DeepEpCall;
+
+/* Functions return 0, or another number after having written what is wrong to `error` (DEEP_EP_TEXT_BYTES). */
+typedef struct DeepEpKernels {
+  uint32_t version; /* DEEP_EP_KERNELS_VERSION of the library */
+  const char* name;
+
+  /* Collective over the group, outside of graphs: makes a window of `bytes` on every rank and writes the table with
+   * which kernels find them to `table` (host memory, `words` entries), and its length to *used. `communicator` is
+   * HCCL's name of a communicator that nothing else uses. */
+  int (*open_windows)(const char* group, const char* communicator, int32_t rank, int32_t size, uint64_t bytes,
+                      int64_t* table, int32_t words, int32_t* used, char* error);
+  void (*close_windows)(const char* group);
+
+  /* Checks the call and computes its tiling: a plan, and the bytes of device memory that it needs. Does not touch the
+   * device. The call's arrays need not outlive this; the memory of its tensors must. */
+  int (*prepare)(const DeepEpCall* call, void** plan, uint64_t* workspace_bytes, char* error);
+
+  /* Puts the planned call on the stream (aclrtStream) and returns without waiting for it. Uses up the plan. */
+  int (*launch)(void* plan, void* workspace, void* stream, char* error);
+} DeepEpKernels;
+
+const DeepEpKernels* deep_ep_kernels(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,203 @@
+#include "npu/launch.h"
+
+#include <dlfcn.h>
+
+#include <functional>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "npu/kernels.h"
+
+#define DEEP_EP_API extern "C" __attribute__((visibility("default")))
+
+namespace deep_ep::npu {
+namespace {
+
+struct Windows {
+  DeepEpTensor table;
+  int64_t size;
+};
+
+// What Python has loaded and made (python/deep_ep/npu/windows.py). Never destroyed: calls may outlive static
+// destruction.
+struct State {
+  std::mutex mutex;
+  const DeepEpKernels* kernels = nullptr;
+  std::map<std::string, Windows> windows;
+};
+
+State& state() {
+  static State& instance = *new State;
+  return instance;
+}
+
+const DeepEpKernels& kernels(const char* op) {
+  std::lock_guard lock(state().mutex);
+  if (state().kernels == nullptr)
+    throw Error(
+        str("deep_ep.", op,
+            ": this installation has no kernels for the NPU; build the wheel with CANN (bash build.sh -a deepep "
+            "for A3, -a deepep2 for A2, -a deepep Ascend950 for A5), or name a library of kernels in "
+            "DEEP_EP_KERNELS; the strategy alltoall needs none"));
+  return *state().kernels;
+}
+
+Windows windows(const char* op, const std::string& group) {
+  kernels(op);
+  std::lock_guard lock(state().mutex);
+  const auto found = state().windows.find(group);
+  if (found == state().windows.end())
+    throw Error(str("deep_ep.", op, ": there are no windows on the NPU for the group '", group,
+                    "' on this rank; call deep_ep.init(group) or make a deep_ep.Buffer first, with a group that has "
+                    "the NPU among its devices"));
+  return found->second;
+}
+
+// torch_npu has no C interface for its task queue, in which an op must be launched to keep its order with others. The
+// library is found where it is loaded: nothing here links to it, so that one build serves every version of it.
+template <typename Function>
+Function* torch_npu_function(const char* name) {
+  static void* const library = dlopen("libtorch_npu.so", RTLD_NOLOAD | RTLD_LAZY);
+  void* const found = library != nullptr ? dlsym(library, name) : nullptr;
+  if (found == nullptr)
+    throw Error(str("deep_ep: torch_npu ", library == nullptr ? "is not loaded" : "has no function ",
+                    library == nullptr ? "" : name, "; import torch_npu, of the version that belongs to this torch"));
+  return reinterpret_cast<Function*>(found);
+}
+
+void* current_stream(const Tensor& like) {
+  static auto* const get = torch_npu_function<int32_t(int32_t, void**)>("aoti_torch_get_current_npu_stream");
+  void* stream = nullptr;
+  if (get(like.get_device_index(), &stream) != 0) throw Error("deep_ep: torch_npu gives no current stream");
+  return stream;
+}
+
+void enqueue(const std::string& name, const std::function<int()>& launch) {
+  static auto* const run_op_api = torch_npu_function<void(const std::string&, const std::function<int()>&, bool)>(
+      "_ZN6at_npu6native9OpCommand10RunOpApiV2ERKNSt7__cxx1112basic_stringIcSt11char_"
+      "traitsIcESaIcEEERKSt8functionIFivEEb");
+  run_op_api(name, launch, false);
+}
+
+int32_t acl_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return 0;
+    case ScalarType::Half:
+      return 1;
+    case ScalarType::Byte:
+      return 4;
+    case ScalarType::Int:
+      return 3;
+    case ScalarType::Long:
+      return 9;
+    case ScalarType::BFloat16:
+      return 27;
+    default:
+      throw Error(str("deep_ep: no kernel takes tensors of ", torch::headeronly::toString(dtype)));
+  }
+}
+
+DeepEpTensor describe(const Tensor& tensor) {
+  DeepEpTensor out{const_cast<void*>(tensor.const_data_ptr()),
+                   acl_dtype(tensor.scalar_type()),
+                   static_cast<int32_t>(tensor.dim()),
+                   {}};
+  for (int64_t i = 0; i < tensor.dim(); ++i) out.sizes[i] = tensor.size(i);
+  return out;
+}
+
+}  // namespace
+
+int64_t group_size(const char* op, const std::string& group) { return windows(op, group).size; }
+
+bool is_capturing(const Tensor& like) {
+  static auto* const status = torch_npu_function<int(void*)>("_ZN7c10_npu23captureStatusMayInitCtxEPv");
+  return status(current_stream(like)) != 0;
+}
+
+void require(const char* op, const Checks& checks) {
+  if (!checks.passed()) throw Error(str("deep_ep.", op, ": ", checks.wrong()));
+}
+
+void run(const char* op, const std::string& group, std::initializer_list<Tensor> inputs,
+         std::initializer_list<int64_t> integers, std::initializer_list<Tensor> outputs) {
+  const DeepEpKernels& kernels = npu::kernels(op);
+  std::vector<DeepEpTensor> in, out;
+  for (const Tensor& tensor : inputs) in.push_back(describe(tensor));
+  for (const Tensor& tensor : outputs) out.push_back(describe(tensor));
+  if (!group.empty()) in.push_back(windows(op, group).table);
+  const DeepEpCall call{op,
+                        group.c_str(),
+                        static_cast<int32_t>(in.size()),
+                        static_cast<int32_t>(out.size()),
+                        static_cast<int32_t>(integers.size()),
+                        in.data(),
+                        out.data(),
+                        integers.begin()};
+
+  void* plan = nullptr;
+  uint64_t workspace_bytes = 0;
+  char error[DEEP_EP_TEXT_BYTES] = "";
+  if (kernels.prepare(&call, &plan, &workspace_bytes, error) != 0) throw Error(str("deep_ep.", op, ": ", error));
+  // Given back before the kernel has run, but on this stream: the allocator gives it to work that comes later.
+  const Tensor& like = *inputs.begin();
+  const Tensor workspace = new_empty(like, {static_cast<int64_t>(workspace_bytes)}, ScalarType::Byte);
+  void* const memory = workspace.mutable_data_ptr();
+  void* const stream = current_stream(like);
+  enqueue(str("deep_ep.", op), [&kernels, plan, memory, stream, op] {
+    char error[DEEP_EP_TEXT_BYTES] = "";
+    const int status = kernels.launch(plan, memory, stream, error);
+    if (status != 0) std::fprintf(stderr, "deep_ep.%s: %s\n", op, error);
+    return status;
+  });
+}
+
+}  // namespace deep_ep::npu
+
+using deep_ep::npu::state;
+
+// Loads a library of kernels; nullptr as path forgets the one that is loaded.
+DEEP_EP_API int deep_ep_npu_load(const char* path, char* error) {
+  const auto fail = [error](const std::string& text) {
+    std::snprintf(error, DEEP_EP_TEXT_BYTES, "%s", text.c_str());
+    return 1;
+  };
+  const DeepEpKernels* kernels = nullptr;
+  if (path != nullptr) {
+    void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (library == nullptr) return fail(dlerror());
+    const auto entry = reinterpret_cast<decltype(&deep_ep_kernels)>(dlsym(library, "deep_ep_kernels"));
+    if (entry == nullptr) return fail(deep_ep::str(path, " exports no deep_ep_kernels()"));
+    kernels = entry();
+    if (kernels->version != DEEP_EP_KERNELS_VERSION)
+      return fail(deep_ep::str(path, " has version ", kernels->version,
+                               " of the interface to kernels, this is version ",
+                               static_cast<int>(DEEP_EP_KERNELS_VERSION)));
+  }
+  std::lock_guard lock(state().mutex);
+  state().kernels = kernels;
+  return 0;
+}
+
+// The kernels' name, or nullptr if none are loaded.
+DEEP_EP_API const char* deep_ep_npu_kernels() {
+  std::lock_guard lock(state().mutex);
+  return state().kernels != nullptr ? state().kernels->name : nullptr;
+}
+
+DEEP_EP_API int deep_ep_npu_open_windows(const char* group, const char* communicator, int32_t rank, int32_t size,
+                                         uint64_t bytes, int64_t* table, int32_t words, int32_t* used, char* error) {
+  return state().kernels->open_windows(group, communicator, rank, size, bytes, table, words, used, error);
+}
+
+DEEP_EP_API void deep_ep_npu_close_windows(const char* group) { state().kernels->close_windows(group); }
+
+// The ops on the group `name` of `size` ranks pass the table at `table` (device memory) to their kernels; nullptr: no
+// longer.
+DEEP_EP_API void deep_ep_npu_publish_windows(const char* name, int64_t size, void* table, int64_t words) {
+  std::lock_guard lock(state().mutex);
+  state().windows.erase(name);
+  if (table != nullptr) state().windows[name] = {{table, 9, 1, {words, 0}}, size};
+}
