@@ -588,7 +588,7 @@ def grow(ctx: RankContext) -> None:
     for num_bytes in (SMALL, 2 * SMALL, 8 * SMALL):
         deep_ep.init(group, num_bytes=num_bytes)
         deep_ep.init(group, num_bytes=SMALL)  # large enough: kept
-        assert groups._windows[group.group_name].num_bytes == num_bytes
+        assert groups._windows[group.group_name]["cpu"].num_bytes == num_bytes
         old.append(run("dispatch", "default", right.arguments("dispatch", ctx.rank, group.group_name)))
         check_ops(case, ctx.rank, group.group_name, "default")
         for dispatched in old:

@@ -6,22 +6,26 @@ from pathlib import Path
 import torch
 
 
-def _find(name: str) -> Path:
-    # An editable install has this file in the source tree and the library in site-packages.
+def find(name: str) -> Path | None:
+    """The file or folder of this name that was built into the package."""
+    # An editable install has this file in the source tree and what was built in site-packages.
     import deep_ep
 
-    folders = [Path(folder) for folder in deep_ep.__path__]
-    for folder in folders:
+    for folder in map(Path, deep_ep.__path__):
         if (folder / name).exists():
             return folder / name
-    raise ImportError(
-        f"{name} is in none of {', '.join(map(str, folders))}: "
-        "deep_ep was not built; install it with pip install, or run make"
-    )
+    return None
 
 
 def _load() -> ctypes.CDLL:
-    path = _find("libdeep_ep.so")
+    path = find("libdeep_ep.so")
+    if path is None:
+        import deep_ep
+
+        raise ImportError(
+            f"libdeep_ep.so is in none of {', '.join(deep_ep.__path__)}: "
+            "deep_ep was not built; install it with pip install, or run make"
+        )
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
     pointer, i32, i64, u64, text = (
@@ -40,6 +44,11 @@ def _load() -> ctypes.CDLL:
         "deep_ep_group_publish": (None, [pointer, text]),
         "deep_ep_group_log": (u64, [pointer, pointer, u64]),
         "deep_ep_group_destroy": (None, [pointer, text]),
+        "deep_ep_npu_load": (i32, [text, text]),
+        "deep_ep_npu_kernels": (text, []),
+        "deep_ep_npu_open_windows": (i32, [text, text, i32, i32, u64, pointer, i32, pointer, text]),
+        "deep_ep_npu_close_windows": (None, [text]),
+        "deep_ep_npu_publish_windows": (None, [text, i64, pointer, i64]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from . import _compile
+from .npu import windows as npu_windows
 from .npu_ops import check_comm_alg
 from .strategies import MODES, LowLatencyStrategy, NormalStrategy, mode_from
 from .windows import DEFAULT_BYTES, Windows, exchange, group_timeout
@@ -31,7 +32,7 @@ class GroupInfo:
 
 _owners: dict[str, weakref.ref[dist.ProcessGroup]] = {}
 _infos: dict[str, GroupInfo] = {}
-_windows: dict[str, Windows] = {}
+_windows: dict[str, dict[str, Windows | npu_windows.Windows]] = {}  # by group and kind of device
 
 
 def process_group(group: Group) -> dist.ProcessGroup:
@@ -78,18 +79,28 @@ def init(
     pg = process_group(group)
     if num_bytes is not None and num_bytes <= 0:
         raise ValueError(f"num_bytes must be positive, got {num_bytes}")
-    wishes = exchange(pg, (mode, _is_served(pg, num_bytes, timeout)))
+    normal, low_latency = MODES[mode]
+    wanted = _windowed_devices(pg) if normal is NormalStrategy.DEFAULT else []
+    served = {device: _is_served(pg, device, num_bytes, timeout) for device in wanted}
+    wishes = exchange(pg, (mode, served))
     modes = [wish[0] for wish in wishes]
     if len(set(modes)) > 1:
         raise RuntimeError(
             f"deep_ep: the ranks of the group '{pg.group_name}' chose different strategies: {', '.join(modes)}"
         )
-    normal, low_latency = MODES[mode]
+    for rank, (_, devices) in enumerate(wishes):
+        if devices.keys() != served.keys():
+            raise RuntimeError(
+                f"deep_ep: rank {rank} has kernels for {', '.join(devices) or 'no device'} of the group "
+                f"'{pg.group_name}', rank {pg.rank()} for {', '.join(wanted) or 'none'}; install one version on all"
+            )
     name = pg.group_name
-    if normal is NormalStrategy.DEFAULT and not all(wish[1] for wish in wishes):
-        windows = Windows(pg, num_bytes or DEFAULT_BYTES, timeout or group_timeout(pg))
-        _close_windows(name)
-        _windows[name] = windows
+    for device in wanted:
+        if not all(wish[1][device] for wish in wishes):
+            kind = Windows if device == "cpu" else npu_windows.Windows
+            windows = kind(pg, num_bytes or DEFAULT_BYTES, timeout or group_timeout(pg))
+            _close_windows(name, device)
+            _windows.setdefault(name, {})[device] = windows
     if not _owns(pg):
         _owners[name] = weakref.ref(pg, functools.partial(_forget, name))
     _infos[name] = info = GroupInfo(name, pg.size(), normal, low_latency, comm_alg)
@@ -111,17 +122,26 @@ def _forget(name: str, owner: weakref.ref[dist.ProcessGroup]) -> None:
 def _drop(name: str) -> None:
     _owners.pop(name, None)
     _infos.pop(name, None)
-    _close_windows(name)
+    for device in list(_windows.get(name, ())):
+        _close_windows(name, device)
+    _windows.pop(name, None)
 
 
-def _close_windows(name: str) -> None:
-    windows = _windows.pop(name, None)
+def _close_windows(name: str, device: str) -> None:
+    windows = _windows.get(name, {}).pop(device, None)
     if windows is not None:
         windows.close()
 
 
-def _is_served(pg: dist.ProcessGroup, num_bytes: int | None, timeout: timedelta | None) -> bool:
-    windows = _windows.get(pg.group_name)
+def _windowed_devices(pg: dist.ProcessGroup) -> list[str]:
+    """The kinds of devices of the group for which there are kernels here."""
+    devices = {device.type for device in pg._device_types}
+    on_npu = "npu" in devices and npu_windows.load_kernels() is not None
+    return ["cpu"] * ("cpu" in devices) + ["npu"] * on_npu
+
+
+def _is_served(pg: dist.ProcessGroup, device: str, num_bytes: int | None, timeout: timedelta | None) -> bool:
+    windows = _windows.get(pg.group_name, {}).get(device)
     return (
         windows is not None
         and _owns(pg)
@@ -158,6 +178,9 @@ def op_log(group: Group = None, since: int = 0) -> tuple[list[str], int]:
         many have been issued by now.
     """
     info = info_of(group)
-    if info.name not in _windows:
-        raise RuntimeError(f"deep_ep: the group '{info.name}' has no windows; the strategy alltoall keeps no log")
-    return _windows[info.name].log(since)
+    windows = _windows.get(info.name, {}).get("cpu")
+    if not isinstance(windows, Windows):
+        raise RuntimeError(
+            f"deep_ep: the group '{info.name}' has no windows on CPU; the strategy alltoall keeps no log"
+        )
+    return windows.log(since)

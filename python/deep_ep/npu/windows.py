@@ -1,0 +1,105 @@
+"""Windows of a group on NPUs, and the library of kernels that makes and uses them.
+
+Kernels take the table of a group's windows as an ordinary input. It is made once per group, on a communicator of the
+group's own: HCCL's collectives overwrite the memory of theirs.
+"""
+
+import ctypes
+import os
+import weakref
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._library import ERROR_BYTES, find, library
+
+_WORDS = 4096
+"""Length of the longest table."""
+
+_tables: dict[str, Tensor] = {}
+
+
+def kernels_path() -> str | None:
+    """The library of kernels that is meant: DEEP_EP_KERNELS, or the one that was built into this package, or None."""
+    given = os.environ.get("DEEP_EP_KERNELS")
+    if given:
+        return given
+    built = find("libdeep_ep_kernels.so")
+    return str(built) if built else None
+
+
+def load_kernels() -> str | None:
+    """Loads the kernels, unless they are loaded, and returns their name; None if there are none.
+
+    RuntimeError: there is a library, and it cannot be used.
+    """
+    name = library.deep_ep_npu_kernels()
+    path = kernels_path()
+    if name is None and path is not None:
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        if library.deep_ep_npu_load(path.encode(), error):
+            raise RuntimeError(f"deep_ep: the NPU kernels in {Path(path)} cannot be used: {error.value.decode()}")
+        name = library.deep_ep_npu_kernels()
+    return name.decode() if name else None
+
+
+def communicator(group: dist.ProcessGroup) -> str:
+    """HCCL's name of the group's communicator on the NPU, which is made if it does not exist yet."""
+    backend: Any = group._get_backend(torch.device("npu"))
+    return backend.get_hccl_comm_name(group.rank())
+
+
+def table(name: str) -> Tensor:
+    """int64: the window table of the group `name`, on the NPU of this rank."""
+    if name not in _tables:
+        raise RuntimeError(
+            f"deep_ep: there are no windows on the NPU for the group '{name}' on this rank; call deep_ep.init(group) "
+            "with a group that has the NPU among its devices, in an installation that has kernels (docs/npu.md)"
+        )
+    return _tables[name]
+
+
+class Windows:
+    """The windows of one group on NPUs, kept until `close()` or until the group is gone. Collective."""
+
+    usable = True
+
+    def __init__(self, group: dist.ProcessGroup, num_bytes: int, timeout: timedelta) -> None:
+        self.num_bytes, self.timeout = num_bytes, timeout
+        ranks = dist.get_process_group_ranks(group)
+        own = dist.new_group(ranks, timeout=timeout, backend="hccl", use_local_synchronization=True)
+        words, used = (ctypes.c_int64 * _WORDS)(), ctypes.c_int32()
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        name = group.group_name
+        failed = library.deep_ep_npu_open_windows(
+            name.encode(),
+            communicator(own).encode(),
+            group.rank(),
+            group.size(),
+            num_bytes,
+            words,
+            _WORDS,
+            ctypes.byref(used),
+            error,
+        )
+        if failed:
+            raise RuntimeError(
+                f"deep_ep: cannot make windows on the NPU for the group '{name}': {error.value.decode()}"
+            )
+        _tables[name] = torch.tensor(words[: used.value]).to("npu")
+        library.deep_ep_npu_publish_windows(name.encode(), group.size(), _tables[name].data_ptr(), used.value)
+        self._close = weakref.finalize(group, _close, name, own)
+
+    def close(self) -> None:
+        """Gives the windows up."""
+        self._close()
+
+
+def _close(name: str, own: dist.ProcessGroup) -> None:
+    library.deep_ep_npu_publish_windows(name.encode(), 0, None, 0)
+    library.deep_ep_npu_close_windows(name.encode())
+    _tables.pop(name, None)
