@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.fx
 
+from .npu import ge
+
 _communicating: list[torch._ops.OpOverload] = []
 
 
@@ -33,10 +35,11 @@ def communicating(op: torch._ops.OpOverload) -> None:
 
 
 def prepare() -> None:
-    """Tags the compile caches, and orders our ops in inductor if it is loaded."""
+    """Tags the compile caches, orders our ops in inductor and gives torchair their converters, if these are loaded."""
     _tag_caches()
     if "torch._inductor.graph" in sys.modules:
         _order_in_inductor()
+    ge.register()
 
 
 def _digest() -> str:

@@ -15,7 +15,15 @@
 extern "C" {
 #endif
 
-enum { DEEP_EP_KERNELS_VERSION = 1, DEEP_EP_MAX_DIMS = 2, DEEP_EP_TEXT_BYTES = 512 };
+enum {
+  DEEP_EP_KERNELS_VERSION = 1,
+  DEEP_EP_MAX_DIMS = 2,
+  DEEP_EP_TEXT_BYTES = 512,
+  /* The window table, int64: DEEP_EP_TABLE_HEADER words, of which the first are this version, the own rank, the number
+   * of ranks R and the bytes of a window, and the others belong to the kernels; then the address of every rank's
+   * window. */
+  DEEP_EP_TABLE_HEADER = 8
+};
 
 typedef struct DeepEpTensor {
   void* data;
@@ -38,11 +46,11 @@ typedef struct DeepEpKernels {
   uint32_t version; /* DEEP_EP_KERNELS_VERSION of the library */
   const char* name;
 
-  /* Collective over the group, outside of graphs: makes a window of `bytes` on every rank and writes the table with
-   * which kernels find them to `table` (host memory, `words` entries), and its length to *used. `communicator` is
-   * HCCL's name of a communicator that nothing else uses. */
+  /* Collective over the group, outside of graphs: makes a window of `bytes` on every rank and fills the table (host
+   * memory, DEEP_EP_TABLE_HEADER + size words). `communicator` is HCCL's name of a communicator that nothing else
+   * uses. */
   int (*open_windows)(const char* group, const char* communicator, int32_t rank, int32_t size, uint64_t bytes,
-                      int64_t* table, int32_t words, int32_t* used, char* error);
+                      int64_t* table, char* error);
   void (*close_windows)(const char* group);
 
   /* Checks the call and computes its tiling: a plan, and the bytes of device memory that it needs. Does not touch the

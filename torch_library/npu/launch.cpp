@@ -188,16 +188,16 @@ DEEP_EP_API const char* deep_ep_npu_kernels() {
 }
 
 DEEP_EP_API int deep_ep_npu_open_windows(const char* group, const char* communicator, int32_t rank, int32_t size,
-                                         uint64_t bytes, int64_t* table, int32_t words, int32_t* used, char* error) {
-  return state().kernels->open_windows(group, communicator, rank, size, bytes, table, words, used, error);
+                                         uint64_t bytes, int64_t* table, char* error) {
+  return state().kernels->open_windows(group, communicator, rank, size, bytes, table, error);
 }
 
 DEEP_EP_API void deep_ep_npu_close_windows(const char* group) { state().kernels->close_windows(group); }
 
 // The ops on the group `name` of `size` ranks pass the table at `table` (device memory) to their kernels; nullptr: no
 // longer.
-DEEP_EP_API void deep_ep_npu_publish_windows(const char* name, int64_t size, void* table, int64_t words) {
+DEEP_EP_API void deep_ep_npu_publish_windows(const char* name, int64_t size, void* table) {
   std::lock_guard lock(state().mutex);
   state().windows.erase(name);
-  if (table != nullptr) state().windows[name] = {{table, 9, 1, {words, 0}}, size};
+  if (table != nullptr) state().windows[name] = {{table, 9, 1, {DEEP_EP_TABLE_HEADER + size, 0}}, size};
 }

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .._library import ERROR_BYTES, find, library
 
-_WORDS = 4096
-"""Length of the longest table."""
+_HEADER = 8
+"""Words of a table before the addresses of the ranks' windows (torch_library/npu/kernels.h)."""
 
 _tables: dict[str, Tensor] = {}
 
@@ -53,8 +53,13 @@ def communicator(group: dist.ProcessGroup) -> str:
     return backend.get_hccl_comm_name(group.rank())
 
 
+def table_words(num_ranks: int) -> int:
+    """The length of a window table."""
+    return _HEADER + num_ranks
+
+
 def table(name: str) -> Tensor:
-    """int64: the window table of the group `name`, on the NPU of this rank."""
+    """int64 [table_words]: the window table of the group `name`, on the NPU of this rank."""
     if name not in _tables:
         raise RuntimeError(
             f"deep_ep: there are no windows on the NPU for the group '{name}' on this rank; call deep_ep.init(group) "
@@ -72,26 +77,14 @@ class Windows:
         self.num_bytes, self.timeout = num_bytes, timeout
         ranks = dist.get_process_group_ranks(group)
         own = dist.new_group(ranks, timeout=timeout, backend="hccl", use_local_synchronization=True)
-        words, used = (ctypes.c_int64 * _WORDS)(), ctypes.c_int32()
+        words = (ctypes.c_int64 * table_words(group.size()))()
         error = ctypes.create_string_buffer(ERROR_BYTES)
         name = group.group_name
-        failed = library.deep_ep_npu_open_windows(
-            name.encode(),
-            communicator(own).encode(),
-            group.rank(),
-            group.size(),
-            num_bytes,
-            words,
-            _WORDS,
-            ctypes.byref(used),
-            error,
-        )
-        if failed:
-            raise RuntimeError(
-                f"deep_ep: cannot make windows on the NPU for the group '{name}': {error.value.decode()}"
-            )
-        _tables[name] = torch.tensor(words[: used.value]).to("npu")
-        library.deep_ep_npu_publish_windows(name.encode(), group.size(), _tables[name].data_ptr(), used.value)
+        arguments = name.encode(), communicator(own).encode(), group.rank(), group.size(), num_bytes
+        if library.deep_ep_npu_open_windows(*arguments, words, error):
+            raise RuntimeError(f"deep_ep: no windows on the NPU for the group '{name}': {error.value.decode()}")
+        _tables[name] = torch.tensor(words[:]).to("npu")
+        library.deep_ep_npu_publish_windows(name.encode(), group.size(), _tables[name].data_ptr())
         self._close = weakref.finalize(group, _close, name, own)
 
     def close(self) -> None:
@@ -100,6 +93,6 @@ class Windows:
 
 
 def _close(name: str, own: dist.ProcessGroup) -> None:
-    library.deep_ep_npu_publish_windows(name.encode(), 0, None, 0)
+    library.deep_ep_npu_publish_windows(name.encode(), 0, None)
     library.deep_ep_npu_close_windows(name.encode())
     _tables.pop(name, None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import _compile, _library  # noqa: F401  (defines the ops)
+from ..npu import ge
 
 _fragment = torch.library.Library("deep_ep", "FRAGMENT")
 
@@ -19,6 +20,8 @@ def register(
     ops: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    convert: dict[str, Callable[..., Any]],
+    decompose: Callable[..., Any] | None = None,
     communicates: bool = True,
 ) -> None:
     """Registers the Python parts of op `name` for its overloads.
@@ -29,6 +32,8 @@ def register(
         ops: the kernel of the overload `.ops`, for every device, where there is such an overload.
         setup_context, backward: the autograd formula; `backward` is called with `overload=`, the name of the overload
             whose gradient is wanted. None: the results have no gradients.
+        convert: the GE converter of each overload (see `deep_ep.npu.ge`).
+        decompose: the overload `.alltoall` out of torch's operators, which torchair converts.
         communicates: whether ranks talk to each other in it.
     """
     _fragment.impl(f"{name}.alltoall", alltoall, "CompositeExplicitAutograd")
@@ -40,6 +45,8 @@ def register(
         _compile.prepare()
         return fake(*args, overload=overload) if ops is not None else fake(*args)
 
+    if decompose is not None:
+        ge.decomposition(packet.alltoall, decompose)
     for overload in packet.overloads():
         op = getattr(packet, overload)
         torch.library.register_fake(op, functools.partial(prepared_fake, overload=overload), lib=_fragment)
@@ -48,6 +55,8 @@ def register(
             torch.library.register_autograd(op, formula, setup_context=setup_context, lib=_fragment)
         if communicates:
             _compile.communicating(op)
+        if overload in convert:
+            ge.converter(op, convert[overload], communicates)
 
 
 def reject(name: str, error: str | None) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .. import alltoall, checks
 from ..groups import Group, GroupInfo, info_of
+from ..npu import alltoall as graph_alltoall
+from ..npu import ge
 from ._registration import register, reject
 from .dispatch import DispatchHandle
 
@@ -75,4 +77,33 @@ def backward(ctx: Any, grad_out: Tensor, *, overload: str) -> Any:
     return grad_x, None, grad_topk_weights, None, None, None, None, None
 
 
-register("combine", fake=fake, alltoall=alltoall.combine, setup_context=setup_context, backward=backward)
+def convert(
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    recv_src_idx: Any,
+    send_head: Any,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+) -> Any:
+    """DeepEpCombine."""
+    inputs = {
+        "x": x,
+        "topk_idx": topk_idx,
+        "topk_weights": topk_weights,
+        "recv_src_idx": recv_src_idx,
+        "send_head": send_head,
+    }
+    return ge.node("DeepEpCombine", inputs, {"num_experts": num_experts, "num_ranks": num_ranks}, group)
+
+
+register(
+    "combine",
+    fake=fake,
+    alltoall=alltoall.combine,
+    setup_context=setup_context,
+    backward=backward,
+    convert={"default": convert},
+    decompose=graph_alltoall.combine,
+)

@@ -3,9 +3,13 @@
 T local tokens · H hidden · K top-k · E experts · R ranks · N received rows.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import alltoall, checks
+from ..npu import alltoall as graph_alltoall
+from ..npu import ge
 from ._registration import no_second_derivative, register, reject
 
 
@@ -27,9 +31,34 @@ def fake(
     return x.new_empty(x.shape), topk_weights.new_empty(topk_weights.shape)
 
 
+def convert(
+    grad_out: Any,
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    recv_src_idx: Any,
+    send_head: Any,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+) -> Any:
+    """DeepEpCombineBackward."""
+    inputs = {
+        "grad_out": grad_out,
+        "x": x,
+        "topk_idx": topk_idx,
+        "topk_weights": topk_weights,
+        "recv_src_idx": recv_src_idx,
+        "send_head": send_head,
+    }
+    return ge.node("DeepEpCombineBackward", inputs, {"num_experts": num_experts, "num_ranks": num_ranks}, group)
+
+
 register(
     "combine_backward",
     fake=fake,
     alltoall=alltoall.combine_backward,
     backward=no_second_derivative("combine_backward"),
+    convert={"default": convert},
+    decompose=graph_alltoall.combine_backward,
 )

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .. import alltoall, checks
 from ..groups import Group, GroupInfo, info_of
+from ..npu import alltoall as graph_alltoall
+from ..npu import ge
 from . import get_dispatch_layout
 from ._registration import register, reject
 
@@ -180,4 +182,23 @@ def backward(ctx: Any, grad_recv_x: Tensor, _: Any, grad_recv_topk_weights: Tens
     return grad_x, None, grad_topk_weights, None, None, None, None
 
 
-register("dispatch", fake=fake, alltoall=alltoall.dispatch, setup_context=setup_context, backward=backward)
+def convert(
+    x: Any, topk_idx: Any, topk_weights: Any, num_experts: int, num_ranks: int, num_worst_tokens: Any, group: str
+) -> Any:
+    """DeepEpDispatch, whose number of rows is an input since it may be symbolic; DeepEpDispatchExact without one."""
+    inputs = {"x": x, "topk_idx": topk_idx, "topk_weights": topk_weights}
+    integers = {"num_experts": num_experts, "num_ranks": num_ranks}
+    if isinstance(num_worst_tokens, int) and num_worst_tokens == 0:
+        return ge.node("DeepEpDispatchExact", inputs, integers, group)
+    return ge.node("DeepEpDispatch", inputs | {"num_worst_tokens": ge.number(num_worst_tokens)}, integers, group)
+
+
+register(
+    "dispatch",
+    fake=fake,
+    alltoall=alltoall.dispatch,
+    setup_context=setup_context,
+    backward=backward,
+    convert={"default": convert},
+    decompose=graph_alltoall.dispatch,
+)

@@ -3,9 +3,13 @@
 T local tokens · H hidden · K top-k · E experts · R ranks · N received rows.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import alltoall, checks
+from ..npu import alltoall as graph_alltoall
+from ..npu import ge
 from ._registration import no_second_derivative, register, reject
 
 
@@ -27,9 +31,32 @@ def fake(
     return grad_recv_x.new_empty((T, grad_recv_x.shape[1])), grad_recv_topk_weights.new_empty((T, K))
 
 
+def convert(
+    grad_recv_x: Any,
+    grad_recv_topk_weights: Any,
+    recv_src_idx: Any,
+    topk_idx: Any,
+    send_head: Any,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+) -> Any:
+    """DeepEpDispatchBackward."""
+    inputs = {
+        "grad_recv_x": grad_recv_x,
+        "grad_recv_topk_weights": grad_recv_topk_weights,
+        "recv_src_idx": recv_src_idx,
+        "topk_idx": topk_idx,
+        "send_head": send_head,
+    }
+    return ge.node("DeepEpDispatchBackward", inputs, {"num_experts": num_experts, "num_ranks": num_ranks}, group)
+
+
 register(
     "dispatch_backward",
     fake=fake,
     alltoall=alltoall.dispatch_backward,
     backward=no_second_derivative("dispatch_backward"),
+    convert={"default": convert},
+    decompose=graph_alltoall.dispatch_backward,
 )

@@ -3,11 +3,14 @@
 T tokens · K top-k · E experts · R ranks · S nodes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import alltoall, checks
 from ..groups import Group, GroupInfo, info_of
+from ..npu import ge
 from ._registration import register, reject
 
 
@@ -48,4 +51,16 @@ def fake(topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int) -> 
     return empty(num_ranks), empty(num_nodes), empty(num_experts), empty(topk_idx.shape[0], num_ranks)
 
 
-register("get_dispatch_layout", fake=fake, alltoall=alltoall.get_dispatch_layout, communicates=False)
+def convert(topk_idx: Any, num_experts: int, num_ranks: int, num_nodes: int) -> Any:
+    """DeepEpGetDispatchLayout."""
+    integers = {"num_experts": num_experts, "num_ranks": num_ranks, "num_nodes": num_nodes}
+    return ge.node("DeepEpGetDispatchLayout", {"topk_idx": topk_idx}, integers)
+
+
+register(
+    "get_dispatch_layout",
+    fake=fake,
+    alltoall=alltoall.get_dispatch_layout,
+    convert={"default": convert, "alltoall": convert},
+    communicates=False,
+)

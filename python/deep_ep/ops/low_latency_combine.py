@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .. import alltoall, checks, npu_ops
 from ..groups import Group, GroupInfo, info_of
+from ..npu import alltoall as graph_alltoall
+from ..npu import ge
 from ._registration import register, reject
 from .low_latency_dispatch import LowLatencyHandle
 
@@ -106,6 +108,31 @@ def backward(ctx: Any, grad_out: Tensor, *, overload: str) -> Any:
     return grad_x, None, grad_topk_weights, *[None] * 8
 
 
+def convert(
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    recv_src_idx: Any,
+    layout_range: Any,
+    send_head: Any,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    comm_alg: str,
+    started: Any,
+) -> Any:
+    """DeepEpLowLatencyCombine."""
+    inputs = {
+        "x": x,
+        "topk_idx": topk_idx,
+        "topk_weights": topk_weights,
+        "recv_src_idx": recv_src_idx,
+        "layout_range": layout_range,
+        "send_head": send_head,
+    }
+    return ge.node("DeepEpLowLatencyCombine", inputs, {"num_experts": num_experts, "num_ranks": num_ranks}, group)
+
+
 def fake_start(
     x: Tensor,
     topk_idx: Tensor,
@@ -132,6 +159,8 @@ register(
     ops=npu_ops.low_latency_combine,
     setup_context=setup_context,
     backward=backward,
+    convert={"default": convert},
+    decompose=graph_alltoall.low_latency_combine,
 )
 
 register(
@@ -139,4 +168,5 @@ register(
     fake=fake_start,
     alltoall=alltoall.low_latency_combine_start,
     ops=npu_ops.low_latency_start,
+    convert=dict.fromkeys(("default", "alltoall", "ops"), ge.ticket),
 )

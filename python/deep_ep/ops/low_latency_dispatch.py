@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .. import alltoall, checks, npu_ops
 from ..groups import Group, GroupInfo, info_of
+from ..npu import alltoall as graph_alltoall
+from ..npu import ge
 from ._registration import register, reject
 
 
@@ -141,6 +143,25 @@ def backward(ctx: Any, grad_recv_x: Tensor, *_: Any, overload: str) -> Any:
     return grad_x, None, None, None, None, None, None, None
 
 
+def convert(
+    x: Any,
+    topk_idx: Any,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    comm_alg: str,
+    started: Any,
+) -> Any:
+    """DeepEpLowLatencyDispatch. Whether the call was started makes no difference: GE runs nodes as it sees fit."""
+    integers = {
+        "num_experts": num_experts,
+        "num_ranks": num_ranks,
+        "num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank,
+    }
+    return ge.node("DeepEpLowLatencyDispatch", {"x": x, "topk_idx": topk_idx}, integers, group)
+
+
 def fake_start(
     x: Tensor,
     topk_idx: Tensor,
@@ -165,6 +186,8 @@ register(
     ops=npu_ops.low_latency_dispatch,
     setup_context=setup_context,
     backward=backward,
+    convert={"default": convert},
+    decompose=graph_alltoall.low_latency_dispatch,
 )
 
 register(
@@ -172,4 +195,5 @@ register(
     fake=fake_start,
     alltoall=alltoall.low_latency_dispatch_start,
     ops=npu_ops.low_latency_start,
+    convert=dict.fromkeys(("default", "alltoall", "ops"), ge.ticket),
 )

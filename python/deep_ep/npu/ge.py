@@ -1,0 +1,269 @@
+"""GE graphs: how ops become nodes of the graphs that torchair builds.
+
+A converter is called by torchair with an FX node's arguments, tensors being nodes of the GE graph. Nothing of torchair
+is imported before a graph is converted; `register` runs when fakes do, which is before that.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from . import windows
+
+_converters: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+_communicating: set[torch._ops.OpOverload] = set()
+_decompositions: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+_TYPES = (
+    "DeepEpGetDispatchLayout",
+    "DeepEpDispatch",
+    "DeepEpDispatchExact",
+    "DeepEpCombine",
+    "DeepEpDispatchBackward",
+    "DeepEpCombineBackward",
+    "DeepEpLowLatencyDispatch",
+    "DeepEpLowLatencyCombine",
+)
+"""The types of this project's operators, which ops/ defines."""
+
+
+def converter(op: torch._ops.OpOverload, convert: Callable[..., Any], communicates: bool) -> None:
+    """Makes `convert` the way of `op` into GE graphs: it takes the op's arguments and returns its results."""
+    _converters[op] = convert
+    if communicates:
+        _communicating.add(op)
+
+
+def decomposition(op: torch._ops.OpOverload, decompose: Callable[..., Any]) -> None:
+    """Makes torchair convert what `decompose` does with the arguments of `op`."""
+    _decompositions[op] = decompose
+
+
+def register() -> None:
+    """Gives torchair the converters and decompositions, if it is loaded."""
+    if "torchair" in sys.modules:
+        _register()
+
+
+@functools.cache
+def _register() -> None:
+    import torchair
+    from torchair import npu_fx_compiler
+    from torchair._ge_concrete_graph import fx2ge_converter, ge_apis
+
+    for op, convert in _converters.items():
+        torchair.register_fx_node_ge_converter(op)(_with_outputs(convert))
+        # A rank without tokens takes part, although its results are empty.
+        fx2ge_converter._DONT_EMPTY_TENSOR_OPT_OPS.add(str(op))
+    for op_type in _TYPES:
+        # torchair runs an op whose GE types it does not know, to learn the shapes of its results: at compile time, on
+        # uninitialised tensors, on this rank alone.
+        setattr(ge_apis, op_type, functools.partial(node, op_type))
+    npu_fx_compiler.default_partition = _without_copies(npu_fx_compiler.default_partition)
+    npu_fx_compiler._compile_graph_with_aot = _with_decompositions(npu_fx_compiler._compile_graph_with_aot)
+
+
+def _with_outputs(convert: Callable[..., Any]) -> Callable[..., Any]:
+    # torchair looks at the signature.
+    def convert_node(*args: Any, meta_outputs: Any = None) -> Any:
+        return convert(*args)
+
+    return convert_node
+
+
+def _without_copies(partition: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's default_partition copies every op with side effects whose inputs backward has into backward, results
+    unused: ranks would communicate once more per step."""
+
+    @functools.wraps(partition)
+    def partition_once(*args: Any, **kwargs: Any) -> Any:
+        forward, backward = partition(*args, **kwargs)
+        for fx_node in reversed(list(backward.graph.nodes)):
+            if fx_node.target in _communicating and not fx_node.users:
+                backward.graph.erase_node(fx_node)
+        backward.recompile()
+        return forward, backward
+
+    return partition_once
+
+
+def _with_decompositions(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
+    """torchair fixes its decompositions when a backend is made, which may have been before this library was loaded."""
+
+    @functools.wraps(compile_graph)
+    def compile_with_decompositions(
+        module: Any, compiler: Any, inputs: Any, config: Any = None, decompositions: Any = None, **kwargs: Any
+    ) -> Any:
+        return compile_graph(module, compiler, inputs, config, _decompositions | (decompositions or {}), **kwargs)
+
+    return compile_with_decompositions
+
+
+def node(op_type: str, inputs: dict[str, Any], integers: dict[str, int], group: str | None = None) -> Any:
+    """A node of type `op_type`, one of this project's: its outputs, a tuple if there are several.
+
+    With `group`, the op communicates: it gets the group's window table as its last input and the communicator's name
+    as its first attribute, and runs behind the graph's communicating op before it.
+
+    RuntimeError: GE does not know the type, or knows another definition of it.
+    """
+    from torchair import ge
+    from torchair.core import _torchair
+    from torchair.ge import attr
+
+    attributes = {name: attr.Int(value) for name, value in integers.items()}
+    if group is not None:
+        like = next(iter(inputs.values()))
+        inputs = inputs | {"windows": _windows_input(group, like)}
+        attributes = {"group": attr.Str(communicator(group))} | attributes
+    status, known_inputs, known_outputs, known_attributes = _torchair.get_registered_ir_def(op_type)
+    if status != "SUCCESS":
+        raise RuntimeError(
+            f"deep_ep: GE has no operator {op_type}: deep_ep's operator package is not installed where CANN looks for "
+            "it (docs/npu.md)"
+        )
+    given = list(inputs), list(attributes)
+    known = [name for name, _ in known_inputs], [name for name, _ in known_attributes]
+    if given != known:
+        raise RuntimeError(
+            f"deep_ep: the installed operator {op_type} takes the inputs {known[0]} and the attributes {known[1]}, "
+            f"this version gives {given[0]} and {given[1]}; deep_ep and its operator package must be of one version"
+        )
+    outputs = ge.custom_op(op_type, inputs=inputs, attrs=attributes, outputs=[name for name, _ in known_outputs])
+    if group is not None:
+        _put_in_order(outputs)
+    return outputs
+
+
+def _put_in_order(outputs: Any) -> None:
+    """Keeps a communicating node, behind the one before: GE may reorder and drop nodes, and ranks must not."""
+    from torchair.ge._ge_graph import ControlTensor, get_default_ge_graph
+
+    graph = get_default_ge_graph()
+    first = outputs[0] if isinstance(outputs, tuple) else outputs
+    graph.dont_prune_me(first)
+    this = first.node
+    before = graph.__dict__.get("_deep_ep_communicating")
+    if before is not None:
+        this.input.append(ControlTensor(before).controller)
+    graph.__dict__["_deep_ep_communicating"] = this
+
+
+def _windows_input(group: str, like: Any) -> Any:
+    """The graph's input for the window table of `group`, which is looked up whenever the graph runs, in the process
+    that runs it. No FX input stands for it, so that graphs for CPU and NPU are traced alike."""
+    from torchair.ge._ge_graph import Data, DataType, _FuncBase, _GeInputInfo, _ValueType, get_default_ge_graph
+
+    class Table(_FuncBase):
+        def __call__(self, *args: Any) -> torch.Tensor:
+            return windows.table(group)
+
+        def codegen(self, index: int, inputs: str) -> str:
+            """The same, as a line of the code in which torchair's cache keeps a graph."""
+            return f"{inputs}.insert({index}, __import__({windows.__name__!r}, fromlist='_').table({group!r}))"
+
+    graph = get_default_ge_graph()
+    tables = graph.__dict__.setdefault("_deep_ep_windows", {})
+    if group not in tables:
+        size = [windows.table_words(process_group(group).size())]
+        place = "CPU" if like.meta.device.type == "cpu" else "NPU"
+        data = Data(
+            index=graph.num_inputs,
+            dtype=DataType.DT_INT64,
+            shape=size,
+            placement=place,
+            node_name=f"deep_ep_windows_{len(tables)}",
+        )
+        data.set_meta(torch.empty(size, dtype=torch.int64, device="meta"))
+        info = _GeInputInfo(value_type=_ValueType.TENSOR, func=Table(), shape=size, real_shape=size, device_type=place)
+        graph.record_input_info(data.node.name, info)
+        tables[group] = data
+    return tables[group]
+
+
+def process_group(group: str) -> Any:
+    """The ProcessGroup of this name."""
+    return cast(Any, distributed_c10d)._resolve_process_group(group)
+
+
+def communicator(group: str) -> str:
+    """What a node calls its communicator: HCCL's name of it where the group has an NPU, else the group's name.
+
+    The group's ranks are recorded with it, so that torchair's cache finds the communicator in another process.
+    """
+    from torchair.ge._ge_graph import get_default_ge_graph
+
+    pg = process_group(group)
+    if not any(device.type == "npu" for device in pg._device_types):
+        return group
+    name = windows.communicator(pg)
+    ranks, tag = dist.get_process_group_ranks(pg), distributed_c10d._get_group_tag(pg)
+    get_default_ge_graph().record_process_group(name, ranks, tag)
+    return name
+
+
+def number(value: Any) -> Any:
+    """An int64 scalar node for an argument that is a number, or a symbol and so a node already."""
+    from torchair import ge
+
+    return ge.Const(value, dtype=ge.DataType.DT_INT64) if isinstance(value, int) else value
+
+
+def ticket(*_: Any) -> Any:
+    """The result of an op that starts a call: a constant. The op that completes the call is the one node of both."""
+    from torchair import ge
+
+    return ge.Const([0], dtype=ge.DataType.DT_INT64)
+
+
+# HCCL's collectives
+
+
+def _sendable(x: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """x as HCCL's nodes take it, and back: their definitions do not list bf16."""
+    from torchair._ge_concrete_graph import ge_apis
+    from torchair.ge import DataType
+
+    if x.dtype != DataType.DT_BF16:
+        return x, lambda y: y
+    return ge_apis.Bitcast(x, type=DataType.DT_FLOAT16), lambda y: ge_apis.Bitcast(y, type=DataType.DT_BF16)
+
+
+def all_gather(x: Any, num_ranks: int, group: str) -> Any:
+    """HcomAllGather."""
+    from torchair._ge_concrete_graph import ge_apis
+
+    y, back = _sendable(x)
+    gathered = ge_apis.HcomAllGather(y, rank_size=num_ranks, group=communicator(group))
+    _put_in_order(gathered)
+    return back(gathered)
+
+
+def all_to_all(x: Any, num_ranks: int, group: str) -> Any:
+    """HcomAllToAll, with equal splits."""
+    from torchair._ge_concrete_graph import ge_apis
+
+    y, back = _sendable(x)
+    out = ge_apis.HcomAllToAll(y, group=communicator(group))
+    _put_in_order(out)
+    return back(out)
+
+
+def all_to_all_v(x: Any, send_counts: Any, recv_counts: Any, num_rows: Any, group: str) -> Any:
+    """HcomAllToAllV, whose counts are tensors, and count elements."""
+    from torchair._ge_concrete_graph import ge_apis
+    from torchair.ge import DataType
+
+    y, back = _sendable(x)
+    counts = [send_counts, recv_counts]
+    if x.rank > 1:
+        width = ge_apis.Gather(ge_apis.Shape(x, dtype=DataType.DT_INT64), ge_apis.Const(1, dtype=DataType.DT_INT64))
+        counts = [ge_apis.Mul(count, width) for count in counts]
+    begins = [ge_apis.Cumsum(count, ge_apis.Const(0, dtype=DataType.DT_INT64), exclusive=True) for count in counts]
+    out = ge_apis.HcomAllToAllV(y, counts[0], begins[0], counts[1], begins[1], group=communicator(group))
+    _put_in_order(out)
+    return back(out)
