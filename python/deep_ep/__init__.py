@@ -6,6 +6,7 @@
 
 import torch
 
+from . import npu
 from .buffer import Buffer
 from .config import Config
 from .groups import destroy, init
@@ -39,5 +40,6 @@ __all__ = [
     "init",
     "low_latency_combine",
     "low_latency_dispatch",
+    "npu",
     "topk_idx_t",
 ]

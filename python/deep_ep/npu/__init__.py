@@ -1,1 +1,7 @@
 """deep_ep on Huawei's Ascend NPUs. Importing it needs neither torch_npu nor CANN."""
+
+from .backend import backend
+from .training import grouped_matmul
+from .windows import load_kernels, table
+
+__all__ = ["backend", "grouped_matmul", "load_kernels", "table"]

@@ -4,9 +4,11 @@ A converter is called by torchair with an FX node's arguments, tensors being nod
 is imported before a graph is converted; `register` runs when fakes do, which is before that.
 """
 
+import contextlib
+import contextvars
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -49,6 +51,44 @@ def register() -> None:
         _register()
 
 
+def torchair() -> Any:
+    """torchair, which torch_npu brings. RuntimeError: torch_npu is not loaded."""
+    if "torchair" not in sys.modules:
+        raise RuntimeError(
+            "deep_ep.npu: torch_npu is not loaded, which has torchair, the compiler for NPUs; import torch_npu, of the "
+            "version that belongs to this torch"
+        )
+    import torchair
+
+    return torchair
+
+
+_exact = contextvars.ContextVar("exact", default=False)
+
+
+@contextlib.contextmanager
+def exact_rows() -> Iterator[None]:
+    """Meanwhile graphs may hold a number of rows that depends on data."""
+    token = _exact.set(True)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
+def check_exact(op: str) -> None:
+    """ValueError where torchair converts a call of `op` whose number of rows depends on data, and cannot.
+
+    torchair asks fakes for results while it converts, and fails thereafter with a message about symbols.
+    """
+    graphs = sys.modules.get("torchair.ge._ge_graph")
+    if graphs is not None and graphs._graph_stack.stack and not _exact.get():
+        raise ValueError(
+            f'deep_ep.{op}: num_worst_tokens is 0, so the number of rows depends on data, which backend="npu" cannot '
+            "compile; pass num_worst_tokens, or use torch.compile(backend=deep_ep.npu.backend())"
+        )
+
+
 @functools.cache
 def _register() -> None:
     import torchair
@@ -75,20 +115,26 @@ def _with_outputs(convert: Callable[..., Any]) -> Callable[..., Any]:
     return convert_node
 
 
-def _without_copies(partition: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's default_partition copies every op with side effects whose inputs backward has into backward, results
-    unused: ranks would communicate once more per step."""
+def _without_copies(default_partition: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's default_partition copies into backward every op with side effects whose inputs are there, assertions
+    included: ranks would communicate once more per step. And it refuses to checkpoint such ops."""
+    from torch._functorch.partitioners import has_recomputable_ops, min_cut_rematerialization_partition
 
-    @functools.wraps(partition)
-    def partition_once(*args: Any, **kwargs: Any) -> Any:
-        forward, backward = partition(*args, **kwargs)
-        for fx_node in reversed(list(backward.graph.nodes)):
-            if fx_node.target in _communicating and not fx_node.users:
-                backward.graph.erase_node(fx_node)
+    @functools.wraps(default_partition)
+    def partition(joint: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(fx_node.target in _communicating for fx_node in joint.graph.nodes):
+            return default_partition(joint, *args, **kwargs)
+        if has_recomputable_ops(joint):
+            return min_cut_rematerialization_partition(joint, *args, **kwargs)
+        forward, backward = default_partition(joint, *args, **kwargs)
+        needless = _communicating | {torch.ops.aten._assert_scalar.default}
+        backward.graph.eliminate_dead_code(
+            is_impure_node=lambda fx_node: fx_node.is_impure() and fx_node.target not in needless
+        )
         backward.recompile()
         return forward, backward
 
-    return partition_once
+    return partition
 
 
 def _with_decompositions(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,11 +181,11 @@ def node(op_type: str, inputs: dict[str, Any], integers: dict[str, int], group: 
         )
     outputs = ge.custom_op(op_type, inputs=inputs, attrs=attributes, outputs=[name for name, _ in known_outputs])
     if group is not None:
-        _put_in_order(outputs)
+        put_in_order(outputs)
     return outputs
 
 
-def _put_in_order(outputs: Any) -> None:
+def put_in_order(outputs: Any) -> None:
     """Keeps a communicating node, behind the one before: GE may reorder and drop nodes, and ranks must not."""
     from torchair.ge._ge_graph import ControlTensor, get_default_ge_graph
 
@@ -239,7 +285,7 @@ def all_gather(x: Any, num_ranks: int, group: str) -> Any:
 
     y, back = _sendable(x)
     gathered = ge_apis.HcomAllGather(y, rank_size=num_ranks, group=communicator(group))
-    _put_in_order(gathered)
+    put_in_order(gathered)
     return back(gathered)
 
 
@@ -249,7 +295,7 @@ def all_to_all(x: Any, num_ranks: int, group: str) -> Any:
 
     y, back = _sendable(x)
     out = ge_apis.HcomAllToAll(y, group=communicator(group))
-    _put_in_order(out)
+    put_in_order(out)
     return back(out)
 
 
@@ -265,5 +311,5 @@ def all_to_all_v(x: Any, send_counts: Any, recv_counts: Any, num_rows: Any, grou
         counts = [ge_apis.Mul(count, width) for count in counts]
     begins = [ge_apis.Cumsum(count, ge_apis.Const(0, dtype=DataType.DT_INT64), exclusive=True) for count in counts]
     out = ge_apis.HcomAllToAllV(y, counts[0], begins[0], counts[1], begins[1], group=communicator(group))
-    _put_in_order(out)
+    put_in_order(out)
     return back(out)

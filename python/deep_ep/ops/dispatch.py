@@ -146,6 +146,7 @@ def fake(
     K, L = topk_idx.shape[1], num_experts // num_ranks
     N: Any = num_worst_tokens
     if num_worst_tokens == 0:
+        ge.check_exact("dispatch")
         N = torch.library.get_ctx().new_dynamic_size(min=0)
         torch._check(N <= checks.MAX_ROWS)
 

@@ -89,7 +89,7 @@ def fake(
 
 def _error(overload: str, comm_alg: str, *arguments: Any) -> str | None:
     if overload == "ops":  # whose record of where rows came from is torch_npu's own
-        return npu_ops.check_comm_alg(comm_alg)
+        return npu_ops.check_comm_alg(comm_alg) or npu_ops.check_x(arguments[0])
     return npu_ops.check_comm_alg(comm_alg) or checks.low_latency_combine(*arguments)
 
 
@@ -159,7 +159,7 @@ register(
     ops=npu_ops.low_latency_combine,
     setup_context=setup_context,
     backward=backward,
-    convert={"default": convert},
+    convert={"default": convert, "ops": npu_ops.convert_combine},
     decompose=graph_alltoall.low_latency_combine,
 )
 

@@ -111,6 +111,7 @@ def fake(
         checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks)
         or npu_ops.check_comm_alg(comm_alg)
         or checks.ticket(started)
+        or (npu_ops.check_x(x) if overload == "ops" else None)
     )
     reject("low_latency_dispatch", error)
     (T, H), K, L = x.shape, topk_idx.shape[1], num_experts // num_ranks
@@ -186,7 +187,7 @@ register(
     ops=npu_ops.low_latency_dispatch,
     setup_context=setup_context,
     backward=backward,
-    convert={"default": convert},
+    convert={"default": convert, "ops": npu_ops.convert_dispatch},
     decompose=graph_alltoall.low_latency_dispatch,
 )
 
