@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from . import windows
+from . import cache, windows
 
 _converters: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 _communicating: set[torch._ops.OpOverload] = set()
@@ -103,6 +103,8 @@ def _register() -> None:
         # torchair runs an op whose GE types it does not know, to learn the shapes of its results: at compile time, on
         # uninitialised tensors, on this rank alone.
         setattr(ge_apis, op_type, functools.partial(node, op_type))
+    graph_class = fx2ge_converter.GeConcreteGraph
+    graph_class.codegen = cache.refreshing(graph_class.codegen)
     npu_fx_compiler.default_partition = _without_copies(npu_fx_compiler.default_partition)
     npu_fx_compiler._compile_graph_with_aot = _with_decompositions(npu_fx_compiler._compile_graph_with_aot)
 
