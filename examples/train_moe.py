@@ -1,7 +1,7 @@
 """Train a byte-level Mixture-of-Experts transformer on the sources of Python's standard library.
 
     torchrun --standalone --nproc-per-node=4 examples/train_moe.py
-    python examples/train_moe.py --backend none --steps 50
+    python examples/train_moe.py --compile none --steps 50
 
 The E experts of every layer are sharded over the R ranks: deep_ep.dispatch and deep_ep.combine carry tokens
 to their experts and back. Everything else is replicated; each rank works on its slice of the global batch.
@@ -12,6 +12,9 @@ inside. By default a rank receives exactly the rows that are sent to it. Their n
 needs torch.compile(fullgraph=True), as below, or torch._dynamo.config.capture_dynamic_output_shape_ops=True;
 without either, the graph breaks at every dispatch. With --num-worst-tokens the number of rows is static; what
 does not fit is dropped and counted.
+
+--compile npu builds the graphs for Huawei's NPUs with torch_npu's torchair. The tensors of this example are on the
+CPU, so what is in these graphs runs there, operation by operation.
 
 Prints the held-out loss, the number of graphs and the deep_ep overloads in them; writes metrics.json and
 loss.png.
@@ -53,7 +56,7 @@ def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> A
 class Config:
     """One field for each command-line option."""
 
-    backend: str = option("inductor", "torch.compile backend", ("none", "aot_eager", "inductor"))
+    compile: str = option("inductor", "torch.compile backend", ("none", "aot_eager", "inductor", "npu"))
     strategy: str = option("default", "deep_ep's strategy", ("default", "alltoall"))
     dtype: str = option("float32", "dtype of activations; parameters are float32", ("float32", "bfloat16"))
     steps: int = option(300, "training steps")
@@ -187,7 +190,7 @@ class MoE(nn.Module):
         self.num_dropped += rows.num_dropped
 
         # An expert's share of all ranks' choices, times its mean probability on this rank's tokens.
-        choices = (expert_ids.unsqueeze(-1) == torch.arange(config.experts)).sum(dim=(0, 1))
+        choices = (expert_ids.unsqueeze(-1) == torch.arange(config.experts, device=x.device)).sum(dim=(0, 1))
         choices = funcol.all_reduce(choices, "sum", group)
         share = choices / (config.batch * config.seq * config.topk)
         return y, config.experts * (share * probabilities.mean(dim=0)).sum()
@@ -247,7 +250,7 @@ def build_model(config: Config, group: dist.ProcessGroup) -> Transformer:
 
 
 class Backend:
-    """The backend aot_eager or inductor for torch.compile; notes the graphs and their deep_ep overloads."""
+    """The backend aot_eager, inductor or npu for torch.compile; notes the graphs and their deep_ep overloads."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -258,6 +261,8 @@ class Backend:
         self.graphs += 1
         if self.name == "inductor":
             return compile_fx(module, inputs, inner_compile=self.compile_inductor)
+        if self.name == "npu":
+            return self.compile_npu(module, inputs)
         forward, backward = (partial(self.compile_eager, direction=d) for d in self.overloads)
         partition = min_cut_rematerialization_partition
         return aot_autograd(fw_compiler=forward, bw_compiler=backward, partition_fn=partition)(module, inputs)
@@ -265,6 +270,20 @@ class Backend:
     def compile_inductor(self, module: torch.fx.GraphModule, inputs: list[Tensor], **kwargs: Any) -> Any:
         self.note(module, "backward" if kwargs.get("is_backward") else "forward")
         return compile_fx_inner(module, inputs, **kwargs)
+
+    def compile_npu(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        import torch_npu  # noqa: F401  (brings torchair)
+        import torchair
+
+        def note(module: torch.fx.GraphModule, *_: Any) -> None:
+            backward = any(node.op == "placeholder" and "tangents" in node.name for node in module.graph.nodes)
+            self.note(module, "backward" if backward else "forward")
+
+        config = torchair.CompilerConfig()
+        config.debug.run_eagerly = True
+        config.post_grad_custom_pre_pass = note
+        torchair.register_fx_node_ge_converter(torch.ops.train_moe.grouped_mm.default)(deep_ep.npu.grouped_matmul)
+        return deep_ep.npu.backend(config)(module, inputs)
 
     def compile_eager(self, module: torch.fx.GraphModule, inputs: list[Tensor], *, direction: str) -> Any:
         self.note(module, direction)
@@ -340,9 +359,9 @@ def train(config: Config, group: dist.ProcessGroup | None = None) -> dict[str, A
 
     model = build_model(config, group)
     deep_ep.init(group, strategy=config.strategy)
-    backend = Backend(config.backend)
+    backend = Backend(config.compile)
     compute_loss: Any = model
-    if config.backend != "none":
+    if config.compile != "none":
         compute_loss = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), fused=True)
     text, held_out_text = load_text()

@@ -18,7 +18,7 @@ def run(ctx: RankContext, options: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def one_rank(pool: RankPool) -> dict[str, Any]:
-    [metrics] = pool.run(1, run, {"backend": "none"})
+    [metrics] = pool.run(1, run, {"compile": "none"})
     assert metrics["losses"][-1] < metrics["losses"][0] - 0.5
     return metrics
 
@@ -28,7 +28,7 @@ def one_rank(pool: RankPool) -> dict[str, Any]:
     "backend", ["none", "aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(400)])]
 )
 def test_four_ranks_train_as_one(pool: RankPool, one_rank: dict[str, Any], backend: str, strategy: str) -> None:
-    for metrics in pool.run(4, run, {"backend": backend, "strategy": strategy}, timeout=300):
+    for metrics in pool.run(4, run, {"compile": backend, "strategy": strategy}, timeout=300):
         torch.testing.assert_close(metrics["losses"], one_rank["losses"], rtol=1e-4, atol=0)
         torch.testing.assert_close(metrics["held_out_loss"], one_rank["held_out_loss"], rtol=1e-4, atol=0)
         assert (metrics["graphs"], metrics["graph_breaks"]) == (0 if backend == "none" else 1, 0)
@@ -41,7 +41,7 @@ def test_four_ranks_train_as_one(pool: RankPool, one_rank: dict[str, Any], backe
 
 
 def test_rows_that_do_not_fit_are_counted(pool: RankPool) -> None:
-    for metrics in pool.run(2, run, {"backend": "aot_eager", "num_worst_tokens": 200}):
+    for metrics in pool.run(2, run, {"compile": "aot_eager", "num_worst_tokens": 200}):
         assert metrics["graphs"] == 1
         assert metrics["num_dropped"] > 0
         assert metrics["losses"][-1] < metrics["losses"][0]

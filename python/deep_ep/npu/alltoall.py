@@ -182,6 +182,11 @@ def low_latency_dispatch(
     return recv_x, counts, recv_src_idx, recv_prefix.view(-1), send_head
 
 
+def low_latency_start(*_: Any) -> Tensor:
+    """A ticket. The op that completes the call does all of it: graphs run their nodes as they see fit."""
+    return torch.zeros(1, dtype=torch.int64)
+
+
 def _dispatch(
     x: Tensor,
     topk_idx: Tensor,

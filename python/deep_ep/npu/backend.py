@@ -174,7 +174,8 @@ def _answers_about_rows(graph: fx.Graph) -> Iterator[None]:
     environment.real_tensor_prop_unbacked_vals = Answers()
     log.setLevel(logging.ERROR)  # a warning for each answer
     try:
-        yield
+        with environment.ignore_fresh_unbacked_symbols():
+            yield
     finally:
         log.setLevel(level)
         environment.deferred_runtime_asserts = asserts

@@ -105,7 +105,7 @@ def _register() -> None:
         setattr(ge_apis, op_type, functools.partial(node, op_type))
     graph_class = fx2ge_converter.GeConcreteGraph
     graph_class.codegen = cache.refreshing(graph_class.codegen)
-    npu_fx_compiler.default_partition = _without_copies(npu_fx_compiler.default_partition)
+    npu_fx_compiler.default_partition = _in_their_direction(npu_fx_compiler.default_partition)
     npu_fx_compiler._compile_graph_with_aot = _with_decompositions(npu_fx_compiler._compile_graph_with_aot)
 
 
@@ -117,24 +117,20 @@ def _with_outputs(convert: Callable[..., Any]) -> Callable[..., Any]:
     return convert_node
 
 
-def _without_copies(default_partition: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's default_partition copies into backward every op with side effects whose inputs are there, assertions
-    included: ranks would communicate once more per step. And it refuses to checkpoint such ops."""
+def _in_their_direction(default_partition: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's default_partition puts an op with side effects wherever its inputs are: forward's into backward once more,
+    and parts of backward into forward. And it refuses to checkpoint such ops."""
     from torch._functorch.partitioners import has_recomputable_ops, min_cut_rematerialization_partition
 
     @functools.wraps(default_partition)
     def partition(joint: Any, *args: Any, **kwargs: Any) -> Any:
-        if not any(fx_node.target in _communicating for fx_node in joint.graph.nodes):
-            return default_partition(joint, *args, **kwargs)
-        if has_recomputable_ops(joint):
+        communicating = [fx_node for fx_node in joint.graph.nodes if fx_node.target in _communicating]
+        if communicating and has_recomputable_ops(joint):
             return min_cut_rematerialization_partition(joint, *args, **kwargs)
-        forward, backward = default_partition(joint, *args, **kwargs)
-        needless = _communicating | {torch.ops.aten._assert_scalar.default}
-        backward.graph.eliminate_dead_code(
-            is_impure_node=lambda fx_node: fx_node.is_impure() and fx_node.target not in needless
-        )
-        backward.recompile()
-        return forward, backward
+        for fx_node in communicating:
+            backward = fx_node.meta.get("partitioner_tag") == "is_backward"
+            fx_node.meta["partitioner_tag"] = "must_be_in_backward" if backward else "must_be_in_forward"
+        return default_partition(joint, *args, **kwargs)
 
     return partition
 
@@ -302,16 +298,22 @@ def all_to_all(x: Any, num_ranks: int, group: str) -> Any:
 
 
 def all_to_all_v(x: Any, send_counts: Any, recv_counts: Any, num_rows: Any, group: str) -> Any:
-    """HcomAllToAllV, whose counts are tensors, and count elements."""
+    """HcomAllToAllV, whose counts are tensors. It counts elements, in one dimension."""
     from torchair._ge_concrete_graph import ge_apis
     from torchair.ge import DataType
+
+    def const(*values: int) -> Any:
+        return ge_apis.Const(list(values), dtype=DataType.DT_INT64)
 
     y, back = _sendable(x)
     counts = [send_counts, recv_counts]
     if x.rank > 1:
-        width = ge_apis.Gather(ge_apis.Shape(x, dtype=DataType.DT_INT64), ge_apis.Const(1, dtype=DataType.DT_INT64))
+        width = ge_apis.Slice(ge_apis.Shape(x, dtype=DataType.DT_INT64), const(1), const(1))
         counts = [ge_apis.Mul(count, width) for count in counts]
+        y = ge_apis.Reshape(y, const(-1))
     begins = [ge_apis.Cumsum(count, ge_apis.Const(0, dtype=DataType.DT_INT64), exclusive=True) for count in counts]
     out = ge_apis.HcomAllToAllV(y, counts[0], begins[0], counts[1], begins[1], group=communicator(group))
     put_in_order(out)
+    if x.rank > 1:
+        out = ge_apis.Reshape(out, ge_apis.ConcatV2([const(-1), width], concat_dim=0, N=2))
     return back(out)

@@ -196,5 +196,6 @@ register(
     fake=fake_start,
     alltoall=alltoall.low_latency_dispatch_start,
     ops=npu_ops.low_latency_start,
-    convert=dict.fromkeys(("default", "alltoall", "ops"), ge.ticket),
+    convert=dict.fromkeys(("default", "ops"), ge.ticket),
+    decompose=graph_alltoall.low_latency_start,
 )
