@@ -8,17 +8,25 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
+# torch_npu is loaded with every torch that is installed beside it, so it has an environment of its own.
+NPU_VENV := .venv-npu
+NPU_STAMPS := $(NPU_VENV)/.stamps
+NPU_REQUIREMENTS := torch==2.13.0 torch-npu==2.13.0 packaging protobuf pyyaml
 CXX_FOLDERS := $(wildcard src torch_library)
 # The folders are in the list too: a file that was added or removed changes its folder's time.
 CXX_INPUTS := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find $(CXX_FOLDERS) -type d -o -name '*.cpp' -o -name '*.h')
-CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS))
+CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS)) \
+  $(shell find ops tests/cann tests/host_kernels -name '*.cpp' -o -name '*.h')
 
-.PHONY: help setup build train bench test test-quick test-long lint types format wheel wheel-check clean
+.PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-long lint types format wheel \
+  wheel-check clean
 
 help:
 	@echo "make train       train a small MoE on RANKS=$(RANKS) processes (options in ARGS)"
+	@echo "make train-npu   the same with graphs for NPUs, over a stand-in for CANN where CANN is not installed"
 	@echo "make bench       run the benchmarks"
-	@echo "make test        the whole suite; test-quick: within 2 minutes; test-long: with many more random cases"
+	@echo "make test        the whole suite, which is test-cpu and test-npu"
+	@echo "make test-quick  within 2 minutes; test-long: with many more random cases"
 	@echo "make lint types  check the style of the code and its types; format: rewrite the files in that style"
 	@echo "make wheel       output/deep_ep-*.whl; wheel-check: build it and try what is in it"
 	@echo "make clean       remove what was built; .venv stays"
@@ -64,8 +72,32 @@ train: $(STAMPS)/build
 bench: $(STAMPS)/build
 	$(BIN)/python -m benchmarks.ep $(or $(ARGS),--quick)
 
-test: $(STAMPS)/build
+test: test-cpu test-npu
+
+test-cpu: $(STAMPS)/build
 	$(BIN)/python -m pytest tests -m "not long" $(ARGS)
+
+# The wheel, under the real torch_npu and torchair; without CANN, over the stand-in of tests/cann.
+test-npu: $(NPU_STAMPS)/deep_ep
+	$(OVER_CANN) -m pytest tests/npu -m "not long" $(ARGS)
+
+train-npu: $(NPU_STAMPS)/deep_ep
+	$(OVER_CANN) -m torch.distributed.run --standalone --nproc-per-node=$(RANKS) tests/npu/run_example.py $(ARGS)
+
+# stand_in.py builds the stand-in and says where it is, or nothing where CANN is installed.
+OVER_CANN = libraries="$$(TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_VENV)/bin/python tests/cann/stand_in.py)" && \
+  LD_LIBRARY_PATH="$${libraries:-$$LD_LIBRARY_PATH}" $(NPU_VENV)/bin/python
+
+$(NPU_STAMPS)/setup: $(STAMPS)/setup Makefile
+	test -x $(NPU_VENV)/bin/python || $(PYTHON) -m venv $(NPU_VENV)
+	@mkdir -p $(NPU_STAMPS)
+	$(NPU_VENV)/bin/python -m pip install --quiet $(NPU_REQUIREMENTS) $$(grep -E '^(cmake|hypothesis|matplotlib|ninja|numpy|pytest|pytest-timeout|tqdm)[=>]' $(STAMPS)/requirements.txt)
+	@touch $@
+
+$(NPU_STAMPS)/deep_ep: $(NPU_STAMPS)/setup $(CXX_INPUTS) $(shell find python -name '*.py')
+	@$(MAKE) --no-print-directory wheel
+	$(NPU_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall output/deep_ep-*.whl
+	@touch $@
 
 test-quick: $(STAMPS)/build
 	$(BIN)/python -m pytest tests -m "not slow and not long" $(ARGS)
@@ -101,5 +133,5 @@ wheel-check: wheel
 	  $(BIN)/python -S -c 'import deep_ep, torch; print(torch.ops.deep_ep.dispatch.default, deep_ep.__file__)'
 
 clean:
-	rm -rf build output $(STAMPS)/build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build output $(STAMPS)/build $(NPU_STAMPS)/deep_ep .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

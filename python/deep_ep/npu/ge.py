@@ -118,7 +118,7 @@ def _with_outputs(convert: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _in_their_direction(default_partition: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's default_partition puts an op with side effects wherever its inputs are: forward's into backward once more,
+    """torch's default_partition puts an op with side effects wherever its inputs are: forward's into backward as well,
     and parts of backward into forward. And it refuses to checkpoint such ops."""
     from torch._functorch.partitioners import has_recomputable_ops, min_cut_rematerialization_partition
 

@@ -6,16 +6,18 @@ group's own: HCCL's collectives overwrite the memory of theirs.
 
 import ctypes
 import os
+import uuid
 import weakref
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .._library import ERROR_BYTES, find, library
+from ..windows import exchange
 
 _HEADER = 8
 """Words of a table before the addresses of the ranks' windows (torch_library/npu/kernels.h)."""
@@ -75,12 +77,12 @@ class Windows:
 
     def __init__(self, group: dist.ProcessGroup, num_bytes: int, timeout: timedelta) -> None:
         self.num_bytes, self.timeout = num_bytes, timeout
-        ranks = dist.get_process_group_ranks(group)
-        own = dist.new_group(ranks, timeout=timeout, backend="hccl", use_local_synchronization=True)
+        own = _own_communicator(group, timeout)
         words = (ctypes.c_int64 * table_words(group.size()))()
         error = ctypes.create_string_buffer(ERROR_BYTES)
         name = group.group_name
-        arguments = name.encode(), communicator(own).encode(), group.rank(), group.size(), num_bytes
+        communicator_name = own.get_hccl_comm_name(group.rank())
+        arguments = name.encode(), communicator_name.encode(), group.rank(), group.size(), num_bytes
         if library.deep_ep_npu_open_windows(*arguments, words, error):
             raise RuntimeError(f"deep_ep: no windows on the NPU for the group '{name}': {error.value.decode()}")
         _tables[name] = torch.tensor(words[:]).to("npu")
@@ -92,7 +94,23 @@ class Windows:
         self._close()
 
 
-def _close(name: str, own: dist.ProcessGroup) -> None:
+def _own_communicator(group: dist.ProcessGroup, timeout: timedelta) -> Any:
+    """A ProcessGroupHCCL of the group's ranks, known to nobody else.
+
+    new_group is no way to it: it wants all ranks of the default group, or, with use_local_synchronization, that its
+    members have made equally many groups before.
+    """
+    from torch_npu._C._distributed_c10d import ProcessGroupHCCL
+
+    options = ProcessGroupHCCL.Options()
+    options._timeout = timeout
+    options.global_ranks_in_group = dist.get_process_group_ranks(group)
+    key = exchange(group, uuid.uuid4().hex)[0]
+    store = cast(Any, dist).PrefixStore(f"deep_ep/{key}", cast(Any, dist.distributed_c10d)._get_default_store())
+    return ProcessGroupHCCL(store, group.rank(), group.size(), options)
+
+
+def _close(name: str, own: Any) -> None:
     library.deep_ep_npu_publish_windows(name.encode(), 0, None)
     library.deep_ep_npu_close_windows(name.encode())
     _tables.pop(name, None)

@@ -1,0 +1,87 @@
+// How a kernel's work is split over vector cores and passes through the unified buffer: plain arithmetic that the
+// operator definitions (ops/), the twin and the kernels share.
+//
+// T tokens · H hidden · K top-k · E experts · R ranks · N expert rows.
+#pragma once
+
+#include <cstdint>
+
+// CANN's compiler for kernels takes no <string>, and wants to know what kernels call.
+#if defined(__CCE_AICORE__) || defined(__NPU_ARCH__)
+#define DEEP_EP_DEVICE __aicore__
+#else
+#define DEEP_EP_DEVICE
+#define DEEP_EP_HOST
+#include <string>
+#endif
+
+namespace deep_ep {
+
+// What the platform says of the SoC. Peers may have other numbers: nothing that they read may depend on these.
+struct Soc {
+  int64_t vector_cores;          // of this rank
+  int64_t unified_buffer_bytes;  // of a core, as far as kernels may use it
+};
+
+// A launch, in numbers.
+struct Work {
+  int64_t tokens;         // T
+  int64_t hidden;         // H; 0: no rows are moved
+  int64_t top_k;          // K
+  int64_t experts;        // E
+  int64_t ranks;          // R
+  int64_t rows;           // N; in exact mode the most that may arrive
+  int64_t element_bytes;  // of a row's elements: 2 or 4
+  int64_t arithmetic;     // 1: rows are weighted or summed up in fp32, 0: they are copied
+};
+
+// Items 0..n-1 in consecutive parts, one per block, that differ by at most one item; the longer ones come first.
+struct Split {
+  int64_t size;    // items of a block,
+  int64_t longer;  // and one more for so many blocks
+
+  DEEP_EP_DEVICE int64_t begin(int64_t block) const { return block * size + (block < longer ? block : longer); }
+  DEEP_EP_DEVICE int64_t end(int64_t block) const { return begin(block + 1); }
+};
+
+// What a kernel gets. A row of H elements goes through `buffers` buffers of the unified buffer in `tiles` pieces of
+// tile_bytes; the last piece has last_tile_bytes. All offsets into the workspace are multiples of kBlockBytes.
+//
+//   unified buffer: [ tables | ids | buffers x tile | fp32 tiles, with arithmetic: the term and the sum ]
+//   workspace:      [ counts of this rank's blocks | counts of all ranks | soft synchronisation ]
+struct Tiling {
+  static constexpr int64_t kBlockBytes = 512;  // the unit in which remote writes arrive, and what is fast to move
+  static constexpr int64_t kAlignment = 32;    // of everything in the unified buffer
+  static constexpr int64_t kTables = 3;        // int32 [E], so [R] as well: counts, first rows and next rows
+
+  Work work;
+  int64_t blocks;
+  Split tokens;  // over blocks
+  Split rows;
+
+  int64_t row_bytes;        // H elements, without padding
+  int64_t row_stride;       // of rows in windows: a multiple of kBlockBytes
+  int64_t tile_bytes;       // a multiple of kBlockBytes
+  int64_t last_tile_bytes;  // without padding
+  int64_t tiles;
+  int64_t buffers;  // at least 2: one is filled while another is sent
+
+  int64_t table_bytes;  // of one table
+  int64_t id_tokens;    // tokens whose ids, weights and rows (16 bytes per k) are in the unified buffer at a time
+  int64_t id_bytes;
+
+  int64_t count_stride;  // of a row of counts, int32 [E]
+  int64_t block_counts;  // workspace offsets: [blocks, E],
+  int64_t rank_counts;   // [R, E],
+  int64_t sync;          // and kAlignment bytes per block, which the launch must find zeroed
+  int64_t workspace_bytes;
+};
+
+#ifdef DEEP_EP_HOST
+// Fills `tiling`. Returns what does not fit, or nothing: kTables tables of E and the ids of a token must leave room for
+// the smallest tiles, which bounds E and K; H has no bound. What fits also fits with a smaller E, K or H, and with more
+// unified buffer.
+std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling);
+#endif
+
+}  // namespace deep_ep

@@ -1,0 +1,456 @@
+"""What torchair makes of every op, overload and mode: node types, order, inputs, attributes, dtypes and shapes, forward
+and backward; and what these graphs compute, operation by operation, is what eager code computes.
+
+T tokens · H hidden · K top-k · E experts · R ranks · L = E/R · N rows · W num_worst_tokens · M
+num_max_dispatch_tokens_per_rank. All sizes differ, so that a shape tells which tensor a node has got.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ge_graphs
+import pytest
+import torch
+import torch_npu
+from cases import Case, make_inputs
+from ge_graphs import HOST_SYNCS, Graph, Node
+from ranks import RankContext, RankPool
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import deep_ep
+from deep_ep import groups
+
+R, H, K, L, W, M = 2, 16, 4, 6, 50, 9
+E = R * L
+DTYPES = (torch.bfloat16, torch.float32)
+ROWS = "rows"  # the dtype of x
+
+ROUTED = {"topk_idx": (torch.int64, "TK"), "topk_weights": (torch.float32, "TK")}
+RETURNING = {"recv_src_idx": (torch.int32, "N3"), "send_head": (torch.int32, "TK")}
+INPUTS: dict[str, dict[str, Any]] = {
+    "DeepEpGetDispatchLayout": {"topk_idx": (torch.int64, "TK")},
+    "DeepEpDispatch": {"x": (ROWS, "TH"), **ROUTED, "num_worst_tokens": None, "windows": None},
+    "DeepEpDispatchExact": {"x": (ROWS, "TH"), **ROUTED, "windows": None},
+    "DeepEpCombine": {"x": (ROWS, "NH"), **ROUTED, **RETURNING, "windows": None},
+    "DeepEpDispatchBackward": {
+        "grad_recv_x": (ROWS, "NH"),
+        "grad_recv_topk_weights": (torch.float32, "NK"),
+        "recv_src_idx": (torch.int32, "N3"),
+        "topk_idx": (torch.int64, "TK"),
+        "send_head": (torch.int32, "TK"),
+        "windows": None,
+    },
+    "DeepEpCombineBackward": {
+        "grad_out": (ROWS, "TH"),
+        "x": (ROWS, "NH"),
+        **ROUTED,
+        **RETURNING,
+        "windows": None,
+    },
+    "DeepEpLowLatencyDispatch": {"x": (ROWS, "TH"), "topk_idx": (torch.int64, "TK"), "windows": None},
+    "DeepEpLowLatencyCombine": {
+        "x": (ROWS, "NH"),
+        **ROUTED,
+        "recv_src_idx": (torch.int32, "N3"),
+        "layout_range": (torch.int32, "E"),
+        "send_head": (torch.int32, "TK"),
+        "windows": None,
+    },
+}
+"""By type: the inputs in order, with dtype and shape; None for what no FX node stands for."""
+
+ATTRIBUTES = {
+    "DeepEpGetDispatchLayout": {"num_experts": E, "num_ranks": R, "num_nodes": 1},
+    "DeepEpLowLatencyDispatch": {"num_experts": E, "num_ranks": R, "num_max_dispatch_tokens_per_rank": M},
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a graph: -1 for a symbol."""
+
+    dtype: torch.dtype
+    T: int
+    N: int
+
+    def of(self, symbols: str) -> list[int]:
+        known = {"T": self.T, "N": self.N, "H": H, "K": K, "E": E, "3": 3}
+        return [known[symbol] for symbol in symbols]
+
+
+def check_node(node: Node, group: str, sizes: Sizes) -> None:
+    wanted = INPUTS[node.type]
+    assert list(node.inputs) == list(wanted), node
+    for name, what in wanted.items():
+        if what is None:
+            continue
+        dtype, symbols = what
+        fake = node.input_fakes[name]
+        assert fake.dtype == (sizes.dtype if dtype is ROWS else dtype), (node.type, name, fake)
+        shape = [dim if s in "HK3E" or sizes.of(s)[0] != -1 else -1 for dim, s in zip(fake.shape, symbols, strict=True)]
+        assert shape == sizes.of(symbols), (node.type, name, fake)
+        for s, dim in zip(symbols, fake.shape, strict=True):
+            assert ge_graphs.is_static(dim) == (sizes.of(s)[0] != -1) or s in "HK3E", (node.type, name, fake)
+    attributes = ATTRIBUTES.get(node.type, {"num_experts": E, "num_ranks": R})
+    if "windows" in wanted:
+        assert node.inputs["windows"] == ("Data", 0)
+        attributes = attributes | {"group": group}
+    assert node.attrs == attributes, node
+
+
+def check_order(graph: Graph, types: list[str]) -> None:
+    """The communicating nodes are of these types, and each waits for the one before."""
+    assert graph.types == types, graph.types
+    for before, node in zip(graph.communicating, graph.communicating[1:], strict=False):
+        assert before.type in node.behind, node
+
+
+def weights_of(rank: int) -> Tensor:
+    return torch.randn(H, H, generator=torch.Generator().manual_seed(rank))
+
+
+def run_and_compare(
+    step: Callable[..., Tensor], fn: Callable[..., Tensor], x: Tensor, ids: Tensor, weights: Tensor, w: Tensor
+) -> None:
+    """fn, compiled, gives what step gives, and the same gradients."""
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weights, w)]
+    copies = [tensor.clone().requires_grad_() for tensor in (x, weights, w)]
+    out, wanted = fn(leaves[0], ids, leaves[1], leaves[2]), step(copies[0], ids, copies[1], copies[2])
+    torch.testing.assert_close(out, wanted)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    for actual, expected in zip(
+        torch.autograd.grad(out, leaves, grad), torch.autograd.grad(wanted, copies, grad), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+def inputs_of(rank: int, T: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
+    case = Case((T, T), H=H, K=K, local_experts=L, dtype=dtype, ids="distinct", seed=seed)
+    x, ids, weights, _ = (given[rank] for given in make_inputs(case))
+    return x, ids, weights, weights_of(rank).to(dtype)
+
+
+def issued(group: str, strategy: str) -> int:
+    return groups.op_log(group)[1] if strategy == "default" else 0
+
+
+# Normal mode
+
+FORWARD = {
+    ("default", False): ["DeepEpDispatch", "DeepEpCombine"],
+    ("default", True): ["DeepEpDispatchExact", "DeepEpCombine"],
+    # Slots, rows and weights one way, rows the other.
+    ("alltoall", False): ["HcomAllGather", *["HcomAllToAll"] * 4],
+    ("alltoall", True): ["HcomAllGather", *["HcomAllToAllV"] * 4],
+}
+BACKWARD = {
+    ("default", False): ["DeepEpCombineBackward", "DeepEpDispatchBackward"],
+    ("default", True): ["DeepEpCombineBackward", "DeepEpDispatchBackward"],
+    # Gradients and weights one way, products the other; rows and gradients of weights.
+    ("alltoall", False): ["HcomAllToAll"] * 5,
+    ("alltoall", True): ["HcomAllToAllV"] * 5,
+}
+
+
+def normal_mode(ctx: RankContext, strategy: str, exact: bool, dynamic: bool, dtype: torch.dtype) -> None:
+    group = ctx.prepared_group(strategy).group_name
+
+    def step(x: Tensor, ids: Tensor, weights: Tensor, w: Tensor) -> Tensor:
+        # In capacity mode all rows fit, in a number that depends on T where T is a symbol.
+        rows = 0 if exact else R * K * x.shape[0] + 1 if dynamic else W + 10
+        out = deep_ep.dispatch(x, ids, weights, num_experts=E, group=group, num_worst_tokens=rows)
+        return deep_ep.combine(torch.nn.functional.gelu(out.recv_x @ w), out.handle, group=group)
+
+    fn = ge_graphs.compiled(step, exact=exact, dynamic=dynamic)
+    counts = (5, 7, 3) if dynamic else (5,)
+    for T in counts:
+        before = issued(group, strategy)
+        run_and_compare(step, fn, *inputs_of(ctx.rank, T, dtype, seed=T))
+        # Each op ran once compiled and once eagerly, combine_backward in two parts, and none while graphs were made.
+        assert issued(group, strategy) - before == (10 if strategy == "default" else 0)
+    forward, backward = ge_graphs.recorded()  # no more: one graph each for all T
+
+    T, N = (-1 if dynamic else 5), (-1 if exact or dynamic else W + 10)
+    check_order(forward, FORWARD[strategy, exact])
+    check_order(backward, BACKWARD[strategy, exact])
+    for graph in (forward, backward):
+        assert ge_graphs.check_outputs(graph) > 5
+        for node in graph.of_type(*INPUTS):
+            check_node(node, group, Sizes(dtype, T, N))
+        for node in graph.of_type("HcomAllToAll", "HcomAllToAllV", "HcomAllGather"):
+            check_collective(node, group)
+        assert exact or not [node.type for node in graph.nodes if node.type in HOST_SYNCS]
+        assert ("Table" in graph.input_kinds) == (strategy == "default")
+    assert forward.results[0] == [T, -1 if dynamic else H]
+    if strategy == "default":
+        dispatch, combine = forward.communicating
+        assert combine.inputs["recv_src_idx"] == (dispatch.type, 8)
+        assert combine.inputs["send_head"] == (dispatch.type, 9)
+        assert dispatch.inputs.get("num_worst_tokens", ("Const", 0))[0] == ("Add" if dynamic and not exact else "Const")
+
+
+def check_collective(node: Node, group: str) -> None:
+    attributes = {"group": group}
+    if node.type == "HcomAllGather":
+        attributes |= {"rank_size": R, "fusion": 0, "fusion_id": -1}
+    assert node.attrs == attributes, node
+    if node.type == "HcomAllToAllV":
+        names = ["send_data", "send_counts", "send_displacements", "recv_counts", "recv_displacements"]
+        assert list(node.inputs) == names
+        # Counts are computed in the graph: not one of them is a constant.
+        assert not any(node.inputs[name][0] == "Const" for name in names)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("exact", [False, True], ids=["capacity", "exact"])
+@pytest.mark.parametrize("strategy", ["default", "alltoall"])
+def test_normal_mode(pool: RankPool, strategy: str, exact: bool, dynamic: bool, dtype: torch.dtype) -> None:
+    pool.run(R, normal_mode, strategy, exact, dynamic, dtype, timeout=240)
+
+
+def uneven(ctx: RankContext, strategy: str, exact: bool) -> None:
+    """Ranks with other numbers of tokens, one of them with none."""
+    group = ctx.prepared_group(strategy).group_name
+
+    def step(x: Tensor, ids: Tensor, weights: Tensor, w: Tensor) -> Tensor:
+        rows = 0 if exact else W
+        out = deep_ep.dispatch(x, ids, weights, num_experts=E, group=group, num_worst_tokens=rows)
+        return deep_ep.combine(torch.nn.functional.gelu(out.recv_x @ w), out.handle, group=group)
+
+    T = 0 if ctx.rank == 0 else 7
+    run_and_compare(step, ge_graphs.compiled(step, exact=exact), *inputs_of(ctx.rank, T, torch.float32))
+    forward, backward = ge_graphs.recorded()
+    # A rank without tokens takes part in everything.
+    assert forward.types == FORWARD[strategy, exact]
+    assert backward.types == BACKWARD[strategy, exact]
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["capacity", "exact"])
+@pytest.mark.parametrize("strategy", ["default", "alltoall"])
+def test_a_rank_without_tokens(pool: RankPool, strategy: str, exact: bool) -> None:
+    pool.run(R, uneven, strategy, exact, timeout=240)
+
+
+# Low latency
+
+LOW_LATENCY = {
+    "default": (["DeepEpLowLatencyDispatch", "DeepEpLowLatencyCombine"], BACKWARD["default", False]),
+    "alltoall": (FORWARD["alltoall", False], BACKWARD["alltoall", False]),
+    "ops": (["MoeDistributeDispatchV2", "MoeDistributeCombineV2"], None),
+}
+
+
+def low_latency(ctx: RankContext, strategy: str, dynamic: bool, hooks: bool) -> None:
+    group = ctx.prepared_group("alltoall" if strategy == "alltoall" else "default")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEP_USE_MODE", "alltoall" if strategy == "alltoall" else "default")
+        buffer = deep_ep.Buffer(group, low_latency_strategy=strategy, comm_alg="fullmesh_v2")
+
+    def step(x: Tensor, ids: Tensor, weights: Tensor, w: Tensor) -> Tensor:
+        recv_x, _, handle, _, hook = buffer.low_latency_dispatch(x, ids, M, E, use_fp8=False, return_recv_hook=hooks)
+        if hooks:
+            hook()
+        y = torch.nn.functional.gelu(recv_x @ w)
+        out, _, hook = buffer.low_latency_combine(y, ids, weights, handle, return_recv_hook=hooks)
+        if hooks:
+            hook()
+        return out
+
+    fn = ge_graphs.compiled(step, dynamic=dynamic)
+    for T in (5, 7, 3) if dynamic else (5,):
+        given = inputs_of(ctx.rank, T, torch.bfloat16, seed=T)
+        if strategy != "ops":
+            run_and_compare(step, fn, *given)
+            continue
+        with torch.no_grad(), pytest.raises(RuntimeError, match="x must be on an NPU"):
+            fn(*given)
+    forward, *backward = ge_graphs.recorded()
+    N = R * M * min(K, L)
+    types, backward_types = LOW_LATENCY[strategy]
+    check_order(forward, types)
+    if backward_types is not None:
+        check_order(backward[0], backward_types)
+    assert len(backward) == (backward_types is not None)
+    for graph in (forward, *backward):
+        assert ge_graphs.check_outputs(graph) > 5
+        for node in graph.of_type(*INPUTS):
+            check_node(node, group.group_name, Sizes(torch.bfloat16, -1 if dynamic else 5, N))
+        for node in graph.of_type("HcomAllToAll", "HcomAllGather"):
+            check_collective(node, group.group_name)
+        assert not [node.type for node in graph.nodes if node.type in HOST_SYNCS]
+    if strategy == "ops":
+        check_moe_distribute(forward, group.group_name, ctx.rank)
+
+
+def check_moe_distribute(graph: Graph, group: str, rank: int) -> None:
+    dispatch, combine = graph.communicating
+    common = {
+        "group_ep": group,
+        "ep_world_size": R,
+        "ep_rank_id": rank,
+        "moe_expert_num": E,
+        "group_tp": "",
+        "tp_world_size": 0,
+        "tp_rank_id": 0,
+        "expert_shard_type": 0,
+        "shared_expert_num": 1,
+        "shared_expert_rank_num": 0,
+        "global_bs": R * M,
+        "comm_alg": "fullmesh_v2",
+        "zero_expert_num": 0,
+        "copy_expert_num": 0,
+        "const_expert_num": 0,
+    }
+    bf16 = 27  # GE's number
+    assert dispatch.attrs == common | {"quant_mode": 0, "expert_token_nums_type": 1, "y_dtype": bf16}
+    assert combine.attrs == common | {"out_dtype": 0, "comm_quant_mode": 0, "group_list_type": 0}
+    assert list(dispatch.inputs) == ["x", "expert_ids"]
+    assert list(combine.inputs) == [
+        *("expand_x", "expert_ids", "assist_info_for_combine", "ep_send_counts", "expert_scales")
+    ]
+    assert dispatch.inputs["expert_ids"][0] == combine.inputs["expert_ids"][0] == "Cast"  # to int32
+    assert combine.inputs["assist_info_for_combine"] == ("MoeDistributeDispatchV2", 2)
+    assert combine.inputs["ep_send_counts"] == ("MoeDistributeDispatchV2", 4)
+    dtypes = [output.dtype for output in dispatch.outputs]
+    assert dtypes == [
+        *(torch.bfloat16, torch.float32, torch.int32, torch.int64, torch.int32, torch.int32, torch.float32)
+    ]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("strategy", LOW_LATENCY)
+def test_low_latency(pool: RankPool, strategy: str, dynamic: bool) -> None:
+    pool.run(R, low_latency, strategy, dynamic, False, timeout=240)
+
+
+@pytest.mark.parametrize("strategy", ["default", "alltoall"])
+def test_receive_hooks_leave_no_trace(pool: RankPool, strategy: str) -> None:
+    pool.run(R, low_latency, strategy, False, True, timeout=240)
+
+
+def layout(ctx: RankContext, strategy: str, dynamic: bool) -> None:
+    group = ctx.prepared_group(strategy).group_name
+
+    def step(ids: Tensor) -> tuple[Tensor, ...]:
+        per_rank, _, per_expert, in_rank = deep_ep.get_dispatch_layout(ids, E, group=group)
+        return per_rank, per_expert, in_rank
+
+    fn = ge_graphs.compiled(step, dynamic=dynamic)
+    for T in (5, 7) if dynamic else (5,):
+        ids = inputs_of(ctx.rank, T, torch.float32)[1]
+        for actual, expected in zip(fn(ids), step(ids), strict=True):
+            assert torch.equal(actual, expected)
+    (graph,) = ge_graphs.recorded()
+    (node,) = graph.of_type("DeepEpGetDispatchLayout")
+    check_node(node, group, Sizes(torch.float32, -1 if dynamic else 5, 0))
+    assert ge_graphs.check_outputs(graph) >= 3
+    assert graph.communicating == []
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("strategy", ["default", "alltoall"])
+def test_layout(pool: RankPool, strategy: str, dynamic: bool) -> None:
+    pool.run(R, layout, strategy, dynamic)
+
+
+# Backends, strategies, checkpoints
+
+
+def by_name(ctx: RankContext) -> str:
+    """torch.compile(backend="npu") takes the converters; exact row counts are refused with what to do."""
+    group = ctx.prepared_group("default").group_name
+    ge_graphs.compiled(lambda x: x)  # nothing is compiled yet
+    torch_npu.dynamo._global_npu_backend["npu"] = ge_graphs.npu_backend(exact=False)
+    x, ids, weights, _ = inputs_of(ctx.rank, 5, torch.float32)
+
+    def step(x: Tensor, rows: int) -> Tensor:
+        out = deep_ep.dispatch(x, ids, weights, num_experts=E, group=group, num_worst_tokens=rows)
+        return deep_ep.combine(out.recv_x, out.handle, group=group)
+
+    fn = torch.compile(step, backend="npu", fullgraph=True)
+    torch.testing.assert_close(fn(x, W), step(x, W))
+    (graph,) = ge_graphs.recorded()
+    assert graph.types == FORWARD["default", False]
+    with pytest.raises(Exception, match="num_worst_tokens") as error:
+        fn(x, 0)
+    return str(error.value)
+
+
+def test_the_backend_by_its_name(pool: RankPool) -> None:
+    for message in pool.run(1, by_name):
+        assert "pass num_worst_tokens" in message
+        assert "deep_ep.npu.backend()" in message
+
+
+def changing_strategy(ctx: RankContext) -> None:
+    group = ctx.prepared_group("default")
+    x, ids, weights, _ = inputs_of(ctx.rank, 5, torch.float32)
+
+    def step(x: Tensor) -> Tensor:
+        out = deep_ep.dispatch(x, ids, weights, num_experts=E, group=group, num_worst_tokens=W)
+        return deep_ep.combine(out.recv_x, out.handle, group=group)
+
+    fn = ge_graphs.compiled(step)
+    try:
+        for strategy in ("default", "alltoall", "default"):
+            deep_ep.init(group, strategy=strategy)
+            torch.testing.assert_close(fn(x), step(x))
+            graphs = [graph.types for graph in ge_graphs.recorded()]
+            assert graphs in ([FORWARD[strategy, False]], [])  # of a strategy that was there before, none
+            assert graphs or strategy == "default"
+    finally:
+        deep_ep.init(group, strategy="default")
+
+
+def test_another_strategy_is_another_graph(pool: RankPool) -> None:
+    pool.run(R, changing_strategy)
+
+
+def checkpointed(ctx: RankContext, exact: bool) -> None:
+    group = ctx.prepared_group("default").group_name
+
+    def layer(x: Tensor, ids: Tensor, weights: Tensor, w: Tensor) -> Tensor:
+        rows = 0 if exact else W + 10
+        out = deep_ep.dispatch(x, ids, weights, num_experts=E, group=group, num_worst_tokens=rows)
+        return deep_ep.combine(torch.nn.functional.gelu(out.recv_x @ w), out.handle, group=group)
+
+    def step(x: Tensor, ids: Tensor, weights: Tensor, w: Tensor) -> Tensor:
+        return checkpoint(layer, x, ids, weights, w, use_reentrant=False)
+
+    torch._dynamo.reset()
+    ge_graphs.recorded()
+    fn = torch.compile(step, backend=ge_graphs.npu_backend(exact=True), fullgraph=True)
+    run_and_compare(layer, fn, *inputs_of(ctx.rank, 5, torch.float32))
+    forward, backward = ge_graphs.recorded()
+    assert forward.types == FORWARD["default", exact]
+    # Dispatch is done again, for the rows that were not kept; combine's result is not needed.
+    assert backward.types == [FORWARD["default", exact][0], *BACKWARD["default", exact]]
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["capacity", "exact"])
+def test_checkpointing(pool: RankPool, exact: bool) -> None:
+    pool.run(R, checkpointed, exact, timeout=240)
+
+
+def unused(ctx: RankContext) -> None:
+    """Nobody uses combine's result: it stays, as on the other ranks."""
+    group = ctx.prepared_group("default").group_name
+    x, ids, weights, _ = inputs_of(ctx.rank, 5, torch.float32)
+
+    def step(x: Tensor) -> Tensor:
+        out = deep_ep.dispatch(x, ids, weights, num_experts=E, group=group, num_worst_tokens=W)
+        deep_ep.combine(out.recv_x, out.handle, group=group)
+        return out.recv_x + 1
+
+    ge_graphs.compiled(step)(x)
+    (graph,) = ge_graphs.recorded()
+    assert graph.types == FORWARD["default", False]
+    (output,) = graph.of_type("NetOutput")
+    assert "DeepEpCombine" in output.behind  # GE drops what NetOutput does not need
+
+
+def test_unused_results_do_not_remove_an_op(pool: RankPool) -> None:
+    pool.run(R, unused)

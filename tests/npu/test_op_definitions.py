@@ -1,0 +1,524 @@
+"""The GE operator definitions of ops/ without CANN, against the torch schemas and fakes; what their tilings promise.
+
+T tokens · H hidden · K top-k · E experts · R ranks · L = E/R · N rows · S nodes · W num_worst_tokens ·
+M num_max_dispatch_tokens_per_rank.
+"""
+
+import ctypes
+import dataclasses
+import itertools
+from typing import Any
+
+import op_definitions
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_definitions import Call, Input, Launch, Output, Refused, Soc, Tiling
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import deep_ep  # noqa: F401  (the torch ops)
+
+pytestmark = pytest.mark.skipif(
+    op_definitions.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"
+)
+
+TORCH_OPS = {
+    "DeepEpGetDispatchLayout": "get_dispatch_layout",
+    "DeepEpDispatch": "dispatch",
+    "DeepEpDispatchExact": "dispatch",
+    "DeepEpCombine": "combine",
+    "DeepEpDispatchBackward": "dispatch_backward",
+    "DeepEpCombineBackward": "combine_backward",
+    "DeepEpLowLatencyDispatch": "low_latency_dispatch",
+    "DeepEpLowLatencyCombine": "low_latency_combine",
+}
+every_type = pytest.mark.parametrize("op_type", TORCH_OPS)
+
+ROWS = ("float32", "float16", "bfloat16")
+"""Dtypes of rows, in the order of the columns."""
+
+DTYPES = {
+    **dict.fromkeys(("x", "recv_x", "combined_x", "grad_x", "grad_out", "grad_recv_x"), ROWS),
+    **dict.fromkeys(("topk_weights", "recv_topk_weights", "grad_topk_weights", "grad_recv_topk_weights"), "float32"),
+    **dict.fromkeys(("topk_idx", "recv_topk_idx", "num_recv_tokens_per_expert", "num_dropped", "recv_count"), "int64"),
+    **dict.fromkeys(("windows", "num_worst_tokens"), "int64"),
+    **dict.fromkeys(("recv_src_idx", "send_head", "layout_range", "is_token_in_rank"), "int32"),
+    **dict.fromkeys(("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert"), "int32"),
+    **dict.fromkeys(("rank_prefix_matrix", "channel_prefix_matrix", "recv_channel_prefix_matrix"), "int32"),
+}
+"""Of every parameter by its name; equal names mean equal things."""
+
+
+# definitions against schemas
+
+
+@every_type
+def test_definition_has_the_names_of_the_schema(op_type: str) -> None:
+    schema = getattr(torch.ops.deep_ep, TORCH_OPS[op_type]).default._schema
+    arguments = {a.name: str(a.type) for a in schema.arguments}
+    tensors = [name for name, type in arguments.items() if type == "Tensor"]
+    numbers = [name for name, type in arguments.items() if type == "int" and name != "num_worst_tokens"]
+    attrs = [(name, "VT_INT") for name in numbers]
+    if "group" in arguments:
+        tensors += ["num_worst_tokens", "windows"] if op_type == "DeepEpDispatch" else ["windows"]
+        more = [(name, "VT_INT") for name in numbers if name not in ("num_experts", "num_ranks")]
+        attrs = [("group", "VT_STRING"), ("num_experts", "VT_INT"), ("num_ranks", "VT_INT"), *more]
+    assert op_definitions.registered_ir_def(op_type) == (
+        "SUCCESS",
+        [(name, "required") for name in tensors],
+        [(result.name, "required") for result in schema.returns],
+        attrs,
+    )
+
+
+def test_no_other_types() -> None:
+    assert set(op_definitions.definitions()) == set(TORCH_OPS)
+    assert op_definitions.registered_ir_def("DeepEpNothing") == ("ERROR", [], [], [])
+
+
+def test_an_ir_definition_in_full() -> None:
+    assert op_definitions.registered_ir_def("DeepEpLowLatencyDispatch") == (
+        "SUCCESS",
+        [("x", "required"), ("topk_idx", "required"), ("windows", "required")],
+        [(name, "required") for name in ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")],
+        [
+            ("group", "VT_STRING"),
+            ("num_experts", "VT_INT"),
+            ("num_ranks", "VT_INT"),
+            ("num_max_dispatch_tokens_per_rank", "VT_INT"),
+        ],
+    )
+
+
+@every_type
+def test_parameters(op_type: str) -> None:
+    definition = op_definitions.definitions()[op_type]
+    for param in definition["inputs"] + definition["outputs"]:
+        dtypes = tuple(op_definitions.NAMES[number] for number in param["dtypes"])
+        expected = DTYPES[param["name"]]
+        assert dtypes == (expected if expected is ROWS else (expected,) * len(ROWS)), param["name"]
+        assert param["formats"] == [2] * len(ROWS), param["name"]  # ND
+    for param in definition["inputs"]:
+        by_value = param["name"] == "num_worst_tokens"
+        assert param["value_depend"] == ("optional" if by_value else "ignore")
+        assert param["auto_contiguous"] is not by_value
+    by_computation = {param["name"] for param in definition["outputs"] if param["shape_depends_on_compute"]}
+    exact = {"recv_x", "recv_topk_idx", "recv_topk_weights", "recv_src_idx"}
+    assert by_computation == (exact if op_type == "DeepEpDispatchExact" else set())
+    assert all(attr["required"] for attr in definition["attrs"])
+
+
+@every_type
+def test_socs(op_type: str) -> None:
+    settings = {
+        "dynamicCompileStatic.flag": "true",
+        "dynamicFormat.flag": "false",
+        "dynamicRankSupport.flag": "true",
+        "dynamicShapeSupport.flag": "true",
+        "needCheckSupport.flag": "false",
+        "precision_reduce.flag": "false",
+        "aclnnSupport.value": "support_aclnn",
+        "jitCompile.flag": "static_false",
+        "multiKernelSupportDynamicGraph.value": "multi_kernel",
+    }
+    assert op_definitions.definitions()[op_type]["socs"] == dict.fromkeys(
+        ("ascend910b", "ascend910_93", "ascend950"), settings
+    )
+
+
+# inference against fakes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    T: int
+    H: int
+    K: int
+    L: int
+    R: int
+    N: int
+    S: int
+    M: int
+
+    @property
+    def E(self) -> int:
+        return self.L * self.R
+
+    def shape_of(self, name: str) -> list[int]:
+        """Of an input of any op but `x`, which is [T, H] or [N, H]."""
+        T, H, K, N = self.T, self.H, self.K, self.N
+        return {
+            **{name: [T, K] for name in ("topk_idx", "topk_weights", "send_head")},
+            "grad_out": [T, H],
+            "grad_recv_x": [N, H],
+            "grad_recv_topk_weights": [N, K],
+            "recv_src_idx": [N, 3],
+            "layout_range": [self.E],
+            "num_worst_tokens": [],
+            "windows": [self.R + 1],
+        }[name]
+
+    def numbers(self) -> dict[str, int | str]:
+        return {
+            "group": "a group",
+            "num_experts": self.E,
+            "num_ranks": self.R,
+            "num_nodes": self.S,
+            "num_max_dispatch_tokens_per_rank": self.M,
+        }
+
+
+@st.composite
+def sizes(draw: st.DrawFn) -> Sizes:
+    S = draw(st.integers(1, 4))
+    T = draw(st.integers(0, 40))
+    return Sizes(
+        T=T,
+        H=draw(st.integers(1, 70)),
+        K=draw(st.integers(1, 9)),
+        L=draw(st.integers(1, 9)),
+        R=S * draw(st.integers(1, 8)),
+        N=draw(st.integers(1, 200)),
+        S=S,
+        M=draw(st.integers(max(T, 1), 50)),
+    )
+
+
+def arguments(op_type: str, s: Sizes, rows: str) -> tuple[list[Input], dict[str, int | str]]:
+    """A correct call. `x` is [T, H] where tokens are sent, [N, H] where rows come back."""
+    definition = op_definitions.definitions()[op_type]
+    x = [s.T if "Dispatch" in op_type else s.N, s.H]
+    inputs = []
+    for param in definition["inputs"]:
+        name = param["name"]
+        dtype = rows if DTYPES[name] is ROWS else DTYPES[name]
+        inputs.append(Input(dtype, x if name == "x" else s.shape_of(name), s.N if name == "num_worst_tokens" else None))
+    return inputs, {attr["name"]: s.numbers()[attr["name"]] for attr in definition["attrs"]}
+
+
+def fake_results(op_type: str, inputs: list[Input], attrs: dict[str, int | str]) -> list[Output]:
+    """What the fake of the torch op makes of the same call; -1 for a dimension that depends on data."""
+    op = getattr(torch.ops.deep_ep, TORCH_OPS[op_type]).default
+    names = [param["name"] for param in op_definitions.definitions()[op_type]["inputs"]]
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        given: dict[str, Any] = {"num_worst_tokens": 0, "comm_alg": "", "started": None, **attrs}
+        for name, (dtype, shape, value) in zip(names, inputs, strict=True):
+            given[name] = torch.empty(shape, dtype=getattr(torch, dtype)) if value is None else value
+        results = op(**{a.name: given[a.name] for a in op._schema.arguments})
+    results = results if isinstance(results, tuple) else (results,)
+    return [
+        Output(str(t.dtype).removeprefix("torch."), [n if isinstance(n, int) else -1 for n in t.shape]) for t in results
+    ]
+
+
+@every_type
+@given(s=sizes(), rows=st.sampled_from(ROWS))
+def test_inference_matches_the_fake(op_type: str, s: Sizes, rows: str) -> None:
+    inputs, attrs = arguments(op_type, s, rows)
+    assert op_definitions.infer(op_type, inputs, attrs) == fake_results(op_type, inputs, attrs)
+
+
+SIZES = Sizes(T=5, H=32, K=3, L=2, R=4, N=17, S=2, M=6)
+
+
+def test_inferred_outputs_of_dispatch() -> None:
+    """In full, as both sides of the comparison with fakes might be wrong alike."""
+    inputs, attrs = arguments("DeepEpDispatch", SIZES, "bfloat16")
+    capacity = [
+        Output("bfloat16", [17, 32]),
+        Output("int64", [17, 3]),
+        Output("float32", [17, 3]),
+        Output("int64", [2]),
+        Output("int64", []),
+        Output("int32", [4, 4]),
+        Output("int32", [4, 2]),
+        Output("int32", [2, 4]),
+        Output("int32", [17, 3]),
+        Output("int32", [5, 3]),
+    ]
+    assert op_definitions.infer("DeepEpDispatch", inputs, attrs) == capacity
+    # aclnn makes an array of a value: [1].
+    inputs[3] = Input("int64", [1], 17)
+    assert op_definitions.infer("DeepEpDispatch", inputs, attrs) == capacity
+
+
+def test_value_that_is_not_known() -> None:
+    inputs, attrs = arguments("DeepEpDispatch", SIZES, "bfloat16")
+    inputs[3] = Input("int64", [])
+    outputs = op_definitions.infer("DeepEpDispatch", inputs, attrs)
+    inputs, attrs = arguments("DeepEpDispatchExact", SIZES, "bfloat16")
+    assert outputs == op_definitions.infer("DeepEpDispatchExact", inputs, attrs)
+    assert [output.shape[0] if output.shape else None for output in outputs] == [-1, -1, -1, 2, None, 4, 4, 2, -1, 5]
+
+
+@given(s=sizes(), op_type=st.sampled_from(list(TORCH_OPS)), data=st.data())
+def test_unknown_dimensions(s: Sizes, op_type: str, data: st.DataObject) -> None:
+    """What is hidden makes outputs unknown, never wrong; hiding it in one input only leaves them known from another."""
+    inputs, attrs = arguments(op_type, s, "float16")
+    expected = op_definitions.infer(op_type, inputs, attrs)
+
+    def hide(shape: list[int]) -> list[int]:
+        if data.draw(st.booleans()):
+            return [-2]
+        return [-1 if data.draw(st.booleans()) else n for n in shape]
+
+    hidden = [i._replace(shape=hide(list(i.shape))) for i in inputs]
+    for actual, full in zip(op_definitions.infer(op_type, hidden, attrs), expected, strict=True):
+        assert actual.dtype == full.dtype
+        assert len(actual.shape) == len(full.shape)
+        assert all(a in (-1, n) for a, n in zip(actual.shape, full.shape, strict=True))
+
+
+@pytest.mark.parametrize("unknown", [[-1, -1], [-2]])
+def test_tokens_are_known_from_any_input(unknown: list[int]) -> None:
+    inputs, attrs = arguments("DeepEpDispatch", SIZES, "float32")
+    full = op_definitions.infer("DeepEpDispatch", inputs, attrs)
+    inputs[1] = inputs[1]._replace(shape=unknown)
+    assert op_definitions.infer("DeepEpDispatch", inputs, attrs) == full
+    inputs[2] = inputs[2]._replace(shape=unknown)
+    without_k = op_definitions.infer("DeepEpDispatch", inputs, attrs)
+    assert [without_k[i].shape for i in (0, 1, 9)] == [[17, 32], [17, -1], [5, -1]]
+    inputs[0] = inputs[0]._replace(shape=unknown)
+    without_any = op_definitions.infer("DeepEpDispatch", inputs, attrs)
+    assert [without_any[i].shape for i in (0, 1, 9)] == [[17, -1], [17, -1], [-1, -1]]
+
+
+def test_range_of_exact_dispatch() -> None:
+    inputs, attrs = arguments("DeepEpDispatchExact", SIZES, "bfloat16")
+    unknown = op_definitions.infer("DeepEpDispatchExact", inputs, attrs)
+    least, most = Call("DeepEpDispatchExact", inputs, attrs).infer_range()
+    rows = SIZES.R * SIZES.T * SIZES.K  # every rank sends all of its tokens K times
+    for number, outputs in ((0, least), (rows, most)):
+        expected = [[number if n == -1 else n for n in output.shape] for output in unknown]
+        assert [output.shape for output in outputs] == expected
+
+
+WRONG = [
+    ("DeepEpDispatch", "topk_idx", [6, 3], "topk_idx: T is 6 here and 5 elsewhere"),
+    ("DeepEpDispatch", "x", [5], "x: must have 2 dimensions, got 1"),
+    ("DeepEpDispatch", "topk_weights", [5, 4], "topk_weights: K is 4 here and 3 elsewhere"),
+    ("DeepEpCombine", "recv_src_idx", [17, 2], "recv_src_idx: 3 is 2 here and 3 elsewhere"),
+    ("DeepEpCombine", "send_head", [4, 3], "send_head: T is 4 here and 5 elsewhere"),
+    ("DeepEpCombineBackward", "grad_out", [5, 31], "x: H is 32 here and 31 elsewhere"),
+    ("DeepEpLowLatencyCombine", "layout_range", [9], "layout_range: E is 9 here and 8 elsewhere"),
+    ("DeepEpLowLatencyDispatch", "num_experts", 9, "num_experts: must be divisible by num_ranks"),
+    ("DeepEpLowLatencyDispatch", "num_ranks", 0, "num_ranks: must be at least 1"),
+    (
+        "DeepEpLowLatencyDispatch",
+        "num_max_dispatch_tokens_per_rank",
+        4,
+        "x: has more tokens than num_max_dispatch_tokens_per_rank",
+    ),
+    (
+        "DeepEpLowLatencyDispatch",
+        "num_max_dispatch_tokens_per_rank",
+        2**28,
+        "num_max_dispatch_tokens_per_rank: makes more than 2147483647 rows",
+    ),
+    ("DeepEpDispatch", "num_worst_tokens", 0, "num_worst_tokens: must be 1 to 2147483647"),
+]
+
+
+@pytest.mark.parametrize(("op_type", "name", "given", "message"), WRONG)
+def test_what_does_not_fit_is_refused(
+    op_type: str, name: str, given: Any, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    inputs, attrs = arguments(op_type, SIZES, "bfloat16")
+    names = [param["name"] for param in op_definitions.definitions()[op_type]["inputs"]]
+    if name in attrs:
+        attrs[name] = given
+    elif name == "num_worst_tokens":
+        inputs[names.index(name)] = Input("int64", [], given)
+    else:
+        inputs[names.index(name)] = inputs[names.index(name)]._replace(shape=given)
+    with pytest.raises(Refused):
+        op_definitions.infer(op_type, inputs, attrs)
+    assert capfd.readouterr().err == f"{op_type}: {message}\n"
+
+
+def test_rows_of_two_dtypes_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    inputs, attrs = arguments("DeepEpCombineBackward", SIZES, "bfloat16")
+    inputs[1] = inputs[1]._replace(dtype="float16")
+    with pytest.raises(Refused):
+        op_definitions.infer("DeepEpCombineBackward", inputs, attrs)
+    assert capfd.readouterr().err == "DeepEpCombineBackward: x: all rows of a call have one dtype\n"
+
+
+# tilings
+
+SOCS = {
+    "ascend910b": Soc(48, 192 * 1024 - 256 - 8192),
+    "ascend910b4": Soc(40, 192 * 1024 - 256 - 8192),
+    "ascend910_93": Soc(48, 192 * 1024 - 256 - 8192),
+    "ascend950": Soc(64, 248 * 1024),
+}
+every_soc = pytest.mark.parametrize("soc", SOCS.values(), ids=SOCS)
+
+SUMS = ("DeepEpCombine", "DeepEpDispatchBackward", "DeepEpCombineBackward", "DeepEpLowLatencyCombine")
+
+
+@st.composite
+def large_sizes(draw: st.DrawFn) -> Sizes:
+    """Up to the sizes of large deployments."""
+    S = draw(st.sampled_from((1, 2, 4)))
+    R = S * draw(st.integers(1, 96))
+    return Sizes(
+        T=draw(st.one_of(st.integers(0, 64), st.integers(0, 131072))),
+        H=draw(st.one_of(st.integers(1, 64), st.integers(1, 40000), st.sampled_from((1024, 4096, 7168, 8192)))),
+        K=draw(st.integers(1, 16)),
+        L=draw(st.integers(1, max(1, 1024 // R))),
+        R=R,
+        N=draw(st.one_of(st.integers(1, 64), st.integers(1, 2**21))),
+        S=S,
+        M=131072,
+    )
+
+
+def launch(op_type: str, s: Sizes, rows: str, soc: Soc) -> Launch:
+    inputs, attrs = arguments(op_type, s, rows)
+    call = Call(op_type, inputs, attrs)
+    return call.tile(soc, [[s.N if n == -1 else n for n in output.shape] for output in call.infer()])
+
+
+def bytes_of_tiles(t: Tiling) -> int:
+    fp32_tiles = 2 * t.tile_bytes // t.work.element_bytes * 4 if t.work.arithmetic else 0
+    return t.buffers * t.tile_bytes + fp32_tiles
+
+
+@every_soc
+@given(s=large_sizes(), rows=st.sampled_from(ROWS), op_type=st.sampled_from([*TORCH_OPS]))
+def test_tiling(soc: Soc, s: Sizes, rows: str, op_type: str) -> None:
+    if op_type == "DeepEpLowLatencyDispatch":
+        s = dataclasses.replace(s, T=s.T % 513, M=512)
+        s = dataclasses.replace(s, N=s.R * s.M * min(s.K, s.L))
+    block_dim, schedule_mode, workspaces, t = launch(op_type, s, rows, soc)
+    moves_rows = op_type != "DeepEpGetDispatchLayout"
+    N, H = (s.N, s.H) if moves_rows else (0, 0)
+
+    assert (t.work.tokens, t.work.top_k, t.work.experts, t.work.ranks) == (s.T, s.K, s.E, s.R)
+    assert (t.work.rows, t.work.hidden, t.work.arithmetic) == (N, H, op_type in SUMS)
+
+    # Blocks: no more than cores, none without work, all items once, balanced.
+    assert block_dim == t.blocks == min(soc.vector_cores, max(s.T, N, 1))
+    assert schedule_mode == 1
+    for split, items in ((t.tokens, s.T), (t.rows, N)):
+        parts = [split.part(block) for block in range(t.blocks)]
+        assert parts[0].start == 0
+        assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
+        assert parts[-1].stop == items
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+    # Unified buffer: everything aligned, and all of it together fits.
+    assert t.table_bytes >= 4 * s.E
+    assert 1 <= t.id_tokens <= 64
+    assert t.id_bytes >= t.id_tokens * s.K * (8 + 4 + 4)
+    assert t.table_bytes % 32 == t.id_bytes % 32 == t.tile_bytes % 512 == 0
+    if moves_rows:
+        element = 4 if rows == "float32" else 2
+        assert t.work.element_bytes == element
+        assert t.row_bytes == H * element
+        assert 0 <= t.row_stride - t.row_bytes < 512
+        assert t.row_stride % 512 == 0
+        assert (t.tiles - 1) * t.tile_bytes + t.last_tile_bytes == t.row_bytes
+        assert 0 < t.last_tile_bytes <= t.tile_bytes
+        assert 2 <= t.buffers <= 8
+        # As few tiles as can be, with two buffers each.
+        per_tile = bytes_of_tiles(t) // t.tile_bytes - t.buffers + 2
+        largest = (soc.unified_buffer_bytes - 3 * t.table_bytes - t.id_bytes) // per_tile // 512 * 512
+        assert t.tiles == -(-t.row_bytes // largest)
+    else:
+        assert (t.tiles, t.buffers, t.tile_bytes) == (0, 0, 0)
+    assert 3 * t.table_bytes + t.id_bytes + (bytes_of_tiles(t) if moves_rows else 0) <= soc.unified_buffer_bytes
+
+    # Workspace: areas behind each other, each on a boundary of 512 bytes.
+    assert t.count_stride >= 4 * s.E
+    assert t.block_counts == 0
+    assert t.rank_counts >= t.blocks * t.count_stride
+    assert t.sync >= t.rank_counts + s.R * t.count_stride
+    assert t.workspace_bytes >= t.sync + 32 * t.blocks
+    assert all(at % 512 == 0 for at in (t.count_stride, t.rank_counts, t.sync))
+    assert workspaces == [(16 << 20) + t.workspace_bytes]  # AscendC's own part is in front
+
+
+def test_a_tiling_in_full() -> None:
+    """Combine of 7168 bf16 elements on A3: a row fits as a whole, so that 8 buffers take one each."""
+    s = Sizes(T=4096, H=7168, K=8, L=32, R=8, N=30000, S=1, M=1)
+    t = launch("DeepEpCombine", s, "bfloat16", SOCS["ascend910_93"]).tiling
+    expected = {
+        "blocks": 48,
+        "row_bytes": 14336,
+        "row_stride": 14336,
+        "tile_bytes": 14336,
+        "last_tile_bytes": 14336,
+        "tiles": 1,
+        "buffers": 8,
+        "table_bytes": 1024,
+        "id_tokens": 64,
+        "id_bytes": 8192,
+        "count_stride": 1024,
+        "block_counts": 0,
+        "rank_counts": 48 * 1024,
+        "sync": 56 * 1024,
+        "workspace_bytes": 56 * 1024 + 1536,
+    }
+    assert {name: getattr(t, name) for name in expected} == expected
+    assert (t.tokens.size, t.tokens.longer) == (85, 16)
+    assert (t.rows.size, t.rows.longer) == (625, 0)
+
+
+@pytest.mark.parametrize("op_type", ["DeepEpDispatch", "DeepEpCombine"])
+@every_soc
+def test_limits_of_the_peer_fit(op_type: str, soc: Soc) -> None:
+    """DeepEP-Ascend's largest sizes: 131072 tokens, H 8192, top-16 of 1024 experts, over 384 ranks (here 512)."""
+    s = Sizes(T=131072, H=8192, K=16, L=2, R=512, N=2**21, S=1, M=1)
+    assert launch(op_type, s, "bfloat16", soc).tiling.tiles == 1
+
+
+def fits(op_type: str, s: Sizes, rows: str, soc: Soc) -> bool:
+    try:
+        launch(op_type, s, rows, soc)
+    except Refused:
+        return False
+    return True
+
+
+@given(
+    E=st.integers(1, 40000),
+    K=st.integers(1, 40000),
+    H=st.integers(1, 9000),
+    soc=st.sampled_from(list(SOCS.values())),
+    op_type=st.sampled_from(["DeepEpGetDispatchLayout", "DeepEpDispatch", "DeepEpCombine"]),
+    data=st.data(),
+)
+def test_what_fits_also_fits_with_less(E: int, K: int, H: int, soc: Soc, op_type: str, data: st.DataObject) -> None:
+    s = Sizes(T=7, H=H, K=K, L=E, R=1, N=9, S=1, M=7)
+    less = dataclasses.replace(
+        s, L=data.draw(st.integers(1, E)), K=data.draw(st.integers(1, K)), H=data.draw(st.integers(1, H))
+    )
+    more = soc._replace(unified_buffer_bytes=soc.unified_buffer_bytes + data.draw(st.integers(0, 65536)))
+    if fits(op_type, s, "float16", soc):
+        assert fits(op_type, less, "float16", more)
+
+
+def test_more_experts_than_fit(capfd: pytest.CaptureFixture[str]) -> None:
+    """A2: three tables of int32 [E] have to fit into the unified buffer, with at least six tiles and a token's ids."""
+    soc = SOCS["ascend910b"]
+    free = soc.unified_buffer_bytes - 6 * 512 - 2 * 16
+    most = free // 3 // 32 * 32 // 4
+    most_bytes = 3 * (4 * most + 32) - free
+    s = Sizes(T=7, H=4096, K=2, L=most, R=1, N=9, S=1, M=7)
+    assert launch("DeepEpCombine", s, "bfloat16", soc).tiling.tile_bytes >= 512
+    with pytest.raises(Refused):
+        launch("DeepEpCombine", dataclasses.replace(s, L=most + 8), "bfloat16", soc)
+    assert capfd.readouterr().err == (
+        f"DeepEpCombine: num_experts = {most + 8} with 2 ids per token needs {most_bytes} bytes more than the unified "
+        f"buffer has: {soc.unified_buffer_bytes}\n"
+    )
+
+
+def test_layout_of_the_tiling() -> None:
+    """The device reads it at these offsets: 64-bit fields without holes."""
+    assert ctypes.sizeof(Tiling) == 8 * (8 + 1 + 2 + 2 + 6 + 3 + 5)
+    assert Tiling.row_bytes.offset == 8 * 13
