@@ -117,6 +117,16 @@ aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo what, int64_t* value) {
   return ACL_SUCCESS;
 }
 
+// No stream is limited: each may use all cores of its kind.
+aclError aclrtGetStreamResLimit(aclrtStream, aclrtDevResLimitType type, uint32_t* value) {
+  int64_t cores = 0;
+  const bool cube = type == ACL_RT_DEV_RES_CUBE_CORE;
+  const aclError status =
+      aclGetDeviceCapability(0, cube ? ACL_DEVICE_INFO_AI_CORE_NUM : ACL_DEVICE_INFO_VECTOR_CORE_NUM, &cores);
+  *value = static_cast<uint32_t>(cores);
+  return status;
+}
+
 // Options are kept and have no effect.
 aclError aclSetCompileopt(aclCompileOpt option, const char* value) {
   const std::lock_guard lock(state.mutex);

@@ -189,6 +189,67 @@ def check_capture(ctx: RankContext) -> None:
             assert_same("replayed", actual.cpu(), wanted)
 
 
+def check_capturing_backend(ctx: RankContext) -> None:
+    """A decode loop through torch.compile(backend="npugraph_ex"): captured once, replayed for every step."""
+    torch._dynamo.reset()
+    buffer = deep_ep.Buffer(npu_group(ctx), low_latency_mode=True)
+    x, ids, weights = inputs_of(ctx, (5, 3), torch.bfloat16)
+    E = ctx.size * L
+
+    def step(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        recv_x, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, M, E, use_fp8=False)
+        return buffer.low_latency_combine(recv_x, ids, weights, handle)[0]
+
+    decode = torch.compile(step, backend="npugraph_ex", fullgraph=True, dynamic=False)
+    given = ids.npu(), weights.npu()
+    for token in range(4):
+        rows = random(*x.shape, seed=token, dtype=torch.bfloat16)
+        on_device = rows.npu()
+        torch.npu.synchronize()
+        stand_in.clear_log()
+        out = decode(on_device, *given)
+        launched = [line.text for line in stand_in.log("launch") if "deep_ep" in line.text]
+        # The first call captures; from then on nothing is launched, waited for or allocated op by op.
+        assert launched == (["deep_ep.low_latency_dispatch", "deep_ep.low_latency_combine"] if token == 0 else [])
+        if token > 0:
+            assert torch.npu.current_stream().npu_stream
+            assert stand_in.log("sync") == stand_in.log("malloc") == []
+        assert_same("decoded", out.cpu(), step(rows, ids, weights))
+
+
+@pytest.mark.skipif(not stand_in.in_use(), reason="reads the log of the stand-in for CANN")
+def test_a_decode_loop_is_captured(npus: RankPool) -> None:
+    npus.run(2, check_capturing_backend)
+
+
+def check_captured_training(ctx: RankContext) -> None:
+    """Dispatch and its gradient, captured, in capacity mode: the gradients of all results are given."""
+    torch._dynamo.reset()
+    group, E, W = npu_group(ctx), ctx.size * L, 32
+    x, ids, weights = inputs_of(ctx, (5, 3))
+
+    def step(x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        out = deep_ep.dispatch(x, ids, weights, num_experts=E, group=group, num_worst_tokens=W)
+        return out.recv_x, out.recv_topk_weights
+
+    train = torch.compile(step, backend="npugraph_ex", fullgraph=True, dynamic=False)
+    grads = random(W, H, seed=1), random(W, K, seed=2)
+    for seed in range(3):
+        rows = random(*x.shape, seed=seed)
+        results = []
+        for fn, to in ((train, on_npu), (step, on_cpu)):
+            leaves = [to(tensor).requires_grad_() for tensor in (rows, weights)]
+            out = fn(leaves[0], to(ids), leaves[1])
+            found = torch.autograd.grad(out, leaves, [to(grad) for grad in grads])
+            results.append([tensor.detach().cpu() for tensor in (*out, *found)])
+        for actual, wanted in zip(*results, strict=True):
+            assert_same("captured", actual, wanted)
+
+
+def test_training_is_captured(npus: RankPool) -> None:
+    npus.run(2, check_captured_training)
+
+
 def check_exact_capture(ctx: RankContext) -> tuple[str, str]:
     x, ids, weights = (tensor.npu() for tensor in inputs_of(ctx, (5, 3)))
     group = npu_group(ctx)

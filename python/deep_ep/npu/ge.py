@@ -7,6 +7,7 @@ is imported before a graph is converted; `register` runs when fakes do, which is
 import contextlib
 import contextvars
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -92,7 +93,6 @@ def check_exact(op: str) -> None:
 @functools.cache
 def _register() -> None:
     import torchair
-    from torchair import npu_fx_compiler
     from torchair._ge_concrete_graph import fx2ge_converter, ge_apis
 
     for op, convert in _converters.items():
@@ -105,8 +105,12 @@ def _register() -> None:
         setattr(ge_apis, op_type, functools.partial(node, op_type))
     graph_class = fx2ge_converter.GeConcreteGraph
     graph_class.codegen = cache.refreshing(graph_class.codegen)
-    npu_fx_compiler.default_partition = _in_their_direction(npu_fx_compiler.default_partition)
-    npu_fx_compiler._compile_graph_with_aot = _with_decompositions(npu_fx_compiler._compile_graph_with_aot)
+    # Of GE graphs, and of captured kernels.
+    for package in ("torchair", "npugraph_ex"):
+        if package in sys.modules:
+            compiler: Any = importlib.import_module(f"{package}.npu_fx_compiler")
+            compiler.default_partition = _in_their_direction(compiler.default_partition)
+            compiler._compile_graph_with_aot = _with_decompositions(compiler._compile_graph_with_aot)
 
 
 def _with_outputs(convert: Callable[..., Any]) -> Callable[..., Any]:
