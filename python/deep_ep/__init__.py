@@ -4,7 +4,10 @@
 `Buffer` offers the same with the calls of DeepEP and DeepEP-Ascend.
 """
 
-import torch
+from ._torch_npu import left_out_if_broken
+
+with left_out_if_broken():
+    import torch
 
 from . import npu
 from .buffer import Buffer

@@ -1,6 +1,7 @@
 """Loads the C++ part (libdeep_ep.so), which defines the ops, and gives access to its functions without tensors."""
 
 import ctypes
+import os
 from pathlib import Path
 
 import torch
@@ -56,5 +57,14 @@ def _load() -> ctypes.CDLL:
     return library
 
 
+def _announce_operators() -> None:
+    """CANN reads where operator packages are when it initialises."""
+    package = find("opp/vendors/deep_ep")
+    known = os.environ.get("ASCEND_CUSTOM_OPP_PATH", "")
+    if package is not None and str(package) not in known.split(os.pathsep):
+        os.environ["ASCEND_CUSTOM_OPP_PATH"] = os.pathsep.join(filter(None, [str(package), known]))
+
+
+_announce_operators()
 library = _load()
 ERROR_BYTES = 512

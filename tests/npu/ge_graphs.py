@@ -59,6 +59,7 @@ class Node:
     behind: list[str]  # types of the nodes that it waits for without taking their results
     attrs: dict[str, Any]
     outputs: list[Output]
+    call: str  # the name of the FX node that it is the last node of, or ""
 
 
 class Graph:
@@ -69,8 +70,20 @@ class Graph:
         fakes = {node.name: node.meta.get("val") for node in self.fx.graph.nodes} if self.fx is not None else {}
         ops = {op.name: op for op in concrete.graph.op}
         self.nodes = [_node(op, ops, fakes) for op in concrete.graph.op]
+        self._find_the_missing_fakes()
         self.results = [list(desc.shape.dim) for op in ops.values() if op.type == "NetOutput" for desc in op.input_desc]
         self.input_kinds = [type(info.func).__name__ for info in concrete._input_info_list]
+
+    def _find_the_missing_fakes(self) -> None:
+        """A node that a converter adds between two FX nodes, such as a transposition, stands for none of them."""
+        calls = {node.name: node for node in self.fx.graph.nodes} if self.fx is not None else {}
+        for node in self.nodes:
+            call = calls.get(node.call)
+            if call is None or not isinstance(call.target, torch._ops.OpOverload):
+                continue
+            for argument, value in zip(call.target._schema.arguments, call.args, strict=False):
+                if node.input_fakes.get(argument.name, call) is None and isinstance(value, torch.fx.Node):
+                    node.input_fakes[argument.name] = value.meta.get("val")
 
     def of_type(self, *types: str) -> list[Node]:
         return [node for node in self.nodes if node.type in types]
@@ -90,6 +103,12 @@ def _attribute(value: Any) -> Any:
     return found.decode() if isinstance(found, bytes) else found
 
 
+def _fx_name(desc: Any) -> tuple[str, int]:
+    """The FX node whose result an output is, and which of its results."""
+    name, _, place = desc.attr["_fx_tensor_name"].s.decode().partition("-")
+    return name, int(place.rsplit(".", 1)[1])
+
+
 def _fake_of(op: Any, index: int, fakes: dict[str, Any]) -> Any:
     """The FX result that an output stands for, or None."""
     desc = op.output_desc[index]
@@ -97,9 +116,9 @@ def _fake_of(op: Any, index: int, fakes: dict[str, Any]) -> Any:
         return fakes.get(op.name)
     if "_fx_tensor_name" not in desc.attr:
         return None
-    name, _, place = desc.attr["_fx_tensor_name"].s.decode().partition("-")
+    name, place = _fx_name(desc)
     fake = fakes.get(name)
-    return fake[int(place.rsplit(".", 1)[1])] if isinstance(fake, tuple | list) else fake
+    return fake[place] if isinstance(fake, tuple | list) else fake
 
 
 def _node(op: Any, ops: dict[str, Any], fakes: dict[str, Any]) -> Node:
@@ -118,6 +137,7 @@ def _node(op: Any, ops: dict[str, Any], fakes: dict[str, Any]) -> Node:
             Output(desc.name, DTYPES.get(DataType.Name(desc.dtype)), _fake_of(op, i, fakes))
             for i, desc in enumerate(op.output_desc)
         ],
+        next((_fx_name(desc)[0] for desc in op.output_desc if "_fx_tensor_name" in desc.attr), ""),
     )
 
 

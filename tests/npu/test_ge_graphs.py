@@ -282,11 +282,13 @@ def low_latency(ctx: RankContext, strategy: str, dynamic: bool, hooks: bool) -> 
             check_collective(node, group.group_name)
         assert not [node.type for node in graph.nodes if node.type in HOST_SYNCS]
     if strategy == "ops":
-        check_moe_distribute(forward, group.group_name, ctx.rank)
+        dispatch, combine = forward.communicating
+        check_moe_distribute([dispatch, combine], group.group_name, ctx.rank)
+        assert combine.inputs["assist_info_for_combine"] == (dispatch.type, 2)
+        assert combine.inputs["ep_send_counts"] == (dispatch.type, 4)
 
 
-def check_moe_distribute(graph: Graph, group: str, rank: int) -> None:
-    dispatch, combine = graph.communicating
+def check_moe_distribute(nodes: list[Node], group: str, rank: int) -> None:
     common = {
         "group_ep": group,
         "ep_world_size": R,
@@ -305,19 +307,21 @@ def check_moe_distribute(graph: Graph, group: str, rank: int) -> None:
         "const_expert_num": 0,
     }
     bf16 = 27  # GE's number
-    assert dispatch.attrs == common | {"quant_mode": 0, "expert_token_nums_type": 1, "y_dtype": bf16}
-    assert combine.attrs == common | {"out_dtype": 0, "comm_quant_mode": 0, "group_list_type": 0}
-    assert list(dispatch.inputs) == ["x", "expert_ids"]
-    assert list(combine.inputs) == [
-        *("expand_x", "expert_ids", "assist_info_for_combine", "ep_send_counts", "expert_scales")
-    ]
-    assert dispatch.inputs["expert_ids"][0] == combine.inputs["expert_ids"][0] == "Cast"  # to int32
-    assert combine.inputs["assist_info_for_combine"] == ("MoeDistributeDispatchV2", 2)
-    assert combine.inputs["ep_send_counts"] == ("MoeDistributeDispatchV2", 4)
-    dtypes = [output.dtype for output in dispatch.outputs]
-    assert dtypes == [
-        *(torch.bfloat16, torch.float32, torch.int32, torch.int64, torch.int32, torch.int32, torch.float32)
-    ]
+    for node in nodes:
+        assert node.inputs["expert_ids"][0] == "Cast"  # to int32
+        if node.type == "MoeDistributeDispatchV2":
+            assert node.attrs == common | {"quant_mode": 0, "expert_token_nums_type": 1, "y_dtype": bf16}
+            assert list(node.inputs) == ["x", "expert_ids"]
+            dtypes = [output.dtype for output in node.outputs]
+            assert dtypes == [
+                *(torch.bfloat16, torch.float32, torch.int32, torch.int64, torch.int32, torch.int32, torch.float32)
+            ]
+        else:
+            assert node.attrs == common | {"out_dtype": 0, "comm_quant_mode": 0, "group_list_type": 0}
+            assert list(node.inputs) == [
+                *("expand_x", "expert_ids", "assist_info_for_combine", "ep_send_counts", "expert_scales")
+            ]
+            assert node.outputs[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

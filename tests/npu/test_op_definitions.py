@@ -74,7 +74,7 @@ def test_definition_has_the_names_of_the_schema(op_type: str) -> None:
 
 
 def test_no_other_types() -> None:
-    assert set(op_definitions.definitions()) == set(TORCH_OPS)
+    assert set(op_definitions.definitions()) == {*TORCH_OPS, "DeepEpNotifyDispatch"}
     assert op_definitions.registered_ir_def("DeepEpNothing") == ("ERROR", [], [], [])
 
 
@@ -90,6 +90,19 @@ def test_an_ir_definition_in_full() -> None:
             ("num_max_dispatch_tokens_per_rank", "VT_INT"),
         ],
     )
+
+
+def test_notify_dispatch() -> None:
+    """The operator without a torch op."""
+    assert op_definitions.registered_ir_def("DeepEpNotifyDispatch") == (
+        "SUCCESS",
+        [("topk_idx", "required"), ("windows", "required")],
+        [("num_rows", "required")],
+        [("group", "VT_STRING"), ("num_experts", "VT_INT"), ("num_ranks", "VT_INT")],
+    )
+    inputs = [Input("int64", [5, 2]), Input("int64", [10])]
+    inferred = op_definitions.infer("DeepEpNotifyDispatch", inputs, {"group": "g", "num_experts": 4, "num_ranks": 2})
+    assert inferred == [Output("int64", [1])]
 
 
 @every_type

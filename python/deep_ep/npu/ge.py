@@ -174,8 +174,11 @@ def node(op_type: str, inputs: dict[str, Any], integers: dict[str, int], group: 
             f"deep_ep: GE has no operator {op_type}: deep_ep's operator package is not installed where CANN looks for "
             "it (docs/npu.md)"
         )
-    given = list(inputs), list(attributes)
-    known = [name for name, _ in known_inputs], [name for name, _ in known_attributes]
+    given = (
+        [(name, "required") for name in inputs],
+        [(name, "VT_INT" if name in integers else "VT_STRING") for name in attributes],
+    )
+    known = [tuple(entry) for entry in known_inputs], [tuple(entry) for entry in known_attributes]
     if given != known:
         raise RuntimeError(
             f"deep_ep: the installed operator {op_type} takes the inputs {known[0]} and the attributes {known[1]}, "

@@ -77,7 +77,7 @@ class Windows:
 
     def __init__(self, group: dist.ProcessGroup, num_bytes: int, timeout: timedelta) -> None:
         self.num_bytes, self.timeout = num_bytes, timeout
-        own = _own_communicator(group, timeout)
+        own = _own_communicator(group, num_bytes, timeout)
         words = (ctypes.c_int64 * table_words(group.size()))()
         error = ctypes.create_string_buffer(ERROR_BYTES)
         name = group.group_name
@@ -94,8 +94,8 @@ class Windows:
         self._close()
 
 
-def _own_communicator(group: dist.ProcessGroup, timeout: timedelta) -> Any:
-    """A ProcessGroupHCCL of the group's ranks, known to nobody else.
+def _own_communicator(group: dist.ProcessGroup, num_bytes: int, timeout: timedelta) -> Any:
+    """A ProcessGroupHCCL of the group's ranks, known to nobody else, with room for a window in its buffer.
 
     new_group is no way to it: it wants all ranks of the default group, or, with use_local_synchronization, that its
     members have made equally many groups before.
@@ -104,6 +104,7 @@ def _own_communicator(group: dist.ProcessGroup, timeout: timedelta) -> Any:
 
     options = ProcessGroupHCCL.Options()
     options._timeout = timeout
+    options.hccl_config = {"hccl_buffer_size": -(-num_bytes >> 20)}  # MB
     options.global_ranks_in_group = dist.get_process_group_ranks(group)
     key = exchange(group, uuid.uuid4().hex)[0]
     store = cast(Any, dist).PrefixStore(f"deep_ep/{key}", cast(Any, dist.distributed_c10d)._get_default_store())

@@ -1,0 +1,224 @@
+// The kernels of ops/ through CANN (npu/kernels.h): libdeep_ep_kernels.so.
+//
+// For every operator definition CANN's op_build generates two functions into the operator package's libcust_opapi.so:
+// aclnnDeepEpDispatchGetWorkspaceSize(inputs..., attributes..., outputs..., &bytes, &executor) checks and tiles, and
+// aclnnDeepEpDispatch(workspace, bytes, executor, stream) launches. A call of this interface has its arguments in the
+// same order, so one function serves all operators.
+#include <acl/acl.h>
+#include <aclnn/acl_meta.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <array>
+#include <cctype>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <utility>
+
+#include "npu/aclnn/windows.h"
+#include "npu/kernels.h"
+
+namespace deep_ep::aclnn {
+namespace {
+
+// Equal file names of other packages must not answer: the path is that of the package beside this library.
+void* package() {
+  static void* const library = [] {
+    Dl_info self{};
+    dladdr(reinterpret_cast<void*>(&package), &self);
+    const std::filesystem::path folder = std::filesystem::absolute(self.dli_fname).parent_path();
+    const std::string path = folder / "opp/vendors/deep_ep/op_api/lib/libcust_opapi.so";
+    void* const opened = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (opened == nullptr) throw Error(str("the operator package cannot be loaded: ", dlerror()));
+    return opened;
+  }();
+  return library;
+}
+
+void* find(const std::string& name) {
+  void* const found = dlsym(package(), name.c_str());
+  if (found == nullptr) throw Error(str("the operator package has no function ", name));
+  return found;
+}
+
+// low_latency_dispatch: aclnnDeepEpLowLatencyDispatch
+std::string function_name(const std::string& op) {
+  std::string name = "aclnnDeepEp";
+  bool is_first = true;
+  for (char c : op) {
+    if (c != '_') name += is_first ? static_cast<char>(std::toupper(c)) : c;
+    is_first = c == '_';
+  }
+  return name;
+}
+
+[[noreturn]] void fail(const std::string& function, int status) {
+  const char* text = aclGetRecentErrMsg();
+  throw Error(str(function, " failed: ", status, text != nullptr ? ": " : "", text != nullptr ? text : ""));
+}
+
+// An argument of a first function: a pointer or an int64_t. In the calling conventions of x86_64 and of aarch64 both
+// take one register or one slot of the stack, the same one whichever it is, so their number is all of the signature.
+using Word = uint64_t;
+constexpr size_t kMaxWords = 32;
+
+template <size_t>
+using WordAt = Word;
+
+template <size_t... I>
+int call_with(void* function, const Word* words, std::index_sequence<I...>) {
+  return reinterpret_cast<int (*)(WordAt<I>...)>(function)(words[I]...);
+}
+
+template <size_t... N>
+int call_any(void* function, const std::vector<Word>& words, std::index_sequence<N...>) {
+  using Call = int (*)(void*, const Word*);
+  static constexpr std::array<Call, sizeof...(N)> calls = {
+      [](void* f, const Word* w) { return call_with(f, w, std::make_index_sequence<N>{}); }...};
+  if (words.size() >= calls.size()) throw Error(str(words.size(), " arguments are too many"));
+  return calls[words.size()](function, words.data());
+}
+
+int call(void* function, const std::vector<Word>& words) {
+  return call_any(function, words, std::make_index_sequence<kMaxWords + 1>{});
+}
+
+template <typename T>
+Word word(T value) {
+  if constexpr (std::is_pointer_v<T>)
+    return reinterpret_cast<Word>(value);
+  else
+    return static_cast<Word>(value);
+}
+
+struct Plan {
+  using Launch = int (*)(void* workspace, uint64_t bytes, aclOpExecutor* executor, aclrtStream stream);
+
+  std::string name;
+  std::string group;  // the executor points to it
+  Launch run = nullptr;
+  uint64_t workspace_bytes = 0;
+  aclOpExecutor* executor = nullptr;  // used up by `run`
+  std::vector<aclTensor*> tensors;
+  aclIntArray* value = nullptr;
+
+  Plan() = default;
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+  ~Plan() {
+    for (aclTensor* tensor : tensors) aclDestroyTensor(tensor);
+    if (value != nullptr) aclDestroyIntArray(value);
+  }
+
+  Word add(const DeepEpTensor& tensor) {
+    std::array<int64_t, DEEP_EP_MAX_DIMS> strides{};
+    int64_t elements = 1;
+    for (int32_t i = tensor.num_dims - 1; i >= 0; --i) {
+      strides[i] = elements;
+      elements *= tensor.sizes[i];
+    }
+    aclTensor* made = aclCreateTensor(tensor.sizes, tensor.num_dims, static_cast<aclDataType>(tensor.dtype),
+                                      strides.data(), 0, ACL_FORMAT_ND, &elements, 1, tensor.data);
+    if (made == nullptr) fail("aclCreateTensor", 0);
+    tensors.push_back(made);
+    return word(made);
+  }
+
+  Word add(int64_t number) {
+    value = aclCreateIntArray(&number, 1);
+    if (value == nullptr) fail("aclCreateIntArray", 0);
+    return word(value);
+  }
+};
+
+std::unique_ptr<Plan> plan(const DeepEpCall& op_call) {
+  auto plan = std::make_unique<Plan>();
+  plan->name = function_name(op_call.op);
+  plan->group = op_call.group;
+  plan->run = reinterpret_cast<Plan::Launch>(find(plan->name));
+  const bool communicates = !plan->group.empty();
+
+  // In capacity mode the last number is an input of the definition, behind the others and before the windows. The
+  // tiling needs its value, so that aclnn wants it from the host.
+  const bool is_capacity_mode = std::string(op_call.op) == "dispatch";
+  const int32_t num_attributes = op_call.num_integers - is_capacity_mode;
+  std::vector<Word> words;
+  for (int32_t i = 0; i < op_call.num_inputs; ++i) {
+    if (is_capacity_mode && i == op_call.num_inputs - 1) words.push_back(plan->add(op_call.integers[num_attributes]));
+    words.push_back(plan->add(op_call.inputs[i]));
+  }
+  if (communicates) words.push_back(word(plan->group.data()));
+  for (int32_t i = 0; i < num_attributes; ++i) words.push_back(word(op_call.integers[i]));
+  for (int32_t i = 0; i < op_call.num_outputs; ++i) words.push_back(plan->add(op_call.outputs[i]));
+  words.push_back(word(&plan->workspace_bytes));
+  words.push_back(word(&plan->executor));
+
+  const std::string first = plan->name + "GetWorkspaceSize";
+  const int status = call(find(first), words);
+  if (status != ACL_SUCCESS) fail(first, status);
+  return plan;
+}
+
+void fill_table(const char* communicator, int32_t rank, int32_t size, uint64_t bytes, int64_t* table) {
+  const std::vector<Window> windows =
+      find_windows(communicator, static_cast<uint32_t>(rank), static_cast<uint32_t>(size));
+  for (const Window& window : windows)
+    if (window.bytes < bytes)
+      throw Error(str("HCCL's buffer has ", window.bytes, " bytes on rank ", &window - windows.data(), ", and ", bytes,
+                      " are needed: set HCCL_BUFFSIZE to at least ", (bytes + (1 << 20) - 1) >> 20,
+                      " (MB) on all ranks"));
+  std::fill_n(table, DEEP_EP_TABLE_HEADER, 0);
+  table[0] = DEEP_EP_KERNELS_VERSION;
+  table[1] = rank;
+  table[2] = size;
+  table[3] = static_cast<int64_t>(bytes);
+  for (size_t r = 0; r < windows.size(); ++r)
+    table[DEEP_EP_TABLE_HEADER + r] = static_cast<int64_t>(windows[r].address);
+}
+
+// Nothing is thrown across a C interface.
+template <typename Body>
+int guarded(char* error, Body&& body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::exception& wrong) {
+    std::snprintf(error, DEEP_EP_TEXT_BYTES, "%s", wrong.what());
+    return 1;
+  }
+}
+
+int open_windows(const char*, const char* communicator, int32_t rank, int32_t size, uint64_t bytes, int64_t* table,
+                 char* error) {
+  return guarded(error, [&] { fill_table(communicator, rank, size, bytes, table); });
+}
+
+// They go with their communicator.
+void close_windows(const char*) {}
+
+int prepare(const DeepEpCall* op_call, void** planned, uint64_t* workspace_bytes, char* error) {
+  return guarded(error, [&] {
+    std::unique_ptr<Plan> made = plan(*op_call);
+    *workspace_bytes = made->workspace_bytes;
+    *planned = made.release();
+  });
+}
+
+int launch(void* planned, void* workspace, void* stream, char* error) {
+  return guarded(error, [&] {
+    const std::unique_ptr<Plan> plan(static_cast<Plan*>(planned));
+    const int status = plan->run(workspace, plan->workspace_bytes, plan->executor, stream);
+    if (status != ACL_SUCCESS) fail(plan->name, status);
+  });
+}
+
+}  // namespace
+}  // namespace deep_ep::aclnn
+
+extern "C" __attribute__((visibility("default"))) const DeepEpKernels* deep_ep_kernels(void) {
+  using namespace deep_ep::aclnn;
+  static const DeepEpKernels kernels = {
+      DEEP_EP_KERNELS_VERSION, "AscendC " DEEP_EP_SOC, open_windows, close_windows, prepare, launch};
+  return &kernels;
+}
