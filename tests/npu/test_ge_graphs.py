@@ -84,10 +84,11 @@ def check_node(node: Node, group: str, sizes: Sizes) -> None:
     wanted = INPUTS[node.type]
     assert list(node.inputs) == list(wanted), node
     for name, what in wanted.items():
+        fake = node.input_fakes[name]
         if what is None:
+            assert not isinstance(fake, Tensor), (node.type, name, fake)
             continue
         dtype, symbols = what
-        fake = node.input_fakes[name]
         assert fake.dtype == (sizes.dtype if dtype is ROWS else dtype), (node.type, name, fake)
         shape = [dim if s in "HK3E" or sizes.of(s)[0] != -1 else -1 for dim, s in zip(fake.shape, symbols, strict=True)]
         assert shape == sizes.of(symbols), (node.type, name, fake)

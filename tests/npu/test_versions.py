@@ -25,6 +25,7 @@ try:
     print("torchair works")
 except RuntimeError as error:
     print(error)
+dist.destroy_process_group()
 print("torch_npu" in sys.modules, told[0] if told else "nothing")
 """
 

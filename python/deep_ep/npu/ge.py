@@ -102,7 +102,7 @@ def _register() -> None:
     for op_type in _TYPES:
         # torchair runs an op whose GE types it does not know, to learn the shapes of its results: at compile time, on
         # uninitialised tensors, on this rank alone.
-        setattr(ge_apis, op_type, functools.partial(node, op_type))
+        setattr(ge_apis, op_type, op_type)
     graph_class = fx2ge_converter.GeConcreteGraph
     graph_class.codegen = cache.refreshing(graph_class.codegen)
     # Of GE graphs, and of captured kernels.
@@ -151,8 +151,9 @@ def _with_decompositions(compile_graph: Callable[..., Any]) -> Callable[..., Any
     return compile_with_decompositions
 
 
-def node(op_type: str, inputs: dict[str, Any], integers: dict[str, int], group: str | None = None) -> Any:
-    """A node of type `op_type`, one of this project's: its outputs, a tuple if there are several.
+def node(op: str, inputs: dict[str, Any], integers: dict[str, int], group: str | None = None, variant: str = "") -> Any:
+    """The node of a torch op by its name, low_latency_combine's being of type DeepEpLowLatencyCombine: its outputs, a
+    tuple if there are several. `variant` is the end of the type's name.
 
     With `group`, the op communicates: it gets the group's window table as its last input and the communicator's name
     as its first attribute, and runs behind the graph's communicating op before it.
@@ -163,6 +164,8 @@ def node(op_type: str, inputs: dict[str, Any], integers: dict[str, int], group: 
     from torchair.core import _torchair
     from torchair.ge import attr
 
+    op_type = "DeepEp" + "".join(part.capitalize() for part in op.split("_")) + variant
+    results = getattr(torch.ops.deep_ep, op).default._schema.returns
     attributes = {name: attr.Int(value) for name, value in integers.items()}
     if group is not None:
         like = next(iter(inputs.values()))
@@ -177,14 +180,15 @@ def node(op_type: str, inputs: dict[str, Any], integers: dict[str, int], group: 
     given = (
         [(name, "required") for name in inputs],
         [(name, "VT_INT" if name in integers else "VT_STRING") for name in attributes],
+        [(result.name, "required") for result in results],
     )
-    known = [tuple(entry) for entry in known_inputs], [tuple(entry) for entry in known_attributes]
+    known = tuple([tuple(entry) for entry in kind] for kind in (known_inputs, known_attributes, known_outputs))
     if given != known:
         raise RuntimeError(
-            f"deep_ep: the installed operator {op_type} takes the inputs {known[0]} and the attributes {known[1]}, "
-            f"this version gives {given[0]} and {given[1]}; deep_ep and its operator package must be of one version"
+            f"deep_ep: the installed operator {op_type} has the inputs, attributes and outputs {known}, this version "
+            f"wants {given}; deep_ep and its operator package must be of one version"
         )
-    outputs = ge.custom_op(op_type, inputs=inputs, attrs=attributes, outputs=[name for name, _ in known_outputs])
+    outputs = ge.custom_op(op_type, inputs=inputs, attrs=attributes, outputs=[result.name for result in results])
     if group is not None:
         put_in_order(outputs)
     return outputs

@@ -95,7 +95,7 @@ def convert(
         "recv_src_idx": recv_src_idx,
         "send_head": send_head,
     }
-    return ge.node("DeepEpCombine", inputs, {"num_experts": num_experts, "num_ranks": num_ranks}, group)
+    return ge.node("combine", inputs, {"num_experts": num_experts, "num_ranks": num_ranks}, group)
 
 
 register(

@@ -51,7 +51,7 @@ def convert(
         "recv_src_idx": recv_src_idx,
         "send_head": send_head,
     }
-    return ge.node("DeepEpCombineBackward", inputs, {"num_experts": num_experts, "num_ranks": num_ranks}, group)
+    return ge.node("combine_backward", inputs, {"num_experts": num_experts, "num_ranks": num_ranks}, group)
 
 
 register(

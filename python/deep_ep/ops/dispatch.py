@@ -190,8 +190,8 @@ def convert(
     inputs = {"x": x, "topk_idx": topk_idx, "topk_weights": topk_weights}
     integers = {"num_experts": num_experts, "num_ranks": num_ranks}
     if isinstance(num_worst_tokens, int) and num_worst_tokens == 0:
-        return ge.node("DeepEpDispatchExact", inputs, integers, group)
-    return ge.node("DeepEpDispatch", inputs | {"num_worst_tokens": ge.number(num_worst_tokens)}, integers, group)
+        return ge.node("dispatch", inputs, integers, group, "Exact")
+    return ge.node("dispatch", inputs | {"num_worst_tokens": ge.number(num_worst_tokens)}, integers, group)
 
 
 register(

@@ -49,7 +49,7 @@ def convert(
         "topk_idx": topk_idx,
         "send_head": send_head,
     }
-    return ge.node("DeepEpDispatchBackward", inputs, {"num_experts": num_experts, "num_ranks": num_ranks}, group)
+    return ge.node("dispatch_backward", inputs, {"num_experts": num_experts, "num_ranks": num_ranks}, group)
 
 
 register(

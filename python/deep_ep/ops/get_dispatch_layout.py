@@ -54,7 +54,7 @@ def fake(topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int) -> 
 def convert(topk_idx: Any, num_experts: int, num_ranks: int, num_nodes: int) -> Any:
     """DeepEpGetDispatchLayout."""
     integers = {"num_experts": num_experts, "num_ranks": num_ranks, "num_nodes": num_nodes}
-    return ge.node("DeepEpGetDispatchLayout", {"topk_idx": topk_idx}, integers)
+    return ge.node("get_dispatch_layout", {"topk_idx": topk_idx}, integers)
 
 
 register(

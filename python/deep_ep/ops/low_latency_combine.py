@@ -130,7 +130,7 @@ def convert(
         "layout_range": layout_range,
         "send_head": send_head,
     }
-    return ge.node("DeepEpLowLatencyCombine", inputs, {"num_experts": num_experts, "num_ranks": num_ranks}, group)
+    return ge.node("low_latency_combine", inputs, {"num_experts": num_experts, "num_ranks": num_ranks}, group)
 
 
 def fake_start(

@@ -160,7 +160,7 @@ def convert(
         "num_ranks": num_ranks,
         "num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank,
     }
-    return ge.node("DeepEpLowLatencyDispatch", {"x": x, "topk_idx": topk_idx}, integers, group)
+    return ge.node("low_latency_dispatch", {"x": x, "topk_idx": topk_idx}, integers, group)
 
 
 def fake_start(
