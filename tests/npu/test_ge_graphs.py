@@ -459,3 +459,36 @@ def unused(ctx: RankContext) -> None:
 
 def test_unused_results_do_not_remove_an_op(pool: RankPool) -> None:
     pool.run(R, unused)
+
+
+def captured(ctx: RankContext, low_latency: bool) -> None:
+    """`.alltoall` for the backend that captures kernels: the same parts, and nothing that waits for the device."""
+    ge_graphs.npu_backend(exact=False)  # torchair must be first: each patches torch, and only npugraph_ex looks before
+    import npugraph_ex
+
+    torch._dynamo.reset()
+    group = ctx.prepared_group("alltoall").group_name
+    x, ids, weights, _ = inputs_of(ctx.rank, 5, torch.float32)
+    seen: list[str] = []
+    config = npugraph_ex.CompilerConfig()
+    config.force_eager = True
+    config.post_grad_custom_pre_pass = lambda module, *_: seen.extend(str(node.target) for node in module.graph.nodes)
+
+    def step(x: Tensor) -> Tensor:
+        if low_latency:
+            received = deep_ep.low_latency_dispatch(x, ids, M, E, group=group)
+            return deep_ep.low_latency_combine(received.recv_x, ids, weights, received.handle, group=group)
+        out = deep_ep.dispatch(x, ids, weights, num_experts=E, group=group, num_worst_tokens=W)
+        return deep_ep.combine(out.recv_x, out.handle, group=group)
+
+    backend = npugraph_ex.get_npu_backend(compiler_config=config)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(step, backend=backend, fullgraph=True)(x), step(x))
+    collectives = [name for name in seen if name.startswith("deep_ep.")]
+    assert collectives == ["deep_ep._all_gather.default", *["deep_ep._all_to_all.default"] * 4]
+    assert not [name for name in seen if "_local_scalar_dense" in name or "nonzero" in name]
+
+
+@pytest.mark.parametrize("low_latency", [False, True], ids=["capacity", "low latency"])
+def test_alltoall_can_be_captured(pool: RankPool, low_latency: bool) -> None:
+    pool.run(R, captured, low_latency)

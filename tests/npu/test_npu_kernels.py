@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch_npu  # noqa: F401
+import torchair
 from cann import stand_in
 from cases import Case, assert_same, make_inputs
 from op_calls import error_of
@@ -31,6 +32,7 @@ _groups: dict[int, dist.ProcessGroup] = {}
 def make_groups(ctx: RankContext) -> None:
     """Groups of all sizes whose ranks have an NPU each, in this rank's process. Collective over all ranks."""
     if not _groups:
+        torchair.get_npu_backend()  # before npugraph_ex: each patches torch, and only npugraph_ex looks before
         torch.npu.set_device(ctx.rank)
         for size in range(1, WORLD_SIZE + 1):
             _groups[size] = dist.new_group(list(range(size)), backend="cpu:gloo,npu:hccl")

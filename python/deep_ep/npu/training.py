@@ -1,4 +1,4 @@
-"""What torchair lacks for training MoE transformers: decompositions, and converters of grouped matmul and attention."""
+"""What torchair lacks for MoE transformers and quantised rows: decompositions, and converters of some ops."""
 
 import functools
 import math
@@ -27,6 +27,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.amax.default: _amax,
         aten.amin.default: _amin,
         aten.var.correction: _var,
+        aten.bitwise_and.Scalar: lambda x, number: aten.bitwise_and(x, torch.full_like(x, number)),
+        aten.bitwise_or.Scalar: lambda x, number: aten.bitwise_or(x, torch.full_like(x, number)),
+        aten.__lshift__.Scalar: lambda x, bits: x * (1 << bits),
+        aten.__rshift__.Scalar: lambda x, bits: aten.floor_divide(x, 1 << bits),
+        aten.signbit.default: lambda x: x.to(torch.float32).view(torch.int32) < 0,
     }
 
 
@@ -68,6 +73,7 @@ def register() -> None:
 
     # The results' shapes are those of the fakes.
     torchair.register_fx_node_ge_converter(aten._grouped_mm.default)(_aten_grouped_mm)
+    torchair.register_fx_node_ge_converter(torch.ops.deep_ep.reinterpret.default)(_reinterpret)
     npu = torch.ops.npu
     if hasattr(npu, "npu_fusion_attention_v3"):
         torchair.register_fx_node_ge_converter(npu.npu_fusion_attention_v3.default)(_attention)
@@ -110,6 +116,14 @@ def _aten_grouped_mm(
     if offs is None or bias is not None or out_dtype is not None:
         raise NotImplementedError("torch._grouped_mm converts with offs, and without bias and out_dtype")
     return grouped_matmul(x, weight, offs)
+
+
+def _reinterpret(x: Any, dtype: torch.dtype, meta_outputs: Any = None) -> Any:
+    """Bitcast."""
+    from torchair._ge_concrete_graph import ge_apis
+    from torchair.ge._ge_graph import torch_type_to_ge_type
+
+    return ge_apis.Bitcast(x, type=torch_type_to_ge_type(dtype))
 
 
 _ATTENTION = ("scale", "keep_prob", "pre_tockens", "next_tockens", "inner_precise", "sparse_mode")
