@@ -52,6 +52,7 @@ def check(ctx: RankContext, case: Case, exact: bool) -> None:
     assert_close("grad_topk_weights", actual[1], expected[1], 1e-5 * largest.double() + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(0)  # every run has its own
 @pytest.mark.parametrize("exact", [False, True], ids=["capacity", "exact"])
 @settings(max_examples=60)
@@ -79,6 +80,7 @@ def check_low_latency(ctx: RankContext, case: Case, M: int) -> None:
     assert_same("combined_x", graphs.low_latency_combine(*combine), ops.low_latency_combine.alltoall(*combine))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(0)  # every run has its own
 @settings(max_examples=40)
 @given(case=cases())

@@ -272,7 +272,9 @@ def test_any_buffer(pool: RankPool, strategy: str, rows: str, drawn: tuple[Case,
         assert diff < THRESHOLDS.get(mode, 2e-3)
 
 
-@pytest.mark.parametrize("mode", ["none", "int8", "mx_fp4_e2m1", "block_fp8_e4m3"])
+@pytest.mark.parametrize(
+    "mode", ["none", "int8", *(pytest.param(m, marks=pytest.mark.slow) for m in ("mx_fp4_e2m1", "block_fp8_e4m3"))]
+)
 @pytest.mark.parametrize("rows", ["expert", "rank"])
 @pytest.mark.parametrize("strategy", ["default", pytest.param("alltoall", marks=pytest.mark.slow)])
 def test_compiled_buffer(pool: RankPool, strategy: str, rows: str, mode: str) -> None:
@@ -491,7 +493,7 @@ def split(ctx: RankContext, strategy: str, rows: str, backend: str, quant_mode: 
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("quant_mode", ["none", "int8", "mx_fp4_e2m1"])
+@pytest.mark.parametrize("quant_mode", ["none", "int8", pytest.param("mx_fp4_e2m1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rows", ["expert", "rank"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_call_with_a_hook_does_not_wait(

@@ -23,7 +23,7 @@ def one_rank(pool: RankPool) -> dict[str, Any]:
     return metrics
 
 
-@pytest.mark.parametrize("strategy", ["default", "alltoall"])
+@pytest.mark.parametrize("strategy", ["default", pytest.param("alltoall", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "backend", ["none", "aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(400)])]
 )
