@@ -25,7 +25,7 @@ help:
 	@echo "make train       train a small MoE on RANKS=$(RANKS) processes (options in ARGS)"
 	@echo "make train-npu   the same with graphs for NPUs, over a stand-in for CANN where CANN is not installed"
 	@echo "make bench       run the benchmarks"
-	@echo "make test        the whole suite, which is test-cpu and test-npu"
+	@echo "make test        the whole suite, which is test-npu and test-cpu"
 	@echo "make test-quick  within 2 minutes; test-long: with many more random cases"
 	@echo "make lint types  check the style of the code and its types; format: rewrite the files in that style"
 	@echo "make wheel       output/deep_ep-*.whl; wheel-check: build it and try what is in it"
@@ -72,7 +72,7 @@ train: $(STAMPS)/build
 bench: $(STAMPS)/build
 	$(BIN)/python -m benchmarks.ep $(or $(ARGS),--quick)
 
-test: test-cpu test-npu
+test: test-npu test-cpu
 
 test-cpu: $(STAMPS)/build
 	$(BIN)/python -m pytest tests -m "not long" $(ARGS)
