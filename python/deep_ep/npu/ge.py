@@ -47,9 +47,11 @@ def decomposition(op: torch._ops.OpOverload, decompose: Callable[..., Any]) -> N
 
 
 def register() -> None:
-    """Gives torchair the converters and decompositions, if it is loaded."""
+    """Gives torchair the converters and decompositions, and npugraph_ex the latter, if they are present."""
     if "torchair" in sys.modules:
         _register()
+    if "npugraph_ex" in sys.modules:
+        _prepare_captures()
 
 
 def torchair() -> Any:
@@ -93,6 +95,10 @@ def check_exact(op: str) -> None:
 @functools.cache
 def _register() -> None:
     import torchair
+
+    # torch_npu puts a proxy in the package's place, which loads it at the first look. Were that the import of one of its
+    # modules, two copies of the module would come out.
+    assert torchair.__path__
     from torchair._ge_concrete_graph import fx2ge_converter, ge_apis
 
     for op, convert in _converters.items():
@@ -105,12 +111,38 @@ def _register() -> None:
         setattr(ge_apis, op_type, op_type)
     graph_class = fx2ge_converter.GeConcreteGraph
     graph_class.codegen = cache.refreshing(graph_class.codegen)
-    # Of GE graphs, and of captured kernels.
-    for package in ("torchair", "npugraph_ex"):
-        if package in sys.modules:
-            compiler: Any = importlib.import_module(f"{package}.npu_fx_compiler")
-            compiler.default_partition = _in_their_direction(compiler.default_partition)
-            compiler._compile_graph_with_aot = _with_decompositions(compiler._compile_graph_with_aot)
+    _prepare_compiler("torchair")
+
+
+@functools.cache
+def _prepare_captures() -> None:
+    """npugraph_ex has a copy of torchair's compiler. Loading it changes how the process takes signals, so that is left to
+    who uses it: the proxy in its place loads it when it is first looked at.
+    """
+
+    def prepare_if_loaded() -> None:
+        if hasattr(sys.modules.get("npugraph_ex.npu_fx_compiler"), "get_npu_backend"):  # to the end
+            _prepare_compiler("npugraph_ex")
+
+    prepare_if_loaded()
+    proxy: Any = type(sys.modules["npugraph_ex"])
+    look = getattr(proxy, "__getattr__", None)
+    if look is None:
+        return
+
+    def look_and_prepare(self: Any, name: str) -> Any:
+        value = look(self, name)
+        prepare_if_loaded()
+        return value
+
+    proxy.__getattr__ = look_and_prepare
+
+
+@functools.cache
+def _prepare_compiler(package: str) -> None:
+    compiler: Any = importlib.import_module(f"{package}.npu_fx_compiler")
+    compiler.default_partition = _in_their_direction(compiler.default_partition)
+    compiler._compile_graph_with_aot = _with_decompositions(compiler._compile_graph_with_aot)
 
 
 def _with_outputs(convert: Callable[..., Any]) -> Callable[..., Any]:
