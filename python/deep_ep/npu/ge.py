@@ -96,8 +96,8 @@ def check_exact(op: str) -> None:
 def _register() -> None:
     import torchair
 
-    # torch_npu puts a proxy in the package's place, which loads it at the first look. Were that the import of one of its
-    # modules, two copies of the module would come out.
+    # torch_npu puts a proxy in the package's place, which loads it at the first look. Were that the import of one of
+    # its modules, two copies of the module would come out.
     assert torchair.__path__
     from torchair._ge_concrete_graph import fx2ge_converter, ge_apis
 
@@ -116,8 +116,8 @@ def _register() -> None:
 
 @functools.cache
 def _prepare_captures() -> None:
-    """npugraph_ex has a copy of torchair's compiler. Loading it changes how the process takes signals, so that is left to
-    who uses it: the proxy in its place loads it when it is first looked at.
+    """npugraph_ex has a copy of torchair's compiler. Loading it changes how the process takes signals, so that is left
+    to who uses it: the proxy in its place loads it when it is first looked at.
     """
 
     def prepare_if_loaded() -> None:
