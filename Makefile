@@ -16,7 +16,7 @@ CXX_FOLDERS := $(wildcard src torch_library)
 # The folders are in the list too: a file that was added or removed changes its folder's time.
 CXX_INPUTS := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find $(CXX_FOLDERS) -type d -o -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS)) \
-  $(shell find ops tests/cann tests/fake_cann tests/host_kernels -name '*.cpp' -o -name '*.h')
+  $(shell find ops tests/cann tests/fake_cann tests/host_kernels tests/twin -name '*.cpp' -o -name '*.h')
 
 .PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-long lint types format wheel \
   wheel-check clean

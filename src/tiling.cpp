@@ -13,10 +13,9 @@ static_assert(std::is_trivial_v<Tiling> && std::is_standard_layout_v<Tiling> && 
               "the host copies it to the device as bytes");
 
 constexpr int64_t kMaxItems = std::numeric_limits<int32_t>::max();
-constexpr int64_t kMinBuffers = 2;    // one is filled while another is sent
-constexpr int64_t kMaxBuffers = 8;    // enough for transfers of short rows to overlap
-constexpr int64_t kMaxIdTokens = 64;  // longer transfers of ids gain nothing
-constexpr int64_t kIdBytes = 16;      // per (token, k): id, weight, row
+constexpr int64_t kMinBuffers = 2;       // one is filled while another is sent
+constexpr int64_t kMaxBuffers = 4;       // enough for transfers to overlap, and a core has 6 events of a kind
+constexpr int64_t kMaxChunkTokens = 64;  // longer transfers of ids gain nothing
 
 constexpr int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 constexpr int64_t align(int64_t value, int64_t unit) { return divide_up(value, unit) * unit; }
@@ -30,11 +29,19 @@ std::string check(const Work& work, const Soc& soc) {
   if (work.tokens < 0 || work.tokens > kMaxItems / work.top_k)
     return str("topk_idx must have at most ", kMaxItems, " elements, got [", work.tokens, ", ", work.top_k, "]");
   if (work.rows < 0 || work.rows > kMaxItems) return str("there may be at most ", kMaxItems, " rows, got ", work.rows);
+  if (work.max_tokens > 0 && work.tokens > work.max_tokens)
+    return str("there may be at most ", work.max_tokens, " tokens, got ", work.tokens);
   if (work.hidden < 0) return str("the hidden size must be known, got ", work.hidden);
   return {};
 }
 
-Split split(int64_t items, int64_t blocks) { return {items / blocks, items % blocks}; }
+// What goes with one token of a chunk: ids, weights and rows per k; a record; a place per (token, k) and their number,
+// twice; 32 bytes per k for what is known of a row. For the layout, a word per rank.
+int64_t chunk_bytes_per_token(const Work& work, int64_t record_bytes) {
+  const auto words = [](int64_t bytes, int64_t count) { return align(bytes * count, Tiling::kAlignment); };
+  return words(8, work.top_k) + 2 * words(4, work.top_k) + record_bytes + words(8, 2 * work.top_k + 1) +
+         Tiling::kAlignment * work.top_k + (work.nodes > 0 ? words(4, work.ranks) : 0);
+}
 
 }  // namespace
 
@@ -44,36 +51,41 @@ std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling) {
   Tiling& t = *tiling;
   t.work = work;
   t.blocks = std::clamp(std::max(work.tokens, work.rows), int64_t{1}, soc.vector_cores);
-  t.tokens = split(work.tokens, t.blocks);
-  t.rows = split(work.rows, t.blocks);
+  t.tokens = Split::of(work.tokens, t.blocks);
 
-  t.table_bytes = align(4 * work.experts, Tiling::kAlignment);
-  const int64_t token_ids = align(kIdBytes * work.top_k, Tiling::kAlignment);
-  const int64_t per_tile_byte = work.arithmetic ? 2 * 4 / work.element_bytes : 0;  // two fp32 tiles
-  const int64_t smallest_tiles = work.hidden == 0 ? 0 : Tiling::kBlockBytes * (kMinBuffers + per_tile_byte);
-  const int64_t free = soc.unified_buffer_bytes - Tiling::kTables * t.table_bytes - smallest_tiles;
-  if (free < token_ids)
-    return str("num_experts = ", work.experts, " with ", work.top_k, " ids per token needs ", token_ids - free,
+  t.table_ranks = align(4 * work.experts, Tiling::kAlignment) / 4;
+  t.table_words = t.table_ranks + work.ranks;
+  t.table_bytes = align(std::max(4 * t.table_words, 8 * work.experts / work.ranks), Tiling::kAlignment);
+  t.record_bytes = align(4 * (1 + 3 * work.top_k), Tiling::kAlignment);
+  const int64_t per_token = chunk_bytes_per_token(work, t.record_bytes);
+  // Tiles besides the buffers: results, and two of fp32.
+  const int64_t other_tiles = work.arithmetic ? Tiling::kSums + 2 * 4 / work.element_bytes : 0;
+  const int64_t smallest_tiles = work.hidden == 0 ? 0 : Tiling::kBlockBytes * (kMinBuffers + other_tiles);
+  const int64_t words = Tiling::kStatusBytes * (2 + soc.vector_cores);
+  const int64_t free = soc.unified_buffer_bytes - words - Tiling::kTables * t.table_bytes - smallest_tiles;
+  if (free < per_token)
+    return str("num_experts = ", work.experts, " with ", work.top_k, " ids per token needs ", per_token - free,
                " bytes more than the unified buffer has: ", soc.unified_buffer_bytes);
-  t.id_tokens = std::clamp(free / 8 / token_ids, int64_t{1}, kMaxIdTokens);
-  t.id_bytes = t.id_tokens * token_ids;
+  t.chunk_tokens = std::clamp(free / 8 / per_token, int64_t{1}, kMaxChunkTokens);
 
   if (work.hidden > 0) {
-    const int64_t for_tiles = smallest_tiles + free - t.id_bytes;
-    const int64_t largest = for_tiles / (kMinBuffers + per_tile_byte) / Tiling::kBlockBytes * Tiling::kBlockBytes;
+    const int64_t for_tiles = smallest_tiles + free - t.chunk_tokens * per_token;
+    const int64_t largest = for_tiles / (kMinBuffers + other_tiles) / Tiling::kBlockBytes * Tiling::kBlockBytes;
     t.row_bytes = work.hidden * work.element_bytes;
     t.row_stride = align(t.row_bytes, Tiling::kBlockBytes);
     t.tile_bytes = align(divide_up(t.row_bytes, divide_up(t.row_bytes, largest)), Tiling::kBlockBytes);
     t.tiles = divide_up(t.row_bytes, t.tile_bytes);
     t.last_tile_bytes = t.row_bytes - (t.tiles - 1) * t.tile_bytes;
-    t.buffers = std::min(for_tiles / t.tile_bytes - per_tile_byte, kMaxBuffers);
+    t.buffers = std::min(for_tiles / t.tile_bytes - other_tiles, kMaxBuffers);
   }
 
-  t.count_stride = align(4 * work.experts, Tiling::kBlockBytes);
-  t.block_counts = 0;
-  t.rank_counts = t.block_counts + t.blocks * t.count_stride;
-  t.sync = t.rank_counts + work.ranks * t.count_stride;
-  t.workspace_bytes = t.sync + align(t.blocks * Tiling::kAlignment, Tiling::kBlockBytes);
+  t.slot_records = align(4 * work.experts, Tiling::kBlockBytes);
+  t.slot_rows = t.slot_records + align(work.max_tokens * t.record_bytes, Tiling::kBlockBytes);
+  t.slot_bytes = t.slot_rows + work.max_tokens * t.row_stride;
+
+  t.count_stride = align(4 * t.table_words, Tiling::kBlockBytes);
+  t.failures = t.blocks * t.count_stride;
+  t.workspace_bytes = t.failures + align(2 * t.blocks * Tiling::kStatusBytes, Tiling::kBlockBytes);
   return {};
 }
 

@@ -1,7 +1,8 @@
 // How a kernel's work is split over vector cores and passes through the unified buffer: plain arithmetic that the
 // operator definitions (ops/), the twin and the kernels share.
 //
-// T tokens · H hidden · K top-k · E experts · R ranks · N expert rows.
+// T tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N expert rows ·
+// M num_max_dispatch_tokens_per_rank.
 #pragma once
 
 #include <cstdint>
@@ -26,10 +27,12 @@ struct Soc {
 // A launch, in numbers.
 struct Work {
   int64_t tokens;         // T
+  int64_t max_tokens;     // M, of any rank; 0: rows go in no slots
   int64_t hidden;         // H; 0: no rows are moved
   int64_t top_k;          // K
   int64_t experts;        // E
   int64_t ranks;          // R
+  int64_t nodes;          // S; 0: of no interest
   int64_t rows;           // N; in exact mode the most that may arrive
   int64_t element_bytes;  // of a row's elements: 2 or 4
   int64_t arithmetic;     // 1: rows are weighted or summed up in fp32, 0: they are copied
@@ -40,47 +43,61 @@ struct Split {
   int64_t size;    // items of a block,
   int64_t longer;  // and one more for so many blocks
 
-  DEEP_EP_DEVICE int64_t begin(int64_t block) const { return block * size + (block < longer ? block : longer); }
-  DEEP_EP_DEVICE int64_t end(int64_t block) const { return begin(block + 1); }
+  DEEP_EP_DEVICE static constexpr Split of(int64_t items, int64_t blocks) { return {items / blocks, items % blocks}; }
+  DEEP_EP_DEVICE constexpr int64_t begin(int64_t block) const {
+    return block * size + (block < longer ? block : longer);
+  }
+  DEEP_EP_DEVICE constexpr int64_t end(int64_t block) const { return begin(block + 1); }
 };
 
 // What a kernel gets. A row of H elements goes through `buffers` buffers of the unified buffer in `tiles` pieces of
-// tile_bytes; the last piece has last_tile_bytes. All offsets into the workspace are multiples of kBlockBytes.
+// tile_bytes; the last piece has last_tile_bytes.
 //
-//   unified buffer: [ tables | ids | buffers x tile | fp32 tiles, with arithmetic: the term and the sum ]
-//   workspace:      [ counts of this rank's blocks | counts of all ranks | soft synchronisation ]
+//   unified buffer: [ a flag, and the status of each block | tables | what goes with a chunk of tokens |
+//                     buffers x tile |
+//                     with arithmetic: kSums x tile, and fp32 tiles of the term and of the sum ]
+//   workspace:      [ counts of each block | status of each block, twice ]
+//   slot, which is what a rank sends to another in a launch, at the latter's window:
+//                   [ counts: int32 [E] | M records | M rows ]
+//
+// Records say what goes with the rows: one per token and rank that it goes to.
 struct Tiling {
   static constexpr int64_t kBlockBytes = 512;  // the unit in which remote writes arrive, and what is fast to move
   static constexpr int64_t kAlignment = 32;    // of everything in the unified buffer
-  static constexpr int64_t kTables = 3;        // int32 [E], so [R] as well: counts, first rows and next rows
+  static constexpr int64_t kTables = 6;        // int32 [E], then [R] each, or int64 [L]
+  static constexpr int64_t kSums = 2;          // tiles of results: one is filled while another is sent
+  static constexpr int64_t kStatusBytes = 32;  // what a block says if it fails
 
   Work work;
   int64_t blocks;
   Split tokens;  // over blocks
-  Split rows;
 
   int64_t row_bytes;        // H elements, without padding
-  int64_t row_stride;       // of rows in windows: a multiple of kBlockBytes
+  int64_t row_stride;       // of rows in slots: a multiple of kBlockBytes
   int64_t tile_bytes;       // a multiple of kBlockBytes
   int64_t last_tile_bytes;  // without padding
   int64_t tiles;
   int64_t buffers;  // at least 2: one is filled while another is sent
 
-  int64_t table_bytes;  // of one table
-  int64_t id_tokens;    // tokens whose ids, weights and rows (16 bytes per k) are in the unified buffer at a time
-  int64_t id_bytes;
+  int64_t table_ranks;   // where in a table the ranks begin: a multiple of kAlignment bytes
+  int64_t table_words;   // experts and ranks
+  int64_t table_bytes;   // of one table
+  int64_t chunk_tokens;  // tokens whose ids, records and the like are in the unified buffer at a time
+  int64_t record_bytes;  // int32: the token, and three words per k; a multiple of kAlignment
 
-  int64_t count_stride;  // of a row of counts, int32 [E]
-  int64_t block_counts;  // workspace offsets: [blocks, E],
-  int64_t rank_counts;   // [R, E],
-  int64_t sync;          // and kAlignment bytes per block, which the launch must find zeroed
+  int64_t slot_records;  // offsets in a slot, multiples of kBlockBytes
+  int64_t slot_rows;
+  int64_t slot_bytes;
+
+  int64_t count_stride;  // of a block's counts, a table
+  int64_t failures;      // offset in the workspace
   int64_t workspace_bytes;
 };
 
 #ifdef DEEP_EP_HOST
-// Fills `tiling`. Returns what does not fit, or nothing: kTables tables of E and the ids of a token must leave room for
-// the smallest tiles, which bounds E and K; H has no bound. What fits also fits with a smaller E, K or H, and with more
-// unified buffer.
+// Fills `tiling`. Returns what does not fit, or nothing: kTables tables of E + R and a chunk of one token must leave
+// room for the smallest tiles, which bounds E and K; H has no bound. What fits also fits with a smaller E, K or H, and
+// with more unified buffer.
 std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling);
 #endif
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "bell.h"
+#include "op.h"
 
 namespace deep_ep {
 
@@ -20,27 +21,6 @@ constexpr uint64_t kMinWindowBytes = 1 << 20;
 constexpr int kTextBytes = 512;
 
 constexpr uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
-
-enum class Op : uint32_t {
-  dispatch,
-  combine,
-  dispatch_backward,
-  combine_backward,
-  combine_backward_weights,
-  low_latency_dispatch,
-  low_latency_combine
-};
-
-constexpr const char* name_of(Op op) {
-  constexpr const char* names[] = {"dispatch",
-                                   "combine",
-                                   "dispatch_backward",
-                                   "combine_backward",
-                                   "combine_backward (weights)",
-                                   "low_latency_dispatch",
-                                   "low_latency_combine"};
-  return names[static_cast<uint32_t>(op)];
-}
 
 // What a rank says of itself when it enters an operation.
 struct Post {

@@ -1,6 +1,6 @@
 """Processes that act as ranks in tests.
 
-`RankPool` holds WORLD_SIZE processes for the whole pytest session and runs functions on the first R of them.
+`RankPool` holds its processes for the whole pytest session and runs functions on the first R of them.
 `spawn_ranks` starts processes of its own, for tests that kill ranks or make process groups again.
 
 A function that runs on ranks is top-level in a module that the ranks can import (a test module will do), is
@@ -230,12 +230,13 @@ class Ranks:
 
 
 class RankPool:
-    """WORLD_SIZE ranks, started at the first run.
+    """`world_size` ranks, started at the first run, with process groups if `init` is set.
 
     A run that fails ends them, since nobody knows what it leaves in the groups; the next one starts anew.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world_size: int = WORLD_SIZE, *, init: bool = True) -> None:
+        self._world_size, self._init = world_size, init
         self._ranks: Ranks | None = None
 
     def run(
@@ -252,7 +253,7 @@ class RankPool:
         returns the exceptions by rank instead (None where the rank returned), and only a hang raises.
         """
         if self._ranks is None:
-            self._ranks = Ranks(WORLD_SIZE)
+            self._ranks = Ranks(self._world_size, init=self._init)
         try:
             self._ranks.submit(size, fn, *args)
             outcomes = self._ranks.outcomes(timeout=timeout, grace=None if expect_errors else GRACE)
@@ -323,11 +324,10 @@ def _serve(
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=GROUP_TIMEOUT)
-    contexts = {world_size: RankContext(rank, world_size, store)}
+    contexts = {size: RankContext(rank, size, store) for size in range(1, world_size + 1)}
     if init:
         contexts[world_size].init_process_group()
         for size in range(1, world_size):
-            contexts[size] = RankContext(rank, size, store)
             contexts[size].make_groups()
 
     while True:

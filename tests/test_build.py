@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import native
 import pytest
+from kernel_interface import TEXT, DeepEpCall, DeepEpKernels, DeepEpTensor, P, kernels_in
 from npu import op_definitions
 from npu.op_definitions import ROOT
 
@@ -24,7 +26,7 @@ RANK, SIZE, WINDOW_BYTES = 1, 4, 200 << 20
 """As tests/fake_cann/cann.cpp has them."""
 
 needs_headers = pytest.mark.skipif(
-    op_definitions.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers npu/aclnn is compiled with"
+    native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers npu/aclnn is compiled with"
 )
 
 
@@ -176,8 +178,8 @@ def test_cmake_stops(tmp_path: Path, refusal: Refusal) -> None:
 
 def configure(tree: Path, build: Path, cann: Path, soc: str, **environment: str) -> subprocess.CompletedProcess:
     return run(
-        *(op_definitions.tool("cmake"), "-S", tree, "-B", build, "-G", "Ninja"),
-        *(f"-DCMAKE_MAKE_PROGRAM={op_definitions.tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"),
+        *(native.tool("cmake"), "-S", tree, "-B", build, "-G", "Ninja"),
+        *(f"-DCMAKE_MAKE_PROGRAM={native.tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"),
         *("-DDEEP_EP_NPU=ON", f"-DDEEP_EP_SOC={soc}"),
         cwd=tree,
         cann=cann,
@@ -240,7 +242,7 @@ int aclnn{op_type}(void* workspace, uint64_t bytes, aclOpExecutor* executor, voi
 def toolkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toolkit against which npu/aclnn compiles and links."""
     at = fake_cann(tmp_path_factory.mktemp("cann"), "9.1.0")
-    torch_npu = op_definitions.torch_npu_dir()
+    torch_npu = native.torch_npu_dir()
     assert torch_npu is not None
     shutil.rmtree(at / "include")
     shutil.copytree(torch_npu / "include" / "acl", at / "include" / "acl")
@@ -271,7 +273,7 @@ def build(tree: Path, at: Path, toolkit: Path, version: str, soc: str, targets: 
     environment = {"OPAPI": str(opapi), "CPLUS_INCLUDE_PATH": os.pathsep.join((str(FAKE), str(toolkit / "include")))}
     made = configure(tree, at / "build", toolkit, soc, **environment)
     assert made.returncode == 0, made.stderr
-    cmake = op_definitions.tool("cmake")
+    cmake = native.tool("cmake")
     made = run(cmake, "--build", at / "build", "--target", *targets, cwd=tree, cann=toolkit, **environment)
     assert made.returncode == 0, made.stdout + made.stderr
     return at / "build"
@@ -281,7 +283,7 @@ def build(tree: Path, at: Path, toolkit: Path, version: str, soc: str, targets: 
 def built(tree: Path, toolkit: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     at = tmp_path_factory.mktemp("built")
     folder = build(tree, at, toolkit, "9.1.0", "ascend910_93", ["deep_ep_operators", "deep_ep_kernels"])
-    cmake = op_definitions.tool("cmake")
+    cmake = native.tool("cmake")
     made = run(cmake, "--install", folder, "--component", "npu", "--prefix", at / "wheel", cwd=tree)
     assert made.returncode == 0, made.stderr
     return Built(at / "wheel" / "deep_ep", (folder / "operators" / "calls.txt").read_text())
@@ -327,52 +329,9 @@ def test_operator_package(tree: Path, built: Built) -> None:
 # libdeep_ep_kernels.so
 
 
-class DeepEpTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("num_dims", ctypes.c_int32),
-        ("sizes", ctypes.c_int64 * 2),
-    )
-
-
-class DeepEpCall(ctypes.Structure):
-    _fields_ = (
-        ("op", ctypes.c_char_p),
-        ("group", ctypes.c_char_p),
-        ("num_inputs", ctypes.c_int32),
-        ("num_outputs", ctypes.c_int32),
-        ("num_integers", ctypes.c_int32),
-        ("inputs", ctypes.POINTER(DeepEpTensor)),
-        ("outputs", ctypes.POINTER(DeepEpTensor)),
-        ("integers", ctypes.POINTER(ctypes.c_int64)),
-    )
-
-
-def function(*arguments: Any) -> Any:
-    return ctypes.CFUNCTYPE(ctypes.c_int, *arguments)
-
-
-P = ctypes.c_void_p
-TEXT = ctypes.c_char_p
-
-
-class DeepEpKernels(ctypes.Structure):
-    _fields_ = (
-        ("version", ctypes.c_uint32),
-        ("name", TEXT),
-        ("open_windows", function(TEXT, TEXT, ctypes.c_int32, ctypes.c_int32, ctypes.c_uint64, P, P)),
-        ("close_windows", ctypes.CFUNCTYPE(None, TEXT)),
-        ("prepare", function(ctypes.POINTER(DeepEpCall), ctypes.POINTER(P), ctypes.POINTER(ctypes.c_uint64), P)),
-        ("launch", function(P, P, P, P)),
-    )
-
-
 def kernels_of(library: Path, toolkit: Path) -> DeepEpKernels:
     ctypes.CDLL(str(toolkit / "lib64" / f"lib{LIBRARIES[0]}.so"))  # found by its name then, as if by LD_LIBRARY_PATH
-    loaded = ctypes.CDLL(str(library))
-    loaded.deep_ep_kernels.restype = ctypes.POINTER(DeepEpKernels)
-    return loaded.deep_ep_kernels().contents
+    return kernels_in(ctypes.CDLL(str(library)))
 
 
 def tensors(names: Sequence[str], first: int) -> tuple[Any, list[str]]:
@@ -468,15 +427,20 @@ def test_window_table(
         monkeypatch.setenv("FAKE_CANN_MESH", "1")
     folder = build(tree, tmp_path, toolkit, version, soc, ["deep_ep_kernels"])
     kernels = kernels_of(folder / "libdeep_ep_kernels.so", toolkit)
+    cann = ctypes.CDLL(f"lib{LIBRARIES[0]}.so")
     table = (ctypes.c_int64 * (8 + SIZE))(*[-1] * (8 + SIZE))
     error = ctypes.create_string_buffer(512)
 
     def opened(communicator: bytes, size: int, num_bytes: int) -> str:
-        status = kernels.open_windows(b"g", communicator, RANK, size, num_bytes, table, error)
+        status = kernels.open_windows(b"g", communicator, RANK, size, num_bytes, 2000, table, error)
         return error.value.decode() if status else ""
 
     assert opened(b"own", SIZE, 1 << 20) == ""
-    assert table[:] == [1, RANK, SIZE, 1 << 20, 0, 0, 0, 0, *((r + 1) << 32 for r in range(SIZE))]
+    cycles = 2000 * (1_000_000 if soc == "ascend950" else 50_000)
+    assert table[:] == [1, RANK, SIZE, 1 << 20, cycles, 0, 0, 0, *((r + 1) << 32 for r in range(SIZE))]
+    cann.fake_cann_cleared.restype = ctypes.POINTER(ctypes.c_uint64)
+    flags = 512 + 2 * 2 * SIZE * 64
+    assert cann.fake_cann_cleared()[:3] == [(RANK + 1) << 32, 0, flags]
     said = opened(b"own", SIZE, WINDOW_BYTES + 1)
     assert said == (
         f"HCCL's buffer has {WINDOW_BYTES} bytes on rank 0, and {WINDOW_BYTES + 1} are needed: "

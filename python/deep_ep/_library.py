@@ -47,7 +47,8 @@ def _load() -> ctypes.CDLL:
         "deep_ep_group_destroy": (None, [pointer, text]),
         "deep_ep_npu_load": (i32, [text, text]),
         "deep_ep_npu_kernels": (text, []),
-        "deep_ep_npu_open_windows": (i32, [text, text, i32, i32, u64, pointer, text]),
+        "deep_ep_npu_open_windows": (i32, [text, text, i32, i32, u64, i64, pointer, text]),
+        "deep_ep_npu_check": (i32, [pointer, text]),
         "deep_ep_npu_close_windows": (None, [text]),
         "deep_ep_npu_publish_windows": (None, [text, i64, pointer]),
     }

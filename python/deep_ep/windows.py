@@ -48,7 +48,7 @@ def exchange(group: dist.ProcessGroup, mine: Any) -> list[Any]:
     return everyone
 
 
-def _raise_everywhere(group: dist.ProcessGroup, error: str | None) -> None:
+def raise_everywhere(group: dist.ProcessGroup, error: str | None) -> None:
     errors = [f"rank {rank}: {text}" for rank, text in enumerate(exchange(group, error)) if text]
     if errors:
         raise RuntimeError(f"deep_ep: cannot make windows for the group '{group.group_name}': {'; '.join(errors)}")
@@ -89,7 +89,7 @@ class Windows:
             wrong = error.value.decode() or None
         self._close = weakref.finalize(group, _destroy, self._handle, self.name)
         try:
-            _raise_everywhere(group, wrong)
+            raise_everywhere(group, wrong)
             self._connect(group)
         except BaseException:
             self._close()
@@ -111,7 +111,7 @@ class Windows:
         sizes = (ctypes.c_uint64 * size)(*(peer[3] for peer in peers))
         error = ctypes.create_string_buffer(ERROR_BYTES)
         library.deep_ep_group_connect(handle, pids, fds, sizes, error)
-        _raise_everywhere(group, error.value.decode() or None)
+        raise_everywhere(group, error.value.decode() or None)
         library.deep_ep_group_publish(handle, self.name.encode())
 
     @property

@@ -5,6 +5,7 @@
 #include <hccl/hccl.h>
 #include <hccl/hccl_rank_graph.h>
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -27,6 +28,8 @@ HcclResult window(uint64_t rank, void** address, uint64_t* bytes) {
   *bytes = kWindowBytes;
   return HCCL_SUCCESS;
 }
+
+std::array<uint64_t, 3> cleared;
 
 bool is_mesh() { return std::getenv("FAKE_CANN_MESH") != nullptr; }
 
@@ -63,6 +66,14 @@ aclError aclrtMemcpy(void* to, size_t, const void* from, size_t bytes, aclrtMemc
   std::memcpy(to, from, bytes);
   return ACL_SUCCESS;
 }
+
+aclError aclrtMemset(void* to, size_t, int32_t value, size_t bytes) {
+  cleared = {reinterpret_cast<uint64_t>(to), static_cast<uint64_t>(value), bytes};
+  return ACL_SUCCESS;
+}
+
+// The last call of aclrtMemset: address, value, bytes. Windows have no memory.
+const uint64_t* fake_cann_cleared() { return cleared.data(); }
 
 aclError aclrtCreateStream(aclrtStream* stream) {
   *stream = nullptr;

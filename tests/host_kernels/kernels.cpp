@@ -103,7 +103,7 @@ void run(void* memory) {
 }
 
 // The CPU kernels find their own windows by the group's name.
-int open_windows(const char*, const char*, int32_t rank, int32_t size, uint64_t bytes, int64_t* table, char*) {
+int open_windows(const char*, const char*, int32_t rank, int32_t size, uint64_t bytes, int64_t, int64_t* table, char*) {
   std::fill_n(table, DEEP_EP_TABLE_HEADER + size, 0);
   table[0] = DEEP_EP_KERNELS_VERSION;
   table[1] = rank;
@@ -113,6 +113,11 @@ int open_windows(const char*, const char*, int32_t rank, int32_t size, uint64_t 
 }
 
 void close_windows(const char*) {}
+
+int read_status(const int64_t*, int32_t* status, char*) {
+  std::fill_n(status, DEEP_EP_STATUS_WORDS, 0);
+  return 0;
+}
 
 int prepare(const DeepEpCall* call, void** plan, uint64_t* workspace_bytes, char*) {
   *plan = new Plan{call->op,
@@ -140,6 +145,6 @@ int launch(void* plan, void* workspace, void* stream, char* error) {
 
 extern "C" __attribute__((visibility("default"))) const DeepEpKernels* deep_ep_kernels(void) {
   static const DeepEpKernels kernels = {
-      DEEP_EP_KERNELS_VERSION, "host kernels for tests", open_windows, close_windows, prepare, launch};
+      DEEP_EP_KERNELS_VERSION, "host kernels for tests", open_windows, close_windows, read_status, prepare, launch};
   return &kernels;
 }

@@ -1,24 +1,14 @@
-"""The operator definitions of ops/, asked without CANN: what they are registered with, and what they infer.
-
-`build` makes the library, which needs the headers of a torch-npu wheel: the installed one, that of .venv-npu, or
-TORCH_NPU_DIR.
-"""
+"""The operator definitions of ops/, asked without CANN: what they are registered with, and what they infer."""
 
 import ctypes
-import fcntl
 import functools
-import importlib.util
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "op_definitions"
+import native
+from native import ROOT
 
 DTYPES = {"float32": 0, "float16": 1, "int32": 3, "int64": 9, "bfloat16": 27}
 """ge::DataType by the names of torch."""
@@ -60,7 +50,10 @@ class Split(ctypes.Structure):
 class Work(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("tokens", "hidden", "top_k", "experts", "ranks", "rows", "element_bytes", "arithmetic")
+        for name in (
+            *("tokens", "max_tokens", "hidden", "top_k", "experts", "ranks", "nodes"),
+            *("rows", "element_bytes", "arithmetic"),
+        )
     ]
 
 
@@ -71,13 +64,13 @@ class Tiling(ctypes.Structure):
         ("work", Work),
         ("blocks", ctypes.c_int64),
         ("tokens", Split),
-        ("rows", Split),
         *[
             (name, ctypes.c_int64)
             for name in (
                 *("row_bytes", "row_stride", "tile_bytes", "last_tile_bytes", "tiles", "buffers"),
-                *("table_bytes", "id_tokens", "id_bytes"),
-                *("count_stride", "block_counts", "rank_counts", "sync", "workspace_bytes"),
+                *("table_ranks", "table_words", "table_bytes", "chunk_tokens", "record_bytes"),
+                *("slot_records", "slot_rows", "slot_bytes"),
+                *("count_stride", "failures", "workspace_bytes"),
             )
         ],
     ]
@@ -90,41 +83,10 @@ class Launch(NamedTuple):
     tiling: Tiling
 
 
-def torch_npu_dir() -> Path | None:
-    """The folder torch_npu of a wheel, found without importing it."""
-    spec = importlib.util.find_spec("torch_npu")
-    installed = [Path(path) for path in (spec.submodule_search_locations if spec else None) or []]
-    given = [Path(os.environ["TORCH_NPU_DIR"])] if "TORCH_NPU_DIR" in os.environ else []
-    other = sorted((ROOT / ".venv-npu" / "lib").glob("python3*/site-packages/torch_npu"))
-    return next((path for path in (*given, *installed, *other) if (path / "include").is_dir()), None)
-
-
-def tool(name: str) -> str:
-    """A program of this environment, of .venv, or of the system."""
-    folders = (Path(sys.executable).parent, ROOT / ".venv" / "bin")
-    found = next((str(path / name) for path in folders if (path / name).exists()), None) or shutil.which(name)
-    if found is None:
-        raise RuntimeError(f"no {name} to build the operator definitions with")
-    return found
-
-
 @functools.cache
 def build() -> Path:
-    """The library, built when it is missing or older than what it is made of: ninja knows."""
-    torch_npu = torch_npu_dir()
-    if torch_npu is None:
-        raise RuntimeError("no torch-npu wheel, whose headers ops/ is compiled with; TORCH_NPU_DIR may name one")
-    ninja = tool("ninja")
-    options = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DTORCH_NPU_DIR={torch_npu}"]
-    configure = [tool("cmake"), "-S", str(ROOT / "ops"), "-B", str(BUILD), *options]
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:  # the processes of a test all want the library
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (configure, [ninja, "-C", str(BUILD)]):
-            run = subprocess.run(command, capture_output=True, text=True)
-            if run.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{run.stdout}{run.stderr}")
-    return BUILD / "libdeep_ep_op_definitions.so"
+    """The library, up to date."""
+    return native.build_with_torch_npu(ROOT / "ops", ROOT / "build" / "op_definitions", "deep_ep_op_definitions")
 
 
 @functools.cache

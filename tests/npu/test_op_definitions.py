@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+import native
 import op_definitions
 import pytest
 import torch
@@ -21,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import deep_ep  # noqa: F401  (the torch ops)
 
 pytestmark = pytest.mark.skipif(
-    op_definitions.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"
+    native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"
 )
 
 TORCH_OPS = {
@@ -395,15 +396,31 @@ def launch(op_type: str, s: Sizes, rows: str, soc: Soc) -> Launch:
     return call.tile(soc, [[s.N if n == -1 else n for n in output.shape] for output in call.infer()])
 
 
+SLOTS = ("DeepEpLowLatencyDispatch", "DeepEpLowLatencyCombine")
+TABLES = 6
+
+
+def align(size: int, unit: int = 32) -> int:
+    return -(-size // unit) * unit
+
+
+def bytes_of_chunk(t: Tiling) -> int:
+    """What kernels may keep of a chunk of tokens: ids, weights, rows, a record, places, sources, and ranks."""
+    K, R = t.work.top_k, t.work.ranks if t.work.nodes else 0
+    per_k = (8 * K, 4 * K, 4 * K, 8 * (2 * K + 1), 32 * K, 4 * R)
+    return sum(align(t.chunk_tokens * size) for size in per_k) + t.chunk_tokens * t.record_bytes
+
+
 def bytes_of_tiles(t: Tiling) -> int:
     fp32_tiles = 2 * t.tile_bytes // t.work.element_bytes * 4 if t.work.arithmetic else 0
-    return t.buffers * t.tile_bytes + fp32_tiles
+    sums = 2 * t.tile_bytes if t.work.arithmetic else 0
+    return t.buffers * t.tile_bytes + sums + fp32_tiles
 
 
 @every_soc
 @given(s=large_sizes(), rows=st.sampled_from(ROWS), op_type=st.sampled_from([*TORCH_OPS]))
 def test_tiling(soc: Soc, s: Sizes, rows: str, op_type: str) -> None:
-    if op_type == "DeepEpLowLatencyDispatch":
+    if op_type in SLOTS:
         s = dataclasses.replace(s, T=s.T % 513, M=512)
         s = dataclasses.replace(s, N=s.R * s.M * min(s.K, s.L))
     block_dim, schedule_mode, workspaces, t = launch(op_type, s, rows, soc)
@@ -412,22 +429,26 @@ def test_tiling(soc: Soc, s: Sizes, rows: str, op_type: str) -> None:
 
     assert (t.work.tokens, t.work.top_k, t.work.experts, t.work.ranks) == (s.T, s.K, s.E, s.R)
     assert (t.work.rows, t.work.hidden, t.work.arithmetic) == (N, H, op_type in SUMS)
+    assert t.work.max_tokens == (512 if op_type in SLOTS else 0)
+    assert t.work.nodes == (s.S if op_type == "DeepEpGetDispatchLayout" else 0)
 
-    # Blocks: no more than cores, none without work, all items once, balanced.
+    # Blocks: no more than cores, none without work, all tokens once, balanced.
     assert block_dim == t.blocks == min(soc.vector_cores, max(s.T, N, 1))
     assert schedule_mode == 1
-    for split, items in ((t.tokens, s.T), (t.rows, N)):
-        parts = [split.part(block) for block in range(t.blocks)]
-        assert parts[0].start == 0
-        assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
-        assert parts[-1].stop == items
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    parts = [t.tokens.part(block) for block in range(t.blocks)]
+    assert parts[0].start == 0
+    assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
+    assert parts[-1].stop == s.T
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
     # Unified buffer: everything aligned, and all of it together fits.
-    assert t.table_bytes >= 4 * s.E
-    assert 1 <= t.id_tokens <= 64
-    assert t.id_bytes >= t.id_tokens * s.K * (8 + 4 + 4)
-    assert t.table_bytes % 32 == t.id_bytes % 32 == t.tile_bytes % 512 == 0
+    assert t.table_ranks >= s.E and t.table_ranks % 8 == 0
+    assert t.table_words == t.table_ranks + s.R
+    assert t.table_bytes >= max(4 * t.table_words, 8 * s.L)
+    assert 1 <= t.chunk_tokens <= 64
+    assert t.record_bytes == align(4 * (1 + 3 * s.K))
+    assert t.table_bytes % 32 == t.tile_bytes % 512 == 0
+    used = 32 * (2 + t.blocks) + TABLES * t.table_bytes + bytes_of_chunk(t)
     if moves_rows:
         element = 4 if rows == "float32" else 2
         assert t.work.element_bytes == element
@@ -436,29 +457,34 @@ def test_tiling(soc: Soc, s: Sizes, rows: str, op_type: str) -> None:
         assert t.row_stride % 512 == 0
         assert (t.tiles - 1) * t.tile_bytes + t.last_tile_bytes == t.row_bytes
         assert 0 < t.last_tile_bytes <= t.tile_bytes
-        assert 2 <= t.buffers <= 8
+        assert 2 <= t.buffers <= 4
         # As few tiles as can be, with two buffers each.
         per_tile = bytes_of_tiles(t) // t.tile_bytes - t.buffers + 2
-        largest = (soc.unified_buffer_bytes - 3 * t.table_bytes - t.id_bytes) // per_tile // 512 * 512
-        assert t.tiles == -(-t.row_bytes // largest)
+        largest = (soc.unified_buffer_bytes - used) // per_tile // 512 * 512
+        assert t.tiles in (-(-t.row_bytes // largest), -(-t.row_bytes // max(512, largest - 512)))
+        used += bytes_of_tiles(t)
     else:
         assert (t.tiles, t.buffers, t.tile_bytes) == (0, 0, 0)
-    assert 3 * t.table_bytes + t.id_bytes + (bytes_of_tiles(t) if moves_rows else 0) <= soc.unified_buffer_bytes
+    assert used <= soc.unified_buffer_bytes
+
+    # Slots: counts, M records and M rows behind each other, each on a boundary of 512 bytes.
+    assert t.slot_records >= 4 * s.E
+    assert t.slot_rows >= t.slot_records + t.work.max_tokens * t.record_bytes
+    assert t.slot_bytes == t.slot_rows + t.work.max_tokens * t.row_stride
+    assert all(at % 512 == 0 for at in (t.slot_records, t.slot_rows, t.slot_bytes))
 
     # Workspace: areas behind each other, each on a boundary of 512 bytes.
-    assert t.count_stride >= 4 * s.E
-    assert t.block_counts == 0
-    assert t.rank_counts >= t.blocks * t.count_stride
-    assert t.sync >= t.rank_counts + s.R * t.count_stride
-    assert t.workspace_bytes >= t.sync + 32 * t.blocks
-    assert all(at % 512 == 0 for at in (t.count_stride, t.rank_counts, t.sync))
+    assert t.count_stride >= 4 * t.table_words
+    assert t.failures >= t.blocks * t.count_stride
+    assert t.workspace_bytes >= t.failures + 2 * 32 * t.blocks
+    assert all(at % 512 == 0 for at in (t.count_stride, t.failures))
     assert workspaces == [(16 << 20) + t.workspace_bytes]  # AscendC's own part is in front
 
 
 def test_a_tiling_in_full() -> None:
-    """Combine of 7168 bf16 elements on A3: a row fits as a whole, so that 8 buffers take one each."""
-    s = Sizes(T=4096, H=7168, K=8, L=32, R=8, N=30000, S=1, M=1)
-    t = launch("DeepEpCombine", s, "bfloat16", SOCS["ascend910_93"]).tiling
+    """Low-latency combine of 7168 bf16 elements on A3: a row fits as a whole."""
+    s = Sizes(T=128, H=7168, K=8, L=32, R=8, N=8 * 128 * 8, S=1, M=128)
+    t = launch("DeepEpLowLatencyCombine", s, "bfloat16", SOCS["ascend910_93"]).tiling
     expected = {
         "blocks": 48,
         "row_bytes": 14336,
@@ -466,19 +492,21 @@ def test_a_tiling_in_full() -> None:
         "tile_bytes": 14336,
         "last_tile_bytes": 14336,
         "tiles": 1,
-        "buffers": 8,
-        "table_bytes": 1024,
-        "id_tokens": 64,
-        "id_bytes": 8192,
-        "count_stride": 1024,
-        "block_counts": 0,
-        "rank_counts": 48 * 1024,
-        "sync": 56 * 1024,
-        "workspace_bytes": 56 * 1024 + 1536,
+        "buffers": 4,
+        "table_ranks": 256,
+        "table_words": 264,
+        "table_bytes": 1056,
+        "chunk_tokens": 32,
+        "record_bytes": 128,
+        "slot_records": 1024,
+        "slot_rows": 1024 + 128 * 128,
+        "slot_bytes": 1024 + 128 * 128 + 128 * 14336,
+        "count_stride": 1536,
+        "failures": 48 * 1536,
+        "workspace_bytes": 48 * 1536 + 48 * 64,
     }
     assert {name: getattr(t, name) for name in expected} == expected
-    assert (t.tokens.size, t.tokens.longer) == (85, 16)
-    assert (t.rows.size, t.rows.longer) == (625, 0)
+    assert (t.tokens.size, t.tokens.longer) == (2, 32)
 
 
 @pytest.mark.parametrize("op_type", ["DeepEpDispatch", "DeepEpCombine"])
@@ -516,22 +544,23 @@ def test_what_fits_also_fits_with_less(E: int, K: int, H: int, soc: Soc, op_type
 
 
 def test_more_experts_than_fit(capfd: pytest.CaptureFixture[str]) -> None:
-    """A2: three tables of int32 [E] have to fit into the unified buffer, with at least six tiles and a token's ids."""
+    """A2: six tables of int32 [E] and [R] have to fit the unified buffer, with eight tiles and a token at least."""
     soc = SOCS["ascend910b"]
-    free = soc.unified_buffer_bytes - 6 * 512 - 2 * 16
-    most = free // 3 // 32 * 32 // 4
-    most_bytes = 3 * (4 * most + 32) - free
+    per_token = 32 + 2 * 32 + 32 + 64 + 64
+    free = soc.unified_buffer_bytes - 32 * 50 - 8 * 512 - per_token
+    most = free // TABLES // 32 * 32 // 8  # with one rank, a table has 8 bytes per expert
     s = Sizes(T=7, H=4096, K=2, L=most, R=1, N=9, S=1, M=7)
     assert launch("DeepEpCombine", s, "bfloat16", soc).tiling.tile_bytes >= 512
     with pytest.raises(Refused):
-        launch("DeepEpCombine", dataclasses.replace(s, L=most + 8), "bfloat16", soc)
+        launch("DeepEpCombine", dataclasses.replace(s, L=most + 4), "bfloat16", soc)
+    missing = TABLES * 8 * (most + 4) - free
     assert capfd.readouterr().err == (
-        f"DeepEpCombine: num_experts = {most + 8} with 2 ids per token needs {most_bytes} bytes more than the unified "
+        f"DeepEpCombine: num_experts = {most + 4} with 2 ids per token needs {missing} bytes more than the unified "
         f"buffer has: {soc.unified_buffer_bytes}\n"
     )
 
 
 def test_layout_of_the_tiling() -> None:
     """The device reads it at these offsets: 64-bit fields without holes."""
-    assert ctypes.sizeof(Tiling) == 8 * (8 + 1 + 2 + 2 + 6 + 3 + 5)
+    assert ctypes.sizeof(Tiling) == 8 * (10 + 1 + 2 + 6 + 5 + 3 + 3)
     assert Tiling.row_bytes.offset == 8 * 13

@@ -20,9 +20,11 @@ enum {
   DEEP_EP_MAX_DIMS = 2,
   DEEP_EP_TEXT_BYTES = 512,
   /* The window table, int64: DEEP_EP_TABLE_HEADER words, of which the first are this version, the own rank, the number
-   * of ranks R and the bytes of a window, and the others belong to the kernels; then the address of every rank's
-   * window. */
-  DEEP_EP_TABLE_HEADER = 8
+   * of ranks R, the bytes of a window, and how long a kernel waits for a peer, in cycles of its clock; the others
+   * belong to the kernels. Then the address of every rank's window. */
+  DEEP_EP_TABLE_HEADER = 8,
+  /* What a window says of a launch that has failed, int32: src/window_map.h has the words. */
+  DEEP_EP_STATUS_WORDS = 8
 };
 
 typedef struct DeepEpTensor {
@@ -48,10 +50,14 @@ typedef struct DeepEpKernels {
 
   /* Collective over the group, outside of graphs: makes a window of `bytes` on every rank and fills the table (host
    * memory, DEEP_EP_TABLE_HEADER + size words). `communicator` is HCCL's name of a communicator that nothing else
-   * uses. */
+   * uses. Once all ranks have returned, windows may be used. Kernels wait timeout_ms for a peer. */
   int (*open_windows)(const char* group, const char* communicator, int32_t rank, int32_t size, uint64_t bytes,
-                      int64_t* table, char* error);
+                      int64_t timeout_ms, int64_t* table, char* error);
   void (*close_windows)(const char* group);
+
+  /* What this rank's window says of launches so far (DEEP_EP_STATUS_WORDS), all 0 as long as all is well. Waits for no
+   * stream. */
+  int (*read_status)(const int64_t* table, int32_t* status, char* error);
 
   /* Checks the call and computes its tiling: a plan, and the bytes of device memory that it needs. Does not touch the
    * device. The call's arrays need not outlive this; the memory of its tensors must. */

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "npu/kernels.h"
+#include "window_map.h"
 
 #define DEEP_EP_API extern "C" __attribute__((visibility("default")))
 
@@ -108,6 +109,33 @@ DeepEpTensor describe(const Tensor& tensor) {
   return out;
 }
 
+const char* text_of(Failure failure) {
+  switch (failure) {
+    case Failure::late:
+      return "it did not answer in time: expected launch, and the newest one seen of it";
+    case Failure::ahead:
+      return "it is in a later launch, so one of this rank's was lost: own launch, its launch";
+    case Failure::different:
+      return "its launch is of another op or other sizes: own value, its value";
+    case Failure::refused:
+      return "it refuses this launch, and its own status says why: own op, its answer";
+    case Failure::bad_id:
+      return "topk_idx holds an id that is neither -1 nor a number of an expert: number of experts, id";
+    case Failure::bad_row:
+      return "it asks for a row that x does not have: rows, row";
+    case Failure::too_small:
+      return "the windows are too small for this launch: bytes needed, bytes there; ask for more with num_bytes";
+    default:
+      return "of an unknown kind";
+  }
+}
+
+std::string text_of(const int32_t* status) {
+  return str("deep_ep.", name_of(static_cast<Op>(status[kOp])), ", launch ", status[kLaunch], ", phase ",
+             status[kPhase], ", failed at rank ", status[kPeer], ": ", text_of(static_cast<Failure>(status[kFailure])),
+             ": ", status[kExpected], ", ", status[kGot]);
+}
+
 }  // namespace
 
 int64_t group_size(const char* op, const std::string& group) { return windows(op, group).size; }
@@ -188,8 +216,17 @@ DEEP_EP_API const char* deep_ep_npu_kernels() {
 }
 
 DEEP_EP_API int deep_ep_npu_open_windows(const char* group, const char* communicator, int32_t rank, int32_t size,
-                                         uint64_t bytes, int64_t* table, char* error) {
-  return state().kernels->open_windows(group, communicator, rank, size, bytes, table, error);
+                                         uint64_t bytes, int64_t timeout_ms, int64_t* table, char* error) {
+  return state().kernels->open_windows(group, communicator, rank, size, bytes, timeout_ms, table, error);
+}
+
+// Nonzero: a launch on these windows has failed, and `error` says which and why.
+DEEP_EP_API int deep_ep_npu_check(const int64_t* table, char* error) {
+  int32_t status[DEEP_EP_STATUS_WORDS];
+  if (state().kernels->read_status(table, status, error) != 0) return 1;
+  if (status[deep_ep::kFailure] == 0) return 0;
+  std::snprintf(error, DEEP_EP_TEXT_BYTES, "%s", deep_ep::npu::text_of(status).c_str());
+  return 1;
 }
 
 DEEP_EP_API void deep_ep_npu_close_windows(const char* group) { state().kernels->close_windows(group); }

@@ -4,6 +4,7 @@
 // ops::OpDef and calls plain functions, so that it has no state: each function asks for the signature again.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -146,6 +147,8 @@ ge::graphStatus tile(gert::TilingContext* context) {
   work.top_k = sizes['K'];
   work.experts = sizes['E'];
   work.ranks = sizes['R'];
+  work.nodes = std::max(sizes['S'], int64_t{0});
+  if (signature.max_tokens) work.max_tokens = signature.max_tokens(sizes);
   if (signature.rows != Rows::none) {
     work.hidden = sizes['H'];
     work.rows = sizes['N'];

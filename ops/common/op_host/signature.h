@@ -46,6 +46,8 @@ struct Signature {
   int64_t (*num_rows)(Sizes& sizes) = nullptr;
   // For kernels that alone know N: what it is at most. The shapes of outputs with N then depend on the computation.
   int64_t (*most_rows)(const Sizes& sizes) = nullptr;
+  // For kernels that send rows into slots for as many tokens: M.
+  int64_t (*max_tokens)(const Sizes& sizes) = nullptr;
 };
 
 // An operator in which ranks talk to each other. The window table is an ordinary input, built once per group. The other

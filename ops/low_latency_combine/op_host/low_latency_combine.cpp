@@ -1,4 +1,6 @@
 // low_latency_combine: brings the rows of low_latency_dispatch back. layout_range is how far each source's rows reach.
+#include <algorithm>
+
 #include "definition.h"
 
 namespace ops {
@@ -10,10 +12,19 @@ class DeepEpLowLatencyCombine : public Operator<DeepEpLowLatencyCombine> {
   using Operator::Operator;
 
   static Signature signature() {
-    return communicating({Rows::summed,
-                          {{"x", Elements::rows, "NH"}, kTopkIdx, kTopkWeights, kRecvSrcIdx, kLayoutRange, kSendHead},
-                          {{"combined_x", Elements::rows, "TH"}},
-                          {}});
+    Signature signature =
+        communicating({Rows::summed,
+                       {{"x", Elements::rows, "NH"}, kTopkIdx, kTopkWeights, kRecvSrcIdx, kLayoutRange, kSendHead},
+                       {{"combined_x", Elements::rows, "TH"}},
+                       {}});
+    signature.max_tokens = max_tokens;
+    return signature;
+  }
+
+ private:
+  // M, of which low_latency_dispatch makes N.
+  static int64_t max_tokens(const Sizes& sizes) {
+    return sizes['N'] / sizes['R'] / std::max(std::min(sizes['K'], sizes['L']), int64_t{1});
   }
 };
 

@@ -18,6 +18,7 @@ class DeepEpLowLatencyDispatch : public Operator<DeepEpLowLatencyDispatch> {
          {{"recv_x", Elements::rows, "NH"}, {"recv_count", Elements::i64, "L"}, kRecvSrcIdx, kLayoutRange, kSendHead},
          {{"num_max_dispatch_tokens_per_rank", 'M'}}});
     signature.num_rows = num_rows;
+    signature.max_tokens = [](const Sizes& sizes) { return sizes['M']; };
     return signature;
   }
 

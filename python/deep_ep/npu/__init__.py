@@ -2,6 +2,6 @@
 
 from .backend import backend
 from .training import grouped_matmul
-from .windows import load_kernels, table
+from .windows import check, load_kernels, table
 
-__all__ = ["backend", "grouped_matmul", "load_kernels", "table"]
+__all__ = ["backend", "check", "grouped_matmul", "load_kernels", "table"]

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._library import ERROR_BYTES, find, library
-from ..windows import exchange
+from ..windows import exchange, raise_everywhere
 
 _HEADER = 8
 """Words of a table before the addresses of the ranks' windows (torch_library/npu/kernels.h)."""
 
-_tables: dict[str, Tensor] = {}
+_open: dict[str, "Windows"] = {}
 
 
 def kernels_path() -> str | None:
@@ -62,32 +62,62 @@ def table_words(num_ranks: int) -> int:
 
 def table(name: str) -> Tensor:
     """int64 [table_words]: the window table of the group `name`, on the NPU of this rank."""
-    if name not in _tables:
+    return _windows(name).table
+
+
+def check(group: str | dist.ProcessGroup) -> None:
+    """Whether all is well with the launches of the group's kernels that have ended; waits for none.
+
+    A kernel cannot raise. Where one fails, because a peer did not come in time or asked for something else, or because
+    of an id that is no expert's, its results are not defined, and the later launches of the group on this rank end at
+    once, until `deep_ep.init` is called again on all ranks.
+
+    Raises:
+        RuntimeError: a launch has failed on this rank: its op and number, the peer, and what was expected and found.
+    """
+    if failure := _windows(group if isinstance(group, str) else group.group_name).failure():
+        raise RuntimeError(failure)
+
+
+def _windows(name: str) -> "Windows":
+    if name not in _open:
         raise RuntimeError(
             f"deep_ep: there are no windows on the NPU for the group '{name}' on this rank; call deep_ep.init(group) "
             "with a group that has the NPU among its devices, in an installation that has kernels (docs/npu.md)"
         )
-    return _tables[name]
+    return _open[name]
 
 
 class Windows:
     """The windows of one group on NPUs, kept until `close()` or until the group is gone. Collective."""
 
-    usable = True
-
     def __init__(self, group: dist.ProcessGroup, num_bytes: int, timeout: timedelta) -> None:
         self.num_bytes, self.timeout = num_bytes, timeout
         own = _own_communicator(group, num_bytes, timeout)
-        words = (ctypes.c_int64 * table_words(group.size()))()
+        self._words = (ctypes.c_int64 * table_words(group.size()))()
         error = ctypes.create_string_buffer(ERROR_BYTES)
         name = group.group_name
         communicator_name = own.get_hccl_comm_name(group.rank())
-        arguments = name.encode(), communicator_name.encode(), group.rank(), group.size(), num_bytes
-        if library.deep_ep_npu_open_windows(*arguments, words, error):
-            raise RuntimeError(f"deep_ep: no windows on the NPU for the group '{name}': {error.value.decode()}")
-        _tables[name] = torch.tensor(words[:]).to("npu")
-        library.deep_ep_npu_publish_windows(name.encode(), group.size(), _tables[name].data_ptr())
+        library.deep_ep_npu_open_windows(
+            *(name.encode(), communicator_name.encode(), group.rank(), group.size(), num_bytes),
+            *(int(timeout.total_seconds() * 1000), self._words, error),
+        )
+        # Nobody writes to a window before its rank has made it ready.
+        raise_everywhere(group, error.value.decode() or None)
+        self.table = torch.tensor(self._words[:]).to("npu")
+        library.deep_ep_npu_publish_windows(name.encode(), group.size(), self.table.data_ptr())
+        _open[name] = self
         self._close = weakref.finalize(group, _close, name, own)
+
+    def failure(self) -> str | None:
+        """What went wrong in the first launch that has failed on this rank. Waits for no stream."""
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        return error.value.decode() if library.deep_ep_npu_check(self._words, error) else None
+
+    @property
+    def usable(self) -> bool:
+        """Whether ops can use these windows: not after one has failed on this rank."""
+        return self.failure() is None
 
     def close(self) -> None:
         """Gives the windows up."""
@@ -114,4 +144,4 @@ def _own_communicator(group: dist.ProcessGroup, num_bytes: int, timeout: timedel
 def _close(name: str, own: Any) -> None:
     library.deep_ep_npu_publish_windows(name.encode(), 0, None)
     library.deep_ep_npu_close_windows(name.encode())
-    _tables.pop(name, None)
+    _open.pop(name, None)

@@ -14,10 +14,12 @@
 #include <cstdio>
 #include <filesystem>
 #include <memory>
+#include <string_view>
 #include <utility>
 
 #include "npu/aclnn/windows.h"
 #include "npu/kernels.h"
+#include "window_map.h"
 
 namespace deep_ep::aclnn {
 namespace {
@@ -160,7 +162,15 @@ std::unique_ptr<Plan> plan(const DeepEpCall& op_call) {
   return plan;
 }
 
-void fill_table(const char* communicator, int32_t rank, int32_t size, uint64_t bytes, int64_t* table) {
+// Of the clock that kernels read.
+constexpr int64_t kCyclesPerMillisecond = std::string_view(DEEP_EP_SOC) == "ascend950" ? 1'000'000 : 50'000;
+
+void* window_of(const int64_t* table, int64_t rank) {
+  return reinterpret_cast<void*>(table[WindowMap::kHeader + rank]);
+}
+
+void fill_table(const char* communicator, int32_t rank, int32_t size, uint64_t bytes, int64_t timeout_ms,
+                int64_t* table) {
   const std::vector<Window> windows =
       find_windows(communicator, static_cast<uint32_t>(rank), static_cast<uint32_t>(size));
   for (const Window& window : windows)
@@ -169,12 +179,16 @@ void fill_table(const char* communicator, int32_t rank, int32_t size, uint64_t b
                       " are needed: set HCCL_BUFFSIZE to at least ", (bytes + (1 << 20) - 1) >> 20,
                       " (MB) on all ranks"));
   std::fill_n(table, DEEP_EP_TABLE_HEADER, 0);
-  table[0] = DEEP_EP_KERNELS_VERSION;
-  table[1] = rank;
-  table[2] = size;
-  table[3] = static_cast<int64_t>(bytes);
-  for (size_t r = 0; r < windows.size(); ++r)
-    table[DEEP_EP_TABLE_HEADER + r] = static_cast<int64_t>(windows[r].address);
+  table[WindowMap::kVersion] = DEEP_EP_KERNELS_VERSION;
+  table[WindowMap::kRank] = rank;
+  table[WindowMap::kRanks] = size;
+  table[WindowMap::kBytes] = static_cast<int64_t>(bytes);
+  table[WindowMap::kDeadline] = timeout_ms * kCyclesPerMillisecond;
+  for (size_t r = 0; r < windows.size(); ++r) table[WindowMap::kHeader + r] = static_cast<int64_t>(windows[r].address);
+  // No launch has been yet, whatever lies in HCCL's memory.
+  const WindowMap map{size, static_cast<int64_t>(bytes)};
+  const int status = aclrtMemset(window_of(table, rank), bytes, 0, map.slots_begin());
+  if (status != ACL_SUCCESS) fail("aclrtMemset", status);
 }
 
 // Nothing is thrown across a C interface.
@@ -189,13 +203,22 @@ int guarded(char* error, Body&& body) {
   }
 }
 
-int open_windows(const char*, const char* communicator, int32_t rank, int32_t size, uint64_t bytes, int64_t* table,
-                 char* error) {
-  return guarded(error, [&] { fill_table(communicator, rank, size, bytes, table); });
+int open_windows(const char*, const char* communicator, int32_t rank, int32_t size, uint64_t bytes, int64_t timeout_ms,
+                 int64_t* table, char* error) {
+  return guarded(error, [&] { fill_table(communicator, rank, size, bytes, timeout_ms, table); });
 }
 
 // They go with their communicator.
 void close_windows(const char*) {}
+
+int read_status(const int64_t* table, int32_t* status, char* error) {
+  return guarded(error, [&] {
+    constexpr size_t bytes = DEEP_EP_STATUS_WORDS * sizeof(int32_t);
+    const auto* from = static_cast<const char*>(window_of(table, table[WindowMap::kRank])) + WindowMap::status();
+    const int result = aclrtMemcpy(status, bytes, from, bytes, ACL_MEMCPY_DEVICE_TO_HOST);
+    if (result != ACL_SUCCESS) fail("aclrtMemcpy", result);
+  });
+}
 
 int prepare(const DeepEpCall* op_call, void** planned, uint64_t* workspace_bytes, char* error) {
   return guarded(error, [&] {
@@ -219,6 +242,6 @@ int launch(void* planned, void* workspace, void* stream, char* error) {
 extern "C" __attribute__((visibility("default"))) const DeepEpKernels* deep_ep_kernels(void) {
   using namespace deep_ep::aclnn;
   static const DeepEpKernels kernels = {
-      DEEP_EP_KERNELS_VERSION, "AscendC " DEEP_EP_SOC, open_windows, close_windows, prepare, launch};
+      DEEP_EP_KERNELS_VERSION, "AscendC " DEEP_EP_SOC, open_windows, close_windows, read_status, prepare, launch};
   return &kernels;
 }

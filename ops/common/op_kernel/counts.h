@@ -1,0 +1,86 @@
+// The ids of this rank's tokens, and the exchange of how many rows each rank has for each expert.
+#pragma once
+
+#include "exchange.h"
+
+namespace deep_ep {
+
+class Counts {
+ public:
+  // With send_head, what has no row counts as if it had no id.
+  __aicore__ void init(TPipe& pipe, const Tiling& tiling, GM_ADDR workspace, GM_ADDR topk_idx,
+                       GM_ADDR send_head = nullptr) {
+    tiling_ = &tiling;
+    ids_.init(pipe, tiling, topk_idx);
+    has_rows_ = send_head != nullptr;
+    if (has_rows_) rows_.init(pipe, tiling, send_head);
+    numbers_.init(pipe, tiling, workspace);
+  }
+
+  __aicore__ Numbers& numbers() { return numbers_; }
+
+  // A pass over the tokens goes on to a chunk: by MTE2, between order<S_MTE2> and order<MTE2_S>.
+  __aicore__ void read(const Chunk& chunk) {
+    ids_.load(chunk);
+    if (has_rows_) rows_.load(chunk);
+  }
+  // The expert of (token i of the chunk, k), or -1.
+  __aicore__ int32_t expert(int64_t i, int64_t k) {
+    return has_rows_ && row(i, k) < 0 ? -1 : static_cast<int32_t>(ids_.get(i, k));
+  }
+  // The row at the expert's rank, if there is send_head.
+  __aicore__ int32_t row(int64_t i, int64_t k) { return rows_.get(i, k); }
+
+  // Counts this rank's rows and tokens. False if the launch has failed.
+  __aicore__ bool count(Exchange& exchange) {
+    for (Chunk chunk = own_tokens(*tiling_); chunk.any(); chunk.next()) {
+      order<HardEvent::S_MTE2>();
+      read(chunk);
+      order<HardEvent::MTE2_S>();
+      for (int64_t i = 0; i < chunk.count(); ++i) {
+        numbers_.next_token();
+        for (int64_t k = 0; k < tiling_->work.top_k; ++k)
+          if (!has_rows_ || row(i, k) >= 0) count(ids_.get(i, k), exchange);
+      }
+    }
+    numbers_.publish();
+    const bool agreed = exchange.agree();
+    numbers_.gather();
+    return agreed;
+  }
+
+  // Each block sends this rank's counts to some ranks.
+  __aicore__ void send(Exchange& exchange) {
+    order<HardEvent::V_MTE3>();
+    for (int64_t to = GetBlockIdx(); to < exchange.ranks(); to += GetBlockNum())
+      store(exchange.slot(to, exchange.rank()), numbers_.total().tensor(), tiling_->work.experts);
+  }
+
+  // The counts of all ranks have arrived: their sums by expert are in numbers().total(), and numbers().before() has
+  // grown by those of the ranks before this one.
+  __aicore__ void receive(Exchange& exchange) {
+    clear(numbers_.total(), tiling_->work.experts);
+    for (int64_t source = 0; source < exchange.ranks(); ++source)
+      numbers_.reader().add(exchange.slot(exchange.rank(), source), tiling_->work.experts, numbers_.total(),
+                            source < exchange.rank() ? &numbers_.before() : nullptr);
+    order<HardEvent::V_S>();
+  }
+
+ private:
+  __aicore__ void count(int64_t id, Exchange& exchange) {
+    if (id < -1 || id >= tiling_->work.experts)
+      exchange.fail(Failure::bad_id, exchange.rank(), 0, tiling_->work.experts, id);
+    if (id < 0 || id >= tiling_->work.experts) return;
+    const int32_t expert = static_cast<int32_t>(id), rank = numbers_.rank_of(expert);
+    numbers_.of_expert(expert);
+    if (numbers_.is_new(rank)) numbers_.of_rank(rank);
+  }
+
+  const Tiling* tiling_ = nullptr;
+  bool has_rows_ = false;
+  TokenValues<int64_t> ids_;
+  TokenValues<int32_t> rows_;
+  Numbers numbers_;
+};
+
+}  // namespace deep_ep

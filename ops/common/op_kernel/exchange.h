@@ -1,0 +1,185 @@
+// A launch among the ranks of its group: its epoch, its slots in the windows, flags that say that a slot is full, and
+// the status that says why a launch has failed. src/window_map.h has the map of a window.
+#pragma once
+
+#include "kernel.h"
+
+namespace deep_ep {
+
+class Exchange {
+ public:
+  __aicore__ void init(TPipe& pipe, const Tiling& tiling, GM_ADDR table, GM_ADDR workspace, Op op) {
+    tiling_ = &tiling;
+    failures_ = workspace + tiling.failures;
+    table_ = global<int64_t>(table);
+    rank_ = table_.GetValue(WindowMap::kRank);
+    map_ = WindowMap{table_.GetValue(WindowMap::kRanks), table_.GetValue(WindowMap::kBytes)};
+    op_ = static_cast<int32_t>(op);
+    flag_.init(pipe, kFlagWords);
+    failure_.init(pipe, kStatusWords);
+    all_failures_.init(pipe, kStatusWords * GetBlockNum());
+    for (int32_t i = 0; i < kStatusWords; ++i) failure_.set(i, 0);
+    GlobalTensor<int64_t> control = global<int64_t>(window(rank_) + WindowMap::control());
+    refresh(control);
+    epoch_ = control.GetValue(0) + 1;
+  }
+
+  __aicore__ int64_t rank() const { return rank_; }
+  __aicore__ int64_t ranks() const { return map_.ranks; }
+
+  // The slot at rank `at` for what `source` sends.
+  __aicore__ GM_ADDR slot(int64_t at, int64_t source) {
+    return window(at) + map_.slot(epoch_, source, tiling_->slot_bytes);
+  }
+
+  // Whether a launch before has failed, after which this one must not run.
+  __aicore__ bool has_failed_before() {
+    GlobalTensor<int32_t> status = this->status();
+    return status.GetValue(kFailure) != 0;
+  }
+
+  // Something is wrong, as far as this block can see; the first failure counts. The others hear of it by `agree`.
+  __aicore__ void fail(Failure failure, int64_t peer, int64_t phase, int64_t expected, int64_t got) {
+    if (has_failed()) return;
+    failure_.set(kFailure, static_cast<int32_t>(failure));
+    failure_.set(kLaunch, static_cast<int32_t>(epoch_));
+    failure_.set(kPeer, static_cast<int32_t>(peer));
+    failure_.set(kPhase, static_cast<int32_t>(phase));
+    failure_.set(kExpected, static_cast<int32_t>(expected));
+    failure_.set(kGot, static_cast<int32_t>(got));
+    failure_.set(kOp, op_);
+  }
+  __aicore__ bool has_failed() { return failure_.get(kFailure) != 0; }
+
+  // Waits for all blocks, as all_blocks does. False if one of them has failed: then all have.
+  __aicore__ bool agree() {
+    // The next round has another place: some blocks may still be reading in this one.
+    GM_ADDR round = failures_ + rounds_++ % 2 * GetBlockNum() * kStatusBytes;
+    order<HardEvent::S_MTE3>();
+    store(round + GetBlockIdx() * kStatusBytes, failure_.tensor(), kStatusWords);
+    all_blocks();
+    load(all_failures_.tensor(), round, kStatusWords * GetBlockNum());
+    order<HardEvent::MTE2_S>();
+    for (int64_t block = 0; block < GetBlockNum() && !has_failed(); ++block)
+      for (int64_t i = 0; i < kStatusWords; ++i) failure_.set(i, all_failures_.get(block * kStatusWords + i));
+    return !has_failed();
+  }
+
+  // Whether the windows have room for this launch: the same on all blocks and ranks.
+  __aicore__ void check_room() {
+    const int64_t bytes = map_.ranks * tiling_->slot_bytes;
+    if (bytes > map_.room()) fail(Failure::too_small, rank_, 0, bytes, map_.room());
+  }
+
+  // Tells rank `to` that its slot is full, with `entries` of whatever the kernel counts, or that this rank has failed.
+  __aicore__ void raise(int64_t phase, int64_t to, int64_t entries) {
+    const Work& work = tiling_->work;
+    const int32_t op = has_failed() ? kRefused : op_;
+    flag_.set(kEpoch, static_cast<int32_t>(epoch_));
+    flag_.set(kEntries, static_cast<int32_t>(entries));
+    flag_.set(kFlagOp, op);
+    flag_.set(kHidden, static_cast<int32_t>(work.hidden));
+    flag_.set(kTopK, static_cast<int32_t>(work.top_k));
+    flag_.set(kExperts, static_cast<int32_t>(work.experts));
+    flag_.set(kMaxTokens, static_cast<int32_t>(work.max_tokens));
+    flag_.set(kElementBytes, static_cast<int32_t>(work.element_bytes));
+    order<HardEvent::S_MTE3>();
+    DataCopy(global<int32_t>(window(to) + map_.flag(epoch_, phase, rank_)), flag_.tensor(), kFlagWords);
+    order<HardEvent::MTE3_S>();  // the next flag is made in its place
+  }
+
+  // Waits until all ranks have raised their flags, each block for some of them. False: the launch has failed.
+  __aicore__ bool all_raised(int64_t phase) {
+    for (int64_t source = GetBlockIdx(); source < map_.ranks; source += GetBlockNum())
+      if (!wait(phase, source)) break;
+    return agree();
+  }
+
+  // All blocks have written what they have for their peers: each tells some of them, with what `of_rank` says.
+  __aicore__ void raise_all(int64_t phase, Numbers& numbers) {
+    all_blocks();
+    for (int64_t to = GetBlockIdx(); to < map_.ranks; to += GetBlockNum()) raise(phase, to, numbers.tokens_for(to));
+  }
+
+  // What `source` has told of, after all_raised.
+  __aicore__ int64_t entries(int64_t phase, int64_t source) {
+    GlobalTensor<int32_t> flag = own_flag(phase, source);
+    refresh(flag);
+    return flag.GetValue(kEntries);
+  }
+
+  // The launch has ended, and the next one may come.
+  __aicore__ void finish() {
+    all_blocks();
+    if (GetBlockIdx() != 0) return;
+    if (has_failed()) {
+      GlobalTensor<int32_t> status = this->status();
+      for (int32_t i = 0; i < kStatusWords; ++i) status.SetValue(i, failure_.get(i));
+      refresh(status);
+    }
+    GlobalTensor<int64_t> control = global<int64_t>(window(rank_) + WindowMap::control());
+    control.SetValue(0, epoch_);
+    refresh(control);
+  }
+
+ private:
+  static constexpr int32_t kRefused = -1;  // in the place of the op
+  static constexpr int64_t kStatusBytes = Tiling::kStatusBytes;
+  static_assert(kStatusBytes == kStatusWords * sizeof(int32_t));
+
+  __aicore__ GM_ADDR window(int64_t rank) {
+    return reinterpret_cast<GM_ADDR>(table_.GetValue(WindowMap::kHeader + rank));
+  }
+
+  __aicore__ GlobalTensor<int32_t> own_flag(int64_t phase, int64_t source) {
+    return global<int32_t>(window(rank_) + map_.flag(epoch_, phase, source));
+  }
+
+  __aicore__ GlobalTensor<int32_t> status() {
+    GlobalTensor<int32_t> status = global<int32_t>(window(rank_) + WindowMap::status());
+    refresh(status);
+    return status;
+  }
+
+  // Writes back what the scalar unit has written to a line, and lets it read the line anew.
+  template <typename T>
+  __aicore__ void refresh(GlobalTensor<T>& line) {
+    DataCacheCleanAndInvalid<T, CacheLine::SINGLE_CACHE_LINE, DcciDst::CACHELINE_OUT>(line);
+  }
+
+  __aicore__ bool wait(int64_t phase, int64_t source) {
+    const int32_t expected = static_cast<int32_t>(epoch_);
+    const int64_t start = GetSystemCycle(), deadline = table_.GetValue(WindowMap::kDeadline);
+    GlobalTensor<int32_t> flag = own_flag(phase, source);
+    int32_t got = 0;
+    for (refresh(flag); (got = flag.GetValue(kEpoch)) != expected; refresh(flag)) {
+      const bool is_ahead = got > expected;
+      if (!is_ahead && GetSystemCycle() - start <= deadline) continue;
+      fail(is_ahead ? Failure::ahead : Failure::late, source, phase, expected, got);
+      return false;
+    }
+    const Work& work = tiling_->work;
+    return matches(flag, kFlagOp, op_, phase, source) && matches(flag, kHidden, work.hidden, phase, source) &&
+           matches(flag, kTopK, work.top_k, phase, source) && matches(flag, kExperts, work.experts, phase, source) &&
+           matches(flag, kMaxTokens, work.max_tokens, phase, source) &&
+           matches(flag, kElementBytes, work.element_bytes, phase, source);
+  }
+
+  __aicore__ bool matches(GlobalTensor<int32_t>& flag, int32_t word, int64_t own, int64_t phase, int64_t source) {
+    const int32_t got = flag.GetValue(word);
+    if (got == own) return true;
+    const bool refused = word == kFlagOp && got == kRefused;
+    fail(refused ? Failure::refused : Failure::different, source, phase, own, got);
+    return false;
+  }
+
+  const Tiling* tiling_ = nullptr;
+  GlobalTensor<int64_t> table_;
+  WindowMap map_{};
+  int64_t rank_ = 0, epoch_ = 0, rounds_ = 0;
+  int32_t op_ = 0;
+  GM_ADDR failures_ = nullptr;  // of all blocks
+  Array<int32_t> flag_, failure_, all_failures_;
+};
+
+}  // namespace deep_ep

@@ -1,0 +1,268 @@
+// What kernels are made of: order between pipes, transfers of any length, tables, and what goes with tokens.
+//
+// T tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N expert rows.
+#pragma once
+
+#include "kernel_operator.h"
+#include "tiling.h"
+#include "window_map.h"
+
+// The first statement of a kernel: its tiling.
+#define DEEP_EP_KERNEL(tiling, tiling_data)       \
+  KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY); \
+  REGISTER_TILING_DEFAULT(deep_ep::Tiling);       \
+  GET_TILING_DATA_WITH_STRUCT(deep_ep::Tiling, tiling, tiling_data)
+
+namespace deep_ep {
+
+using namespace AscendC;
+
+// Later operations of the event's second pipe follow earlier ones of its first.
+template <HardEvent event>
+__aicore__ inline void order() {
+  const event_t id = static_cast<event_t>(GetTPipePtr()->FetchEventID(event));
+  SetFlag<event>(id);
+  WaitFlag<event>(id);
+}
+
+// All that the blocks of this rank have done is complete, and their writes have arrived.
+__aicore__ inline void all_blocks() {
+  PipeBarrier<PIPE_ALL>();
+  SyncAll();
+}
+
+__aicore__ inline uint32_t align(int64_t bytes) {
+  return static_cast<uint32_t>((bytes + Tiling::kAlignment - 1) / Tiling::kAlignment * Tiling::kAlignment);
+}
+
+union Word {
+  float value;
+  int32_t bits;
+};
+__aicore__ inline int32_t bits_of(float value) { return Word{.value = value}.bits; }
+__aicore__ inline float float_of(int32_t bits) { return Word{.bits = bits}.value; }
+
+template <typename T>
+__aicore__ inline GlobalTensor<T> global(GM_ADDR address) {
+  GlobalTensor<T> tensor;
+  tensor.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(address));
+  return tensor;
+}
+
+// Any number of elements, from or to any address: only the unified buffer's side is aligned.
+template <typename T>
+__aicore__ inline void load(const LocalTensor<T>& to, GM_ADDR from, int64_t count) {
+  const DataCopyExtParams params{1, static_cast<uint32_t>(count * sizeof(T)), 0, 0, 0};
+  DataCopyPad(to.template ReinterpretCast<uint8_t>(), global<uint8_t>(from), params,
+              DataCopyPadExtParams<uint8_t>{false, 0, 0, 0});
+}
+
+template <typename T>
+__aicore__ inline void store(GM_ADDR to, const LocalTensor<T>& from, int64_t count) {
+  const DataCopyExtParams params{1, static_cast<uint32_t>(count * sizeof(T)), 0, 0, 0};
+  DataCopyPad(global<uint8_t>(to), from.template ReinterpretCast<uint8_t>(), params);
+}
+
+// An array in the unified buffer.
+template <typename T>
+class Array {
+ public:
+  __aicore__ void init(TPipe& pipe, int64_t size) { pipe.InitBuffer(buffer_, align(size * sizeof(T))); }
+  __aicore__ LocalTensor<T> tensor() { return buffer_.template Get<T>(); }
+  __aicore__ T get(int64_t i) { return tensor().GetValue(static_cast<uint32_t>(i)); }
+  __aicore__ void set(int64_t i, T value) { tensor().SetValue(static_cast<uint32_t>(i), value); }
+
+ private:
+  TBuf<QuePosition::VECCALC> buffer_;
+};
+
+// Counts or numbers, by expert, and from Tiling::table_ranks on by rank.
+using Table = Array<int32_t>;
+
+// Adds up rows of int32 that lie in global memory, one transfer each, of which several are on their way at a time.
+class TableReader {
+ public:
+  __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
+    pipe.InitBuffer(queue_, kBuffers, static_cast<uint32_t>(tiling.table_bytes));
+  }
+
+  // `words` words to `table`, and to `also` if there is one.
+  __aicore__ void add(GM_ADDR from, int64_t words, Table& table, Table* also = nullptr) {
+    LocalTensor<int32_t> row = queue_.AllocTensor<int32_t>();
+    load(row, from, words);
+    queue_.EnQue(row);
+    row = queue_.DeQue<int32_t>();
+    const int32_t count = static_cast<int32_t>(words);
+    Add(table.tensor(), table.tensor(), row, count);
+    if (also != nullptr) Add(also->tensor(), also->tensor(), row, count);
+    PipeBarrier<PIPE_V>();  // the next row is added to the sums
+    queue_.FreeTensor(row);
+  }
+
+ private:
+  static constexpr int32_t kBuffers = 2;
+  TQue<QuePosition::VECIN, 1> queue_;
+};
+
+// Sets words to 0. The scalar unit has done with them.
+__aicore__ inline void clear(Table& table, int64_t words) {
+  order<HardEvent::S_V>();
+  Duplicate(table.tensor(), 0, static_cast<int32_t>(words));
+  PipeBarrier<PIPE_V>();
+}
+
+// The tokens or rows first..end-1, `size` at a time.
+struct Chunk {
+  int64_t first, end, size;
+
+  __aicore__ bool any() const { return first < end; }
+  __aicore__ void next() { first += size; }
+  __aicore__ int64_t count() const { return end - first < size ? end - first : size; }
+};
+
+// This block's tokens.
+__aicore__ inline Chunk own_tokens(const Tiling& tiling) {
+  return {tiling.tokens.begin(GetBlockIdx()), tiling.tokens.end(GetBlockIdx()), tiling.chunk_tokens};
+}
+
+// K values per token of a tensor [T, K], of a chunk of tokens.
+template <typename T>
+class TokenValues {
+ public:
+  __aicore__ void init(TPipe& pipe, const Tiling& tiling, GM_ADDR tensor) {
+    tensor_ = tensor;
+    top_k_ = tiling.work.top_k;
+    values_.init(pipe, tiling.chunk_tokens * top_k_);
+  }
+
+  // By MTE2.
+  __aicore__ void load(const Chunk& chunk) {
+    deep_ep::load(values_.tensor(), tensor_ + chunk.first * top_k_ * sizeof(T), chunk.count() * top_k_);
+  }
+  // By MTE3.
+  __aicore__ void store(const Chunk& chunk) {
+    deep_ep::store(tensor_ + chunk.first * top_k_ * sizeof(T), values_.tensor(), chunk.count() * top_k_);
+  }
+
+  __aicore__ T get(int64_t i, int64_t k) { return values_.get(i * top_k_ + k); }
+  __aicore__ void set(int64_t i, int64_t k, T value) { values_.set(i * top_k_ + k, value); }
+
+ private:
+  GM_ADDR tensor_ = nullptr;
+  int64_t top_k_ = 0;
+  Array<T> values_;
+};
+
+// For each token of a chunk, or row of what has arrived: places that something of it goes to or comes from. For the
+// scalar unit alone.
+class Places {
+ public:
+  __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
+    words_ = 1 + 2 * tiling.work.top_k;
+    values_.init(pipe, tiling.chunk_tokens * words_);
+  }
+
+  __aicore__ void clear(int64_t item) { values_.set(item * words_, 0); }
+  __aicore__ void add(int64_t item, GM_ADDR place, int64_t with = 0) {
+    const int64_t count = this->count(item);
+    values_.set(item * words_ + 1 + 2 * count, reinterpret_cast<int64_t>(place));
+    values_.set(item * words_ + 2 + 2 * count, with);
+    values_.set(item * words_, count + 1);
+  }
+  __aicore__ int64_t count(int64_t item) { return values_.get(item * words_); }
+  __aicore__ GM_ADDR place(int64_t item, int64_t i) {
+    return reinterpret_cast<GM_ADDR>(values_.get(item * words_ + 1 + 2 * i));
+  }
+  // What was added with the place.
+  __aicore__ int64_t with(int64_t item, int64_t i) { return values_.get(item * words_ + 2 + 2 * i); }
+
+ private:
+  int64_t words_ = 0;
+  Array<int64_t> values_;
+};
+
+// Numbers what goes to each expert and to each rank, in the order of tokens and k, over all blocks of this rank. A
+// first pass over the block's tokens begins at 0, and so counts them; `publish` and `gather` tell all blocks; later
+// passes begin behind what the blocks before have counted.
+class Numbers {
+ public:
+  __aicore__ void init(TPipe& pipe, const Tiling& tiling, GM_ADDR workspace) {
+    tiling_ = &tiling;
+    workspace_ = workspace;
+    ranks_ = tiling.table_ranks;
+    words_ = tiling.table_words;
+    local_experts_ = static_cast<int32_t>(tiling.work.experts / tiling.work.ranks);
+    reader_.init(pipe, tiling);
+    const int64_t size = tiling.table_bytes / sizeof(int32_t);
+    next_.init(pipe, size);
+    before_.init(pipe, size);
+    total_.init(pipe, size);
+    seen_.init(pipe, size);
+    clear(seen_, words_);
+    clear(next_, words_);
+    order<HardEvent::V_S>();
+  }
+
+  __aicore__ void next_token() { ++token_; }
+  __aicore__ int32_t rank_of(int32_t expert) { return expert / local_experts_; }
+  // The number of the next row for `expert`.
+  __aicore__ int32_t of_expert(int32_t expert) { return advance(expert); }
+  // Whether the token has not been at `place` yet: a rank, or R + a node.
+  __aicore__ bool is_new(int32_t place) {
+    if (seen_.get(place) == token_) return false;
+    seen_.set(place, token_);
+    return true;
+  }
+  // The number of the next token for `rank`.
+  __aicore__ int32_t of_rank(int32_t rank) { return advance(ranks_ + rank); }
+
+  // After a pass that has counted.
+  __aicore__ void publish() {
+    order<HardEvent::S_MTE3>();
+    store(workspace_ + GetBlockIdx() * tiling_->count_stride, next_.tensor(), words_);
+  }
+
+  // Once all blocks have published.
+  __aicore__ void gather() {
+    clear(before_, words_);
+    clear(total_, words_);
+    for (int64_t block = 0; block < GetBlockNum(); ++block)
+      reader_.add(workspace_ + block * tiling_->count_stride, words_, total_,
+                  block < GetBlockIdx() ? &before_ : nullptr);
+    order<HardEvent::V_S>();
+  }
+
+  // Before each later pass.
+  __aicore__ void begin_again() {
+    order<HardEvent::S_V>();
+    order<HardEvent::MTE3_V>();  // publish() has read the table
+    Adds(next_.tensor(), before_.tensor(), 0, static_cast<int32_t>(words_));
+    PipeBarrier<PIPE_V>();
+    order<HardEvent::V_S>();
+  }
+
+  // Tokens of this rank that go to `rank`.
+  __aicore__ int64_t tokens_for(int64_t rank) { return total_.get(ranks_ + rank); }
+
+  __aicore__ Table& next() { return next_; }
+  __aicore__ Table& before() { return before_; }
+  __aicore__ Table& total() { return total_; }
+  __aicore__ TableReader& reader() { return reader_; }
+
+ private:
+  __aicore__ int32_t advance(int64_t i) {
+    const int32_t number = next_.get(i);
+    next_.set(i, number + 1);
+    return number;
+  }
+
+  const Tiling* tiling_ = nullptr;
+  GM_ADDR workspace_ = nullptr;
+  int64_t ranks_ = 0, words_ = 0;
+  int32_t local_experts_ = 1, token_ = 0;
+  Table next_, before_, total_;
+  Table seen_;  // by place: the newest token that was there
+  TableReader reader_;
+};
+
+}  // namespace deep_ep

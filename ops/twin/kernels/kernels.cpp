@@ -1,0 +1,285 @@
+// The interface of torch_library/npu/kernels.h on the twin. A launch is prepared by the definition of its operator, as
+// CANN does it, and run with the cores of this process.
+#include "npu/kernels.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "error.h"
+#include "register/op_def_registry.h"
+#include "registry.h"
+#include "twin.h"
+#include "window_map.h"
+#include "windows.h"
+
+#define DEEP_EP_API extern "C" __attribute__((visibility("default")))
+
+namespace twin::kernels {
+
+std::vector<Kernel>& all() {
+  static std::vector<Kernel> kernels;
+  return kernels;
+}
+
+namespace {
+
+using deep_ep::Error;
+using deep_ep::str;
+using deep_ep::WindowMap;
+
+struct Arch {
+  uint64_t unified_buffer_bytes, clock_hz;
+};
+
+// What a kernel may use of a core's unified buffer, and the clock of GetSystemCycle.
+Arch facts_of(int arch) {
+  return arch == 3510 ? Arch{248 << 10, 1'000'000'000} : Arch{(192 << 10) - 256 - 8192, 50'000'000};
+}
+
+struct State {
+  std::mutex mutex;
+  Settings settings{2201, 8, false, 0, facts_of(2201).unified_buffer_bytes, facts_of(2201).clock_hz};
+  std::map<std::string, std::shared_ptr<Windows>> windows;  // by group
+  std::vector<std::string> violations;
+  Counters counters;
+};
+
+State& state() {
+  static State& instance = *new State;
+  return instance;
+}
+
+// low_latency_dispatch: DeepEpLowLatencyDispatch
+std::string definition_name(const std::string& op) {
+  std::string name = "DeepEp";
+  bool is_first = true;
+  for (char c : op) {
+    if (c != '_') name += is_first ? static_cast<char>(std::toupper(c)) : c;
+    is_first = c == '_';
+  }
+  return name;
+}
+
+const Kernel& find(const std::string& op, int32_t dtype) {
+  for (const Kernel& kernel : all())
+    if (kernel.op == op && (kernel.dtype == kAnyDtype || kernel.dtype == dtype)) return kernel;
+  throw Error(str("there is no AscendC kernel for this op yet; the strategy alltoall needs none"));
+}
+
+uint64_t bytes_of(const DeepEpTensor& tensor) {
+  uint64_t bytes = tensor.dtype == ge::DT_INT64                                    ? 8
+                   : tensor.dtype == ge::DT_FLOAT16 || tensor.dtype == ge::DT_BF16 ? 2
+                   : tensor.dtype == ge::DT_INT8 || tensor.dtype == ge::DT_UINT8   ? 1
+                                                                                   : 4;
+  for (int32_t i = 0; i < tensor.num_dims; ++i) bytes *= static_cast<uint64_t>(tensor.sizes[i]);
+  return bytes;
+}
+
+gert::Tensor describe(const DeepEpTensor& tensor) {
+  gert::Shape shape;
+  for (int32_t i = 0; i < tensor.num_dims; ++i) shape.AppendDim(tensor.sizes[i]);
+  return {shape, static_cast<ge::DataType>(tensor.dtype), {}};
+}
+
+struct Plan {
+  const Kernel* kernel = nullptr;
+  std::string group;
+  std::vector<uint8_t*> arguments;  // without workspace and tiling
+  std::vector<Region> regions;      // of the arguments
+  std::vector<uint64_t> tiling;
+  uint64_t workspace_bytes = 0;
+  Settings settings{};
+  uint8_t* workspace = nullptr;
+
+  void add(const DeepEpTensor& tensor, const char* name, bool is_output) {
+    arguments.push_back(static_cast<uint8_t*>(tensor.data));
+    if (bytes_of(tensor) > 0) regions.push_back({tensor.data, bytes_of(tensor), name, !is_output, -1, is_output});
+  }
+};
+
+std::unique_ptr<Plan> plan(const DeepEpCall& call) {
+  const Kernel& kernel = find(call.op, call.inputs[0].dtype);
+  ops::OpDef& definition = ops::OpDefFactory::definitions().at(definition_name(call.op));
+  auto plan = std::make_unique<Plan>();
+  plan->kernel = &kernel;
+  plan->group = call.group;
+  {
+    std::lock_guard lock(state().mutex);
+    plan->settings = state().settings;
+  }
+
+  gert::Node node{definition_name(call.op), {}, {}, {}};
+  for (int32_t i = 0; i < call.num_inputs; ++i) {
+    node.inputs.push_back(describe(call.inputs[i]));
+    plan->add(call.inputs[i], definition.inputs()[i].name().c_str(), false);
+  }
+  for (int32_t i = 0; i < call.num_outputs; ++i) {
+    node.outputs.push_back(describe(call.outputs[i]));
+    plan->add(call.outputs[i], definition.outputs()[i].name().c_str(), true);
+  }
+  if (!plan->group.empty()) node.attrs.values().emplace_back(plan->group);
+  for (int32_t i = 0; i < call.num_integers; ++i) node.attrs.values().emplace_back(call.integers[i]);
+
+  fe::PlatFormInfos platform{static_cast<uint32_t>(plan->settings.cores), plan->settings.unified_buffer_bytes};
+  gert::TilingContext context(&node, &platform);
+  if (definition.AICore().GetTiling()(&context) != ge::GRAPH_SUCCESS)
+    throw Error(str("the tiling of ", node.type, " refuses the call; the message above says why"));
+  plan->tiling.resize((context.tiling_bytes + 7) / 8);
+  std::memcpy(plan->tiling.data(), context.tiling, context.tiling_bytes);
+  plan->workspace_bytes = context.workspaces[0];
+  plan->settings.cores = static_cast<int>(context.block_dim);
+  if (kernel.num_arguments != plan->arguments.size() + 2)
+    throw Error(str("the kernel takes ", kernel.num_arguments, " arguments, its definition makes ",
+                    plan->arguments.size() + 2));
+  return plan;
+}
+
+std::string name_of(int rank) { return str("window of rank ", rank); }
+
+Report execute(Plan& plan) {
+  std::shared_ptr<Windows> windows;
+  if (!plan.group.empty()) {
+    std::lock_guard lock(state().mutex);
+    const auto found = state().windows.find(plan.group);
+    if (found == state().windows.end()) throw Error(str("the windows of group ", plan.group, " have been closed"));
+    windows = found->second;
+  }
+  std::vector<Region> regions = plan.regions;
+  const auto add = [&](void* base, uint64_t bytes, const std::string& name, bool initialised, int rank, bool writable) {
+    regions.push_back({base, bytes, name, initialised, rank, writable});
+  };
+  for (int rank = 0; windows && rank < windows->size(); ++rank)
+    add(windows->window(rank), windows->bytes(), name_of(rank), true, rank, true);
+  add(plan.workspace + kSystemWorkspaceBytes, plan.workspace_bytes - kSystemWorkspaceBytes, "workspace", false, -1,
+      true);
+  add(plan.tiling.data(), plan.tiling.size() * sizeof(uint64_t), "tiling", true, -1, false);
+  plan.settings.block_locks = windows ? windows->locks() : nullptr;
+
+  std::vector<uint8_t*> arguments = plan.arguments;
+  arguments.push_back(plan.workspace);
+  arguments.push_back(reinterpret_cast<uint8_t*>(plan.tiling.data()));
+  Report report = run(plan.settings, plan.kernel->op, regions, [&] { plan.kernel->call(arguments.data()); });
+
+  std::lock_guard lock(state().mutex);
+  state().counters.add(report.counters);
+  for (std::string& violation : report.violations) {
+    if (windows) violation = str("rank ", windows->rank(), ": ", violation);
+    std::fprintf(stderr, "%s\n", violation.c_str());
+    state().violations.push_back(violation);
+  }
+  return report;
+}
+
+// Nothing is thrown across a C interface.
+template <typename Body>
+int guarded(char* error, Body&& body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::exception& wrong) {
+    std::snprintf(error, DEEP_EP_TEXT_BYTES, "%s", wrong.what());
+    return 1;
+  }
+}
+
+int open_windows(const char* group, const char* communicator, int32_t rank, int32_t size, uint64_t bytes,
+                 int64_t timeout_ms, int64_t* table, char* error) {
+  return guarded(error, [&] {
+    auto windows = std::make_shared<Windows>(communicator, rank, size, bytes, timeout_ms);
+    std::lock_guard lock(state().mutex);
+    std::fill_n(table, DEEP_EP_TABLE_HEADER, 0);
+    table[WindowMap::kVersion] = DEEP_EP_KERNELS_VERSION;
+    table[WindowMap::kRank] = rank;
+    table[WindowMap::kRanks] = size;
+    table[WindowMap::kBytes] = static_cast<int64_t>(bytes);
+    table[WindowMap::kDeadline] = timeout_ms * static_cast<int64_t>(state().settings.clock_hz / 1000);
+    for (int r = 0; r < size; ++r)
+      table[WindowMap::kHeader + r] = static_cast<int64_t>(reinterpret_cast<uintptr_t>(windows->window(r)));
+    state().windows[group] = std::move(windows);
+  });
+}
+
+void close_windows(const char* group) {
+  std::lock_guard lock(state().mutex);
+  state().windows.erase(group);
+}
+
+int read_status(const int64_t* table, int32_t* status, char*) {
+  const auto* window = reinterpret_cast<const uint8_t*>(table[WindowMap::kHeader + table[WindowMap::kRank]]);
+  std::memcpy(status, window + WindowMap::status(), DEEP_EP_STATUS_WORDS * sizeof(int32_t));
+  return 0;
+}
+
+int prepare(const DeepEpCall* call, void** planned, uint64_t* workspace_bytes, char* error) {
+  return guarded(error, [&] {
+    std::unique_ptr<Plan> made = plan(*call);
+    *workspace_bytes = made->workspace_bytes;
+    *planned = made.release();
+  });
+}
+
+// Over the stand-in for CANN a launch is a task of the stream. A captured one runs once for every replay, so plans live
+// on.
+void run_task(void* planned) {
+  try {
+    execute(*static_cast<Plan*>(planned));
+  } catch (const std::exception& wrong) {
+    std::fprintf(stderr, "deep_ep twin: %s\n", wrong.what());
+  }
+}
+
+// Without a stream the launch is executed at once, and a violation is an error.
+int launch(void* planned, void* workspace, void* stream, char* error) {
+  return guarded(error, [&] {
+    auto* const plan = static_cast<Plan*>(planned);
+    plan->workspace = static_cast<uint8_t*>(workspace);
+    if (stream == nullptr) {
+      const Report report = execute(*std::unique_ptr<Plan>(plan));
+      if (!report.violations.empty()) throw Error(report.violations.front());
+      return;
+    }
+    using Launch = int(void*, const char*, void (*)(void*), void*);
+    static const auto put = reinterpret_cast<Launch*>(dlsym(RTLD_DEFAULT, "cann_stand_in_launch"));
+    if (put == nullptr) throw Error("the twin runs on streams of the stand-in for CANN alone (tests/cann)");
+    const int status = put(stream, str("deep_ep.", plan->kernel->op).c_str(), &run_task, plan);
+    if (status != 0) throw Error(str("the stand-in refused the launch: ", status));
+  });
+}
+
+}  // namespace
+}  // namespace twin::kernels
+
+using namespace twin::kernels;
+
+DEEP_EP_API const DeepEpKernels* deep_ep_kernels(void) {
+  static const DeepEpKernels kernels = {
+      DEEP_EP_KERNELS_VERSION, "AscendC twin", open_windows, close_windows, read_status, prepare, launch};
+  return &kernels;
+}
+
+// How launches that are prepared from now on run: on 2201 or 3510, with at most `cores` cores, in adversarial mode with
+// this seed if it is not negative. Windows that are opened from now on have this architecture's deadlines.
+DEEP_EP_API void deep_ep_twin_configure(int32_t arch, int32_t cores, int64_t seed) {
+  std::lock_guard lock(state().mutex);
+  const Arch facts = facts_of(arch);
+  state().settings = {
+      arch,          cores, seed >= 0, static_cast<uint64_t>(std::max(seed, int64_t{0})), facts.unified_buffer_bytes,
+      facts.clock_hz};
+}
+
+// The violations since the last call, one to a line. Valid until the next call.
+DEEP_EP_API const char* deep_ep_twin_take_violations() {
+  static std::string text;
+  std::lock_guard lock(state().mutex);
+  text.clear();
+  for (const std::string& violation : state().violations) text += violation + '\n';
+  state().violations.clear();
+  return text.c_str();
+}

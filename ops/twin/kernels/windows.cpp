@@ -1,0 +1,69 @@
+#include "windows.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <thread>
+
+#include "error.h"
+
+namespace twin::kernels {
+namespace {
+
+constexpr uint64_t kPage = 4096;
+
+constexpr uint64_t pages(uint64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+}  // namespace
+
+struct Windows::Header {
+  BlockLocks locks;
+  std::atomic<int32_t> arrived;
+};
+
+Windows::Windows(const std::string& communicator, int rank, int size, uint64_t bytes, int64_t timeout_ms)
+    : rank_(rank), size_(size), bytes_(bytes), mapped_bytes_(pages(sizeof(Header)) + size * pages(bytes)) {
+  const std::string name = deep_ep::str("/deep_ep_twin_", std::hash<std::string>{}(communicator));
+  const auto wrong = [&](const char* what) {
+    return std::runtime_error(
+        deep_ep::str("cannot ", what, " ", mapped_bytes_, " bytes of shared memory: ", std::strerror(errno)));
+  };
+  const int file = shm_open(name.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  if (file < 0) throw wrong("open");
+  const bool sized = ftruncate(file, static_cast<off_t>(mapped_bytes_)) == 0;
+  void* const base = sized ? mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0) : MAP_FAILED;
+  close(file);
+  if (base == MAP_FAILED) throw wrong("map");
+  base_ = base;
+
+  std::atomic<int32_t>& arrived = static_cast<Header*>(base_)->arrived;
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms);
+  bool is_last = arrived.fetch_add(1) + 1 == size;
+  while (arrived.load() < size && std::chrono::steady_clock::now() < deadline)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  const bool complete = arrived.load() >= size;
+  // All have it open, or it is given up.
+  if (is_last || !complete) shm_unlink(name.c_str());
+  if (complete) return;
+  const int came = arrived.load();
+  munmap(base_, mapped_bytes_);
+  throw std::runtime_error(deep_ep::str("only ", came, " of ", size, " ranks have opened windows in ", timeout_ms,
+                                        " ms for the communicator ", communicator));
+}
+
+Windows::~Windows() { munmap(base_, mapped_bytes_); }
+
+uint8_t* Windows::window(int rank) const {
+  return static_cast<uint8_t*>(base_) + pages(sizeof(Header)) + rank * pages(bytes_);
+}
+
+BlockLocks* Windows::locks() const { return &static_cast<Header*>(base_)->locks; }
+
+}  // namespace twin::kernels

@@ -1,0 +1,37 @@
+// Windows of the ranks of a host, which are processes: one piece of shared memory per communicator.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "twin.h"
+
+namespace twin::kernels {
+
+class Windows {
+ public:
+  // Collective: waits for the other ranks, for timeout_ms at most. Every window is full of zeros.
+  //
+  // std::runtime_error: no memory, or a rank has not come.
+  Windows(const std::string& communicator, int rank, int size, uint64_t bytes, int64_t timeout_ms);
+  ~Windows();
+  Windows(const Windows&) = delete;
+  Windows& operator=(const Windows&) = delete;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  uint64_t bytes() const { return bytes_; }
+  uint8_t* window(int rank) const;
+  BlockLocks* locks() const;
+
+ private:
+  struct Header;
+
+  int rank_, size_;
+  uint64_t bytes_;
+  uint64_t mapped_bytes_ = 0;
+  void* base_ = nullptr;
+};
+
+}  // namespace twin::kernels

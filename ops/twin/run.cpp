@@ -1,0 +1,136 @@
+// A launch: its cores as threads, where they meet, and what it reports.
+#include <sched.h>
+
+#include <thread>
+
+#include "launch.h"
+
+namespace twin {
+
+namespace {
+
+thread_local Core* this_core = nullptr;
+BlockLocks process_locks{};
+
+}  // namespace
+
+Core& Core::current() { return *this_core; }
+
+void Counters::add(const Counters& other) {
+  for (size_t i = 0; i < operations.size(); ++i) operations[i] += other.operations[i];
+  read_bytes.resize(std::max(read_bytes.size(), other.read_bytes.size()));
+  written_bytes.resize(std::max(written_bytes.size(), other.written_bytes.size()));
+  for (size_t i = 0; i < other.read_bytes.size(); ++i) read_bytes[i] += other.read_bytes[i];
+  for (size_t i = 0; i < other.written_bytes.size(); ++i) written_bytes[i] += other.written_bytes[i];
+  barriers += other.barriers;
+  flags += other.flags;
+  syncs += other.syncs;
+  unified_buffer_peak = std::max(unified_buffer_peak, other.unified_buffer_peak);
+}
+
+Launch::Launch(const Settings& settings, const std::string& kernel, const std::vector<Region>& regions)
+    : settings(settings), kernel(kernel), ended_(settings.cores) {
+  for (const Region& region : regions) {
+    if (region.bytes == 0) continue;
+    std::unique_ptr<uint8_t[]> written;
+    if (!region.initialised) written.reset(new uint8_t[region.bytes]());
+    memories_.push_back({region, static_cast<size_t>(&region - regions.data()), std::move(written)});
+  }
+  std::sort(memories_.begin(), memories_.end(), [](const Memory& a, const Memory& b) { return a.begin() < b.begin(); });
+  for (size_t i = 1; i < memories_.size(); ++i)
+    if (memories_[i - 1].end() > memories_[i].begin())
+      report("kernel " + kernel + ": regions " + memories_[i - 1].region.name + " and " + memories_[i].region.name +
+             " overlap");
+}
+
+Memory* Launch::find(const void* address) {
+  const auto* byte = static_cast<const uint8_t*>(address);
+  auto next = std::upper_bound(memories_.begin(), memories_.end(), byte,
+                               [](const uint8_t* a, const Memory& memory) { return a < memory.begin(); });
+  if (next == memories_.begin() || byte >= (--next)->end()) return nullptr;
+  return &*next;
+}
+
+void Launch::report(const std::string& violation) {
+  std::lock_guard lock(mutex_);
+  report_.violations.push_back(violation);
+  stopped_ = true;
+  changed_.notify_all();
+}
+
+void Launch::end(Core& core) {
+  std::lock_guard lock(mutex_);
+  ended_[core.index()] = true;
+  report_.counters.add(core.counters_);
+  changed_.notify_all();
+}
+
+Gate& Launch::gate_of(const void* workspace) {
+  std::lock_guard lock(mutex_);
+  return soft_gates_[workspace];
+}
+
+int Launch::meet(Gate& gate, int cores, std::shared_ptr<const Known>* known) {
+  std::unique_lock lock(mutex_);
+  gate.joined.resize(settings.cores);
+  for (int core = 0; core < settings.cores; ++core) gate.joined[core].join((**known)[core]);
+  const uint64_t generation = gate.generation;
+  if (++gate.arrived == cores) {
+    gate.arrived = 0;
+    ++gate.generation;
+    gate.known = std::make_shared<const Known>(gate.joined);
+    changed_.notify_all();
+  }
+  int ended = -1;
+  changed_.wait(lock, [&] {
+    if (gate.generation != generation || stopped()) return true;
+    for (int core = 0; core < cores; ++core)
+      if (ended_[core]) ended = core;
+    return ended >= 0;
+  });
+  if (gate.generation == generation && stopped()) throw Stopped();
+  if (ended < 0) *known = gate.known;
+  return ended;
+}
+
+BlockLock::BlockLock(const Launch& launch, const Memory* memory, const uint8_t* address) {
+  if (!memory->window()) return;
+  BlockLocks& table = launch.settings.block_locks ? *launch.settings.block_locks : process_locks;
+  // The same number in all processes.
+  const uint64_t block =
+      (reinterpret_cast<uintptr_t>(address) / kLinkBlock) - (reinterpret_cast<uintptr_t>(memory->begin()) / kLinkBlock);
+  lock_ = &table.locks[(block * 31 + static_cast<uint64_t>(memory->region.rank) * 257) % BlockLocks::kCount];
+  // A process that died while it held the lock must not stop the others.
+  for (int tries = 0; tries < 100'000 && lock_->exchange(1, std::memory_order_acquire) != 0; ++tries) sched_yield();
+}
+
+BlockLock::~BlockLock() {
+  if (lock_) lock_->store(0, std::memory_order_release);
+}
+
+Report run(const Settings& settings, const std::string& kernel, const std::vector<Region>& regions,
+           const std::function<void()>& body) {
+  Launch launch(settings, kernel, regions);
+  if (launch.stopped()) return launch.take_report();
+  std::vector<std::thread> threads;
+  for (int index = 0; index < settings.cores; ++index) {
+    threads.emplace_back([&launch, &body, index] {
+      Core core(launch, index);
+      this_core = &core;
+      try {
+        body();
+        core.finish();
+      } catch (const Violation&) {
+      } catch (const Stopped&) {
+      } catch (const std::exception& error) {
+        launch.report("kernel " + launch.kernel + ", core " + std::to_string(index) + ": " + error.what());
+      }
+      launch.end(core);
+      this_core = nullptr;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return launch.take_report();
+}
+
+}  // namespace twin

@@ -1,0 +1,70 @@
+// The twin: runs AscendC kernels on the host. ops/twin/include has AscendC's device API, so that the source of a kernel
+// is compiled unchanged; `run` executes it, with checks, and in adversarial mode with everything delayed and reordered
+// that the programming model leaves open.
+//
+// "Rule n" in the twin's sources is rule n of the ordering rules that are listed in core.h.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace twin {
+
+// Global memory that a kernel may touch. Regions do not overlap. Processes that map the same window map it at the same
+// offset from 512-byte boundaries.
+struct Region {
+  void* base;
+  uint64_t bytes;
+  std::string name;
+  bool initialised;  // false: reading a byte that this launch has not written is a violation
+  int rank;          // -1: memory of this rank alone; else the rank whose window it is, this rank's own included
+  bool writable;
+};
+
+// Locks of 512-byte blocks of windows (rule 8: an aligned block never tears). Processes that map the same windows share
+// one table, in shared memory that starts as zeros; nullptr is a table of this process.
+struct BlockLocks {
+  static constexpr uint32_t kCount = 1024;
+  std::atomic<uint32_t> locks[kCount];
+};
+
+// What AscendC itself has of every workspace, in front of the kernel's part.
+constexpr uint64_t kSystemWorkspaceBytes = 16 << 20;
+
+struct Settings {
+  int arch;  // 2201 or 3510
+  int cores;
+  bool adversarial;
+  uint64_t seed;  // of the adversary
+  uint64_t unified_buffer_bytes;
+  uint64_t clock_hz;  // of GetSystemCycle
+  BlockLocks* block_locks = nullptr;
+};
+
+struct Counters {
+  std::array<uint64_t, 5> operations{};  // of V, MTE2 and MTE3, at 1 to 3; of the link at 4, in adversarial mode
+  std::vector<uint64_t> read_bytes;      // by region: by MTE2
+  std::vector<uint64_t> written_bytes;   // by region: by MTE3
+  uint64_t barriers = 0;                 // PipeBarrier, and the one in SyncAll
+  uint64_t flags = 0;                    // SetFlag, those of queues included
+  uint64_t syncs = 0;                    // SyncAll, of each core
+  uint64_t unified_buffer_peak = 0;      // bytes, of the core that has most
+
+  void add(const Counters& other);
+};
+
+struct Report {
+  std::vector<std::string> violations;  // the first of each core; empty: the kernel kept all rules
+  Counters counters;                    // of all cores
+};
+
+// Runs `body` once per core, each on a thread of its own; returns when all have ended. A violation ends its core's
+// program, and the other cores where they next synchronise or poll. Any number of runs may be under way in a process.
+Report run(const Settings& settings, const std::string& kernel, const std::vector<Region>& regions,
+           const std::function<void()>& body);
+
+}  // namespace twin

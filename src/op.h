@@ -1,0 +1,31 @@
+// The ops whose ranks talk to each other, as windows, flags and messages name them.
+#pragma once
+
+#include <cstdint>
+
+namespace deep_ep {
+
+enum class Op : uint32_t {
+  dispatch,
+  combine,
+  dispatch_backward,
+  combine_backward,
+  combine_backward_weights,
+  low_latency_dispatch,
+  low_latency_combine,
+  notify_dispatch
+};
+
+constexpr const char* name_of(Op op) {
+  constexpr const char* names[] = {"dispatch",
+                                   "combine",
+                                   "dispatch_backward",
+                                   "combine_backward",
+                                   "combine_backward (weights)",
+                                   "low_latency_dispatch",
+                                   "low_latency_combine",
+                                   "notify_dispatch"};
+  return names[static_cast<uint32_t>(op)];
+}
+
+}  // namespace deep_ep

@@ -1,0 +1,56 @@
+"""Libraries that tests build from this repository's C++ sources."""
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def torch_npu_dir() -> Path | None:
+    """The folder torch_npu of a wheel, found without importing it."""
+    spec = importlib.util.find_spec("torch_npu")
+    installed = [Path(path) for path in (spec.submodule_search_locations if spec else None) or []]
+    given = [Path(os.environ["TORCH_NPU_DIR"])] if "TORCH_NPU_DIR" in os.environ else []
+    other = sorted((ROOT / ".venv-npu" / "lib").glob("python3*/site-packages/torch_npu"))
+    return next((path for path in (*given, *installed, *other) if (path / "include").is_dir()), None)
+
+
+def tool(name: str) -> str:
+    """A program of this environment, of .venv, or of the system."""
+    folders = (Path(sys.executable).parent, ROOT / ".venv" / "bin")
+    found = next((str(path / name) for path in folders if (path / name).exists()), None) or shutil.which(name)
+    if found is None:
+        raise RuntimeError(f"no {name} to build with")
+    return found
+
+
+def build(source: Path, folder: Path, target: str, **definitions: object) -> Path:
+    """The shared library `target` of a CMake project, built in `folder` when it is missing or older than what it is
+    made of: ninja knows. Processes that want it at the same time wait for one of them.
+    """
+    ninja = tool("ninja")
+    options = [f"-D{name}={value}" for name, value in {"CMAKE_MAKE_PROGRAM": ninja, **definitions}.items()]
+    configure = [tool("cmake"), "-S", str(source), "-B", str(folder), "-G", "Ninja", *options]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, [ninja, "-C", str(folder), target]):
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{run.stdout}{run.stderr}")
+    return folder / f"lib{target}.so"
+
+
+def build_with_torch_npu(source: Path, folder: Path, target: str, **definitions: object) -> Path:
+    """The same for what is compiled with the headers of a torch-npu wheel: the installed one, that of .venv-npu, or
+    TORCH_NPU_DIR.
+    """
+    torch_npu = torch_npu_dir()
+    if torch_npu is None:
+        raise RuntimeError("no torch-npu wheel, whose headers ops/ is compiled with; TORCH_NPU_DIR may name one")
+    return build(source, folder, target, TORCH_NPU_DIR=torch_npu, **definitions)

@@ -1,0 +1,147 @@
+"""The AscendC kernels of ops/ on the twin, called directly: tensors of the host, no streams."""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import native
+import op_definitions
+import torch
+from kernel_interface import TEXT, DeepEpCall, DeepEpTensor, P, kernels_in
+from torch import Tensor
+
+DTYPES = {getattr(torch, name): number for name, number in op_definitions.DTYPES.items()}
+
+A2, A5 = 2201, 3510  # A3 is as A2
+ARCHS = (A2, A5)
+
+
+class Failed(Exception):
+    """A function of the interface has said so; of a launch, that it has broken a rule."""
+
+
+class Setup(NamedTuple):
+    """How the twin runs launches. A seed is for the adversary; None: in order."""
+
+    arch: int = A2
+    cores: int = 3
+    seed: int | None = None
+
+
+@functools.cache
+def build(ops: Path = native.ROOT / "ops") -> Path:
+    """The library with the kernels that lie in `ops`, up to date."""
+    folder = native.ROOT / "build" / "twin" / "kernels"
+    return native.build_with_torch_npu(native.ROOT / "ops" / "twin" / "kernels", folder, "deep_ep_twin_kernels")
+
+
+class Twin:
+    """A library of kernels on the twin."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.deep_ep_twin_take_violations.restype = TEXT
+        self.kernels = kernels_in(self._library)
+
+    def configure(self, setup: Setup) -> None:
+        seed = -1 if setup.seed is None else setup.seed
+        self._library.deep_ep_twin_configure(setup.arch, setup.cores, ctypes.c_int64(seed))
+
+    def take_violations(self) -> list[str]:
+        return self._library.deep_ep_twin_take_violations().decode().splitlines()
+
+    def launch(
+        self, op: str, group: str, inputs: Sequence[Tensor], integers: Sequence[int], outputs: Sequence[Tensor]
+    ) -> None:
+        """One launch, to its end. `inputs` without the window table."""
+        call = DeepEpCall(
+            op.encode(),
+            group.encode(),
+            len(inputs),
+            len(outputs),
+            len(integers),
+            _tensors(inputs),
+            _tensors(outputs),
+            (ctypes.c_int64 * len(integers))(*integers),
+        )
+        plan, size = P(), ctypes.c_uint64()
+        self.checked(self.kernels.prepare, ctypes.byref(call), ctypes.byref(plan), ctypes.byref(size))
+        workspace = torch.empty(size.value, dtype=torch.uint8)
+        self.checked(self.kernels.launch, plan, workspace.data_ptr(), None)
+
+    def checked(self, function: Any, *arguments: Any) -> None:
+        error = ctypes.create_string_buffer(512)
+        if function(*arguments, error):
+            raise Failed(error.value.decode())
+
+
+def _tensors(tensors: Sequence[Tensor]) -> Any:
+    described = []
+    for tensor in tensors:
+        assert tensor.is_contiguous()
+        described.append(
+            DeepEpTensor(tensor.data_ptr(), DTYPES[tensor.dtype], tensor.dim(), (ctypes.c_int64 * 2)(*tensor.shape))
+        )
+    return (DeepEpTensor * len(described))(*described)
+
+
+class Group:
+    """The windows of a rank's group on the twin, and calls of the ops on it. Collective."""
+
+    def __init__(self, twin: Twin, name: str, rank: int, size: int, num_bytes: int, timeout_ms: int) -> None:
+        self.twin, self.name, self.rank, self.size = twin, name, rank, size
+        self.table = torch.empty(8 + size, dtype=torch.int64)
+        twin.checked(
+            twin.kernels.open_windows,
+            *(name.encode(), name.encode(), rank, size, num_bytes, timeout_ms, self.table.data_ptr()),
+        )
+
+    def close(self) -> None:
+        self.twin.kernels.close_windows(self.name.encode())
+
+    def status(self) -> list[int]:
+        words = torch.empty(8, dtype=torch.int32)
+        self.twin.checked(self.twin.kernels.read_status, self.table.data_ptr(), words.data_ptr())
+        return words.tolist()
+
+    def launch(self, op: str, inputs: Sequence[Tensor], integers: Sequence[int], outputs: Sequence[Tensor]) -> None:
+        self.twin.launch(op, self.name, [*inputs, self.table], integers, outputs)
+
+    def notify_dispatch(self, topk_idx: Tensor, num_experts: int) -> Tensor:
+        num_rows = torch.full((1,), -7)
+        self.launch("notify_dispatch", [topk_idx], [num_experts, self.size], [num_rows])
+        return num_rows
+
+    def low_latency_dispatch(self, x: Tensor, topk_idx: Tensor, num_max: int, num_experts: int) -> list[Tensor]:
+        K = topk_idx.shape[1]
+        N = self.size * num_max * min(K, num_experts // self.size)
+        outputs = [
+            _poisoned(N, x.shape[1], dtype=x.dtype),
+            _poisoned(num_experts // self.size, dtype=torch.int64),
+            _poisoned(N, 3, dtype=torch.int32),
+            _poisoned(num_experts, dtype=torch.int32),
+            _poisoned(*topk_idx.shape, dtype=torch.int32),
+        ]
+        self.launch("low_latency_dispatch", [x, topk_idx], [num_experts, self.size, num_max], outputs)
+        return outputs
+
+    def low_latency_combine(
+        self, y: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Sequence[Tensor], num_experts: int
+    ) -> Tensor:
+        """`handle`: recv_src_idx, layout_range, send_head."""
+        combined = _poisoned(topk_idx.shape[0], y.shape[1], dtype=y.dtype)
+        self.launch("low_latency_combine", [y, topk_idx, topk_weights, *handle], [num_experts, self.size], [combined])
+        return combined
+
+
+def _poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, float("nan") if dtype.is_floating_point else -123456, dtype=dtype)
+
+
+def get_dispatch_layout(twin: Twin, topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int) -> list[Tensor]:
+    shapes = ((num_ranks,), (num_nodes,), (num_experts,), (topk_idx.shape[0], num_ranks))
+    outputs = [_poisoned(*shape, dtype=torch.int32) for shape in shapes]
+    twin.launch("get_dispatch_layout", "", [topk_idx], [num_experts, num_ranks, num_nodes], outputs)
+    return outputs

@@ -1,0 +1,174 @@
+"""The twin itself: kernels that keep or break one rule each, with its checks and its adversary.
+
+The kernels are in twin_rules/*.cpp; ops/twin/core.h numbers the rules. A kernel that breaks a rule is caught at its
+line, with pipe and address; one that keeps it runs through, in fast mode and with every seed, on both architectures.
+"""
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import native
+import pytest
+import torch
+
+RULES = Path(__file__).parent / "twin_rules"
+
+ARCHS = (2201, 3510)
+SEEDS = range(8)
+RARE_SEEDS = range(64)
+"""As many as it takes until something that may happen does."""
+
+NEVER, SOMETIMES, ALWAYS = range(3)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(native.build(RULES, native.ROOT / "build" / "twin" / "rules", "twin_rules")))
+    lib.twin_rule.restype = lib.twin_run_rule.restype = ctypes.c_char_p
+    return lib
+
+
+class Rule(NamedTuple):
+    index: int
+    name: str
+    arch: int
+    fast: bool
+    seen: int
+    breaks: list[str]
+
+    def is_caught(self, arch: int, adversarial: bool) -> bool:
+        return bool(self.breaks) and self.arch in (0, arch) and (adversarial or self.fast)
+
+    def run(self, arch: int, seed: int | None) -> bool:
+        """Runs it, in fast mode without a seed; returns whether it has seen what it looks for."""
+        answer = library().twin_run_rule(self.index, arch, seed is not None, ctypes.c_uint64(seed or 0)).decode()
+        caught, other, seen, result, *violations = answer.split("\n")
+        if self.is_caught(arch, seed is not None):
+            assert violations, "it is not caught"
+            text = violations[0]
+            lines = [line for line in (caught, other) if line != "0"]
+            for part in (f"kernel {self.name}, core ", *self.breaks, *(f".cpp:{line}" for line in lines)):
+                assert part in text, f"{part!r} is not in {text!r}"
+        else:
+            assert not violations, violations
+            assert result == "1", "the result is wrong"
+        return seen == "1"
+
+
+@functools.cache
+def rules() -> dict[str, Rule]:
+    found = {}
+    for index in range(library().twin_rules()):
+        name, arch, fast, seen, *breaks = library().twin_rule(index).decode().split("\n")
+        found[name] = Rule(index, name, int(arch), fast == "1", int(seen), breaks)
+    return found
+
+
+def names() -> list[str]:
+    """Of all rules, out of their source: collecting tests builds nothing."""
+    return [
+        name for path in sorted(RULES.glob("*.cpp")) for name in re.findall(r"^RULE\(\s*(\w+)", path.read_text(), re.M)
+    ]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", names())
+def test_rule(name: str, arch: int) -> None:
+    rule = rules()[name]
+    seen = [rule.run(arch, None)] + [rule.run(arch, seed) for seed in SEEDS]
+    if rule.seen == NEVER or rule.arch not in (0, arch):
+        assert not any(seen)
+    elif rule.seen == ALWAYS:
+        assert all(seen)
+    else:
+        assert any(seen) or any(rule.run(arch, seed) for seed in RARE_SEEDS)
+
+
+def test_names_are_those_of_the_library() -> None:
+    assert sorted(names()) == sorted(rules())
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_counters(adversarial: bool) -> None:
+    counts = (ctypes.c_uint64 * 7)()
+    library().twin_count(rules()["rule3_queues_keep"].index, adversarial, counts)
+    # 4 rounds of 256 bytes, in four buffers; EnQue and FreeTensor of both queues.
+    assert list(counts) == [4, 4, 4, 1024, 1024, 16, 1024]
+
+
+# ---- Numbers.
+
+ROUND = {"none": 0, "rint": 1, "floor": 2, "ceil": 3, "round": 4, "trunc": 5}
+DTYPES = {
+    "float": torch.float32,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "int32": torch.int32,
+}
+
+
+def cast(x: torch.Tensor, source: str, destination: str, mode: str) -> torch.Tensor:
+    y = torch.empty(x.shape, dtype=DTYPES[destination])
+    library().twin_cast(
+        source.encode(),
+        destination.encode(),
+        ROUND[mode],
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_void_p(y.data_ptr()),
+        x.numel(),
+    )
+    return y
+
+
+def floats() -> torch.Tensor:
+    """Of all exponents, with mantissas around ties of both 16-bit types."""
+    high = torch.arange(0, 1 << 16, dtype=torch.int64) << 16
+    low = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    bits = (high[:, None] + low).flatten()
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def assert_same_numbers(x: torch.Tensor, y: torch.Tensor) -> None:
+    torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", ["half", "bfloat16"])
+def test_16_bit_numbers(dtype: str) -> None:
+    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(DTYPES[dtype])
+    assert_same_numbers(cast(numbers, dtype, "float", "none"), numbers.float())
+    assert_same_numbers(cast(floats(), "float", dtype, "rint"), floats().to(DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("dtype", ["half", "bfloat16"])
+def test_directed_rounding(dtype: str) -> None:
+    x = floats()
+    x = x[x.isfinite()]
+    down, up = (cast(x, "float", dtype, mode).float() for mode in ("floor", "ceil"))
+    assert (down <= x).all() and (x <= up).all()
+    exact = x.to(DTYPES[dtype]).float() == x
+    assert (down[exact] == x[exact]).all() and (up[exact] == x[exact]).all()
+    assert ((up > down) | exact).all()
+    # The number towards 0 is one of the two; nothing lies between them.
+    assert_same_numbers(cast(x, "float", dtype, "trunc").float(), torch.where(x < 0, up, down))
+    nearest = x.to(DTYPES[dtype]).float()
+    assert ((nearest == down) | (nearest == up)).all()
+
+
+def test_integers() -> None:
+    x = torch.cat([torch.arange(-40, 41) / 4, torch.tensor([126.5, 127.5, 300.0, -127.5, -128.5, -300.0])])
+    by_mode = {"rint": torch.round, "floor": torch.floor, "ceil": torch.ceil, "trunc": torch.trunc}
+    for mode, function in by_mode.items():
+        expected = function(x)
+        assert_same_numbers(cast(x, "float", "int32", mode), expected.to(torch.int32))
+        assert_same_numbers(cast(x.half(), "half", "int8", mode), expected.clamp(-128, 127).to(torch.int8))
+    away = torch.sign(x) * torch.floor(x.abs() + 0.5)
+    assert_same_numbers(cast(x, "float", "int32", "round"), away.to(torch.int32))
+    whole = torch.tensor([0, 1, -1, 2**24 + 1, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    assert_same_numbers(cast(whole, "int32", "float", "rint"), whole.float())
+    assert_same_numbers(
+        cast(torch.tensor([3e9, -3e9]), "float", "int32", "rint"), torch.tensor([2**31 - 1, -(2**31)]).int()
+    )

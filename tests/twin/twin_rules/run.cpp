@@ -1,0 +1,95 @@
+// What test_twin.py calls.
+#include <cstdio>
+#include <cstring>
+
+#include "rules.h"
+
+namespace rules {
+
+World::World() {
+  for (uint32_t i = 0; i < kFloats; ++i) in[i] = static_cast<float>(i);
+}
+
+std::vector<Rule>& all() {
+  static std::vector<Rule> rules;
+  return rules;
+}
+
+}  // namespace rules
+
+namespace {
+
+std::vector<twin::Region> regions_of(rules::World& w) {
+  return {{w.in.data(), sizeof(w.in), "in", true, -1, false},
+          {w.out.data(), sizeof(w.out), "out", false, -1, true},
+          {w.work.data(), sizeof(w.work), "work", true, -1, true},
+          {w.windows[0].data(), sizeof(w.windows[0]), "window of rank 0", true, 0, true},
+          {w.windows[1].data(), sizeof(w.windows[1]), "window of rank 1", true, 1, true},
+          {w.sync.data(), sizeof(w.sync), "sync", true, -1, true}};
+}
+
+thread_local std::string text;
+
+}  // namespace
+
+extern "C" {
+
+int twin_rules() { return static_cast<int>(rules::all().size()); }
+
+// name, arch, whether in fast mode, cores, seen, breaks...; separated by newlines
+const char* twin_rule(int index) {
+  const rules::Rule& rule = rules::all()[index];
+  text = rule.name + "\n" + std::to_string(rule.expected.arch) + "\n" + std::to_string(rule.expected.fast) + "\n" +
+         std::to_string(rule.expected.seen);
+  for (const std::string& part : rule.expected.breaks) text += "\n" + part;
+  return text.c_str();
+}
+
+// caught line, other line, seen, result, violations...; separated by newlines
+const char* twin_run_rule(int index, int arch, bool adversarial, uint64_t seed) {
+  const rules::Rule& rule = rules::all()[index];
+  auto w = std::make_unique<rules::World>();
+  const uint64_t unified_buffer = arch == 2201 ? 192 * 1024 - 256 : 248 * 1024;
+  const uint64_t clock_hz = arch == 2201 ? 50'000'000 : 1'000'000'000;
+  const twin::Report report = twin::run({arch, rule.expected.cores, adversarial, seed, unified_buffer, clock_hz},
+                                        rule.name, regions_of(*w), [&] { rule.kernel(*w); });
+  const bool result = rule.expected.result == nullptr || !report.violations.empty() || rule.expected.result(*w);
+  text = std::to_string(w->caught) + "\n" + std::to_string(w->other) + "\n" + std::to_string(w->seen) + "\n" +
+         std::to_string(result);
+  for (const std::string& violation : report.violations) text += "\n" + violation;
+  return text.c_str();
+}
+
+// What the rule's kernel has done: operations of V, MTE2 and MTE3, bytes read from `in` and written to `out`, flags,
+// the most bytes of the unified buffer.
+void twin_count(int index, bool adversarial, uint64_t* counts) {
+  const rules::Rule& rule = rules::all()[index];
+  auto w = std::make_unique<rules::World>();
+  const twin::Counters counters =
+      twin::run({2201, rule.expected.cores, adversarial, 0, 192 * 1024, 50'000'000}, rule.name, regions_of(*w), [&] {
+        rule.kernel(*w);
+      }).counters;
+  const uint64_t found[] = {counters.operations[1],      counters.operations[2],    counters.operations[3],
+                            counters.read_bytes[0],      counters.written_bytes[1], counters.flags,
+                            counters.unified_buffer_peak};
+  std::copy(std::begin(found), std::end(found), counts);
+}
+
+// Casts `count` elements of 16-bit or 32-bit types; by name as in the twin's headers.
+void twin_cast(const char* from, const char* to, int mode, const void* source, void* destination, int count) {
+  using namespace twin;
+  const auto rounding = static_cast<RoundMode>(mode);
+  const auto cast = [&]<typename From, typename To>(const char* from_name, const char* to_name, From, To) {
+    if (std::strcmp(from, from_name) || std::strcmp(to, to_name)) return;
+    for (int i = 0; i < count; ++i)
+      static_cast<To*>(destination)[i] = convert<To>(static_cast<const From*>(source)[i], rounding);
+  };
+  cast("float", "half", float{}, half{});
+  cast("float", "bfloat16", float{}, bfloat16_t{});
+  cast("half", "float", half{}, float{});
+  cast("bfloat16", "float", bfloat16_t{}, float{});
+  cast("half", "int8", half{}, int8_t{});
+  cast("float", "int32", float{}, int32_t{});
+  cast("int32", "float", int32_t{}, float{});
+}
+}
