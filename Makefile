@@ -18,7 +18,7 @@ CXX_INPUTS := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find $(CXX_FOLDER
 CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS)) \
   $(shell find ops tests/cann tests/fake_cann tests/host_kernels tests/twin -name '*.cpp' -o -name '*.h')
 
-.PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-long lint types format wheel \
+.PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-long mutate-kernels lint types format wheel \
   wheel-check clean
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make bench       run the benchmarks"
 	@echo "make test        the whole suite, which is test-npu and test-cpu"
 	@echo "make test-quick  within 2 minutes; test-long: with many more random cases"
+	@echo "make mutate-kernels   faults in the AscendC kernels, one at a time: how many the twin catches"
 	@echo "make lint types  check the style of the code and its types; format: rewrite the files in that style"
 	@echo "make wheel       output/deep_ep-*.whl; wheel-check: build it and try what is in it"
 	@echo "make clean       remove what was built; .venv stays"
@@ -75,7 +76,7 @@ bench: $(STAMPS)/build
 test: test-npu test-cpu
 
 test-cpu: $(STAMPS)/build
-	$(BIN)/python -m pytest tests -m "not long" $(ARGS)
+	$(BIN)/python -m pytest tests --ignore tests/npu -m "not long" $(ARGS)
 
 # The wheel, under the real torch_npu and torchair; without CANN, over the stand-in of tests/cann.
 test-npu: $(NPU_STAMPS)/deep_ep
@@ -100,7 +101,11 @@ $(NPU_STAMPS)/deep_ep: $(NPU_STAMPS)/setup $(CXX_INPUTS) $(shell find python -na
 	@touch $@
 
 test-quick: $(STAMPS)/build
-	$(BIN)/python -m pytest tests -m "not slow and not long" $(ARGS)
+	$(BIN)/python -m pytest tests --ignore tests/npu -m "not slow and not long" $(ARGS)
+
+# Every fault in the AscendC kernels, one at a time: docs/kernels.md.
+mutate-kernels: $(STAMPS)/build $(NPU_STAMPS)/setup
+	$(BIN)/python tests/npu/mutate.py $(ARGS)
 
 test-long: $(STAMPS)/build
 	DEEP_EP_HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests --timeout 3600 $(ARGS)

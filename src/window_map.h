@@ -29,7 +29,7 @@ struct WindowMap {
   // Words of the window table before the addresses (torch_library/npu/kernels.h).
   enum Table { kVersion, kRank, kRanks, kBytes, kDeadline, kHeader = 8 };
 
-  // int64 words of the control line: the epoch of the newest launch that has ended.
+  // int64 words of the control line (ControlWord).
   static constexpr int64_t control() { return 0; }
   // int32 words of the status line (StatusWord), all 0 as long as all is well.
   static constexpr int64_t status() { return kLine; }
@@ -50,6 +50,10 @@ struct WindowMap {
   }
 };
 
+// The control line, int64: the epoch of the newest launch that has ended, and of the newest one that has begun. They
+// are equal between launches, unless one was aborted.
+enum ControlWord { kEnded, kBegun };
+
 // Why a launch has failed: the first word of the status.
 enum class Failure : int32_t {
   none,
@@ -60,6 +64,7 @@ enum class Failure : int32_t {
   bad_id,     // topk_idx of this rank holds an id that is neither -1 nor 0 to E-1
   bad_row,    // a peer asks for a row that x does not have
   too_small,  // the window has no room for the slots of this launch
+  aborted,    // the launch before has not come to its end on this rank
 };
 
 // The status line, int32. It stays as it is, and later launches of the group end at once.

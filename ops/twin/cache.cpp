@@ -34,7 +34,33 @@ void runs(uint64_t mask, F&& f) {
   }
 }
 
+// What a launch has left in the caches of this process's cores.
+struct OldLine {
+  uint8_t* address;
+  Line line;
+};
+std::mutex old_mutex;
+std::unordered_map<int, std::vector<OldLine>> old_lines;
+
 }  // namespace
+
+void Core::leave_lines() {
+  std::lock_guard lock(old_mutex);
+  std::vector<OldLine>& left = old_lines[index_];
+  left.clear();
+  for (const auto& [address, line] : lines_)
+    if (line.memory->window()) left.push_back({address, line});
+}
+
+void Core::find_old_lines() {
+  std::lock_guard lock(old_mutex);
+  for (const OldLine& old : old_lines[index_]) {
+    Memory* memory = launch_.find(old.address);
+    if (memory == nullptr || !memory->window() || random() % 2) continue;
+    Line& line = lines_[old.address] = old.line;
+    line.memory = memory;
+  }
+}
 
 void Core::fill(uint8_t* address, Line* line) {
   BlockLock lock(launch_, line->memory, std::max(address, line->memory->begin()));
@@ -89,6 +115,8 @@ void Core::load(const void* address, void* value, uint32_t bytes, Site at) {
     if (random() % 32 == 0) evict(false);
     tick(true);
   }
+  if (adversarial_ && memory->window() && line_address + kLine < memory->end() && random() % 8 == 0)
+    line_of(line_address + kLine, memory);
   Line& line = line_of(line_address, memory);
   const uint64_t wanted = bits(begin - line_address, bytes);
   if (memory->written && (line.dirty & wanted) != wanted &&

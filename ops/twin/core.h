@@ -12,7 +12,9 @@
 //  3. EnQue/DeQue and FreeTensor/AllocTensor are such flags, between MTE2, V and MTE3, never S.
 //  4. SetAtomic is not delayed: it holds for what is issued after it.
 //  5. SyncAll orders cores; the hard one begins with PIPE_ALL on 2201 only. On 3510 it follows MTE3.
-//  6. Scalar accesses to global memory go through a cache of 64-byte lines, per core, written back whole.
+//  6. Scalar accesses to global memory go through a cache of 64-byte lines, per core, written back whole. Of a window
+//     it may have lines that the program has not read: the one behind a line that it has, and those of the launch
+//     before.
 //  7. Atomics of MTE3 are not ordered among themselves, and each is atomic.
 //  8. A write to a window of a rank reads the unified buffer as an operation of MTE3 and arrives as one of the link, in
 //     aligned blocks of 512 bytes, each whole and at its own time, until an MTE3_S flag or PipeBarrier of MTE3 or ALL.
@@ -255,6 +257,8 @@ class Core {
   void fill(uint8_t* address, Line* line);
   void write_back(uint8_t* address, Line* line);
   void evict(bool must);
+  void find_old_lines();
+  void leave_lines();
   void clean_line(uint8_t* address, uint64_t mask, Site at);
   void note_line(uint8_t* address, Memory* memory, uint64_t written, bool dirty, Site at);
 

@@ -62,8 +62,14 @@ class Launch {
   void report(const std::string& violation);
   void end(Core& core);
   Memory* find(const void* address);  // the region that holds it, or nullptr
-  bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
-  Report take_report() { return std::move(report_); }
+  bool stopped() const {
+    return stopped_.load(std::memory_order_relaxed) ||
+           (settings.shared && settings.shared->stopped.load(std::memory_order_relaxed));
+  }
+  Report take_report() {
+    report_.stopped = stopped();
+    return std::move(report_);
+  }
 
   const Settings settings;
   const std::string kernel;

@@ -10,26 +10,15 @@ namespace twin {
 namespace {
 
 thread_local Core* this_core = nullptr;
-BlockLocks process_locks{};
+Shared process{};
 
 }  // namespace
 
 Core& Core::current() { return *this_core; }
 
-void Counters::add(const Counters& other) {
-  for (size_t i = 0; i < operations.size(); ++i) operations[i] += other.operations[i];
-  read_bytes.resize(std::max(read_bytes.size(), other.read_bytes.size()));
-  written_bytes.resize(std::max(written_bytes.size(), other.written_bytes.size()));
-  for (size_t i = 0; i < other.read_bytes.size(); ++i) read_bytes[i] += other.read_bytes[i];
-  for (size_t i = 0; i < other.written_bytes.size(); ++i) written_bytes[i] += other.written_bytes[i];
-  barriers += other.barriers;
-  flags += other.flags;
-  syncs += other.syncs;
-  unified_buffer_peak = std::max(unified_buffer_peak, other.unified_buffer_peak);
-}
-
 Launch::Launch(const Settings& settings, const std::string& kernel, const std::vector<Region>& regions)
     : settings(settings), kernel(kernel), ended_(settings.cores) {
+  report_.counters.resize(settings.cores);
   for (const Region& region : regions) {
     if (region.bytes == 0) continue;
     std::unique_ptr<uint8_t[]> written;
@@ -55,13 +44,14 @@ void Launch::report(const std::string& violation) {
   std::lock_guard lock(mutex_);
   report_.violations.push_back(violation);
   stopped_ = true;
+  if (settings.shared) settings.shared->stopped = 1;
   changed_.notify_all();
 }
 
 void Launch::end(Core& core) {
   std::lock_guard lock(mutex_);
   ended_[core.index()] = true;
-  report_.counters.add(core.counters_);
+  report_.counters[core.index()] = core.counters_;
   changed_.notify_all();
 }
 
@@ -95,11 +85,11 @@ int Launch::meet(Gate& gate, int cores, std::shared_ptr<const Known>* known) {
 
 BlockLock::BlockLock(const Launch& launch, const Memory* memory, const uint8_t* address) {
   if (!memory->window()) return;
-  BlockLocks& table = launch.settings.block_locks ? *launch.settings.block_locks : process_locks;
+  Shared& shared = launch.settings.shared ? *launch.settings.shared : process;
   // The same number in all processes.
   const uint64_t block =
       (reinterpret_cast<uintptr_t>(address) / kLinkBlock) - (reinterpret_cast<uintptr_t>(memory->begin()) / kLinkBlock);
-  lock_ = &table.locks[(block * 31 + static_cast<uint64_t>(memory->region.rank) * 257) % BlockLocks::kCount];
+  lock_ = &shared.locks[(block * 31 + static_cast<uint64_t>(memory->region.rank) * 257) % Shared::kLocks];
   // A process that died while it held the lock must not stop the others.
   for (int tries = 0; tries < 100'000 && lock_->exchange(1, std::memory_order_acquire) != 0; ++tries) sched_yield();
 }

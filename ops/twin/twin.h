@@ -25,11 +25,11 @@ struct Region {
   bool writable;
 };
 
-// Locks of 512-byte blocks of windows (rule 8: an aligned block never tears). Processes that map the same windows share
-// one table, in shared memory that starts as zeros; nullptr is a table of this process.
-struct BlockLocks {
-  static constexpr uint32_t kCount = 1024;
-  std::atomic<uint32_t> locks[kCount];
+// What processes that map the same windows have in common, in shared memory that starts as zeros.
+struct Shared {
+  static constexpr uint32_t kLocks = 1024;
+  std::atomic<uint32_t> locks[kLocks];  // of 512-byte blocks of windows (rule 8: an aligned block never tears)
+  std::atomic<uint32_t> stopped;        // a violation on one of them ends the launches of all
 };
 
 // What AscendC itself has of every workspace, in front of the kernel's part.
@@ -41,8 +41,8 @@ struct Settings {
   bool adversarial;
   uint64_t seed;  // of the adversary
   uint64_t unified_buffer_bytes;
-  uint64_t clock_hz;  // of GetSystemCycle
-  BlockLocks* block_locks = nullptr;
+  uint64_t clock_hz;         // of GetSystemCycle
+  Shared* shared = nullptr;  // nullptr: the process has no others
 };
 
 struct Counters {
@@ -52,14 +52,13 @@ struct Counters {
   uint64_t barriers = 0;                 // PipeBarrier, and the one in SyncAll
   uint64_t flags = 0;                    // SetFlag, those of queues included
   uint64_t syncs = 0;                    // SyncAll, of each core
-  uint64_t unified_buffer_peak = 0;      // bytes, of the core that has most
-
-  void add(const Counters& other);
+  uint64_t unified_buffer_peak = 0;      // bytes
 };
 
 struct Report {
   std::vector<std::string> violations;  // the first of each core; empty: the kernel kept all rules
-  Counters counters;                    // of all cores
+  bool stopped = false;                 // it has not come to its end: a violation, here or on another rank
+  std::vector<Counters> counters;       // by core
 };
 
 // Runs `body` once per core, each on a thread of its own; returns when all have ended. A violation ends its core's

@@ -28,13 +28,15 @@ class Setup(NamedTuple):
     arch: int = A2
     cores: int = 3
     seed: int | None = None
+    unified_buffer: int = 0
+    """Bytes; 0: as much as the architecture has. With less, rows go in more tiles and tokens in more chunks."""
 
 
 @functools.cache
-def build(ops: Path = native.ROOT / "ops") -> Path:
-    """The library with the kernels that lie in `ops`, up to date."""
-    folder = native.ROOT / "build" / "twin" / "kernels"
-    return native.build_with_torch_npu(native.ROOT / "ops" / "twin" / "kernels", folder, "deep_ep_twin_kernels")
+def build(ops: Path = native.ROOT / "ops", name: str = "kernels") -> Path:
+    """The library with the kernels that lie in `ops`, up to date, in a build folder of this name."""
+    source, folder = native.ROOT / "ops" / "twin" / "kernels", native.ROOT / "build" / "twin" / name
+    return native.build_with_torch_npu(source, folder, "deep_ep_twin_kernels", DEEP_EP_OPS=ops)
 
 
 class Twin:
@@ -47,7 +49,19 @@ class Twin:
 
     def configure(self, setup: Setup) -> None:
         seed = -1 if setup.seed is None else setup.seed
-        self._library.deep_ep_twin_configure(setup.arch, setup.cores, ctypes.c_int64(seed))
+        self._library.deep_ep_twin_configure(
+            setup.arch, setup.cores, ctypes.c_int64(seed), ctypes.c_uint64(setup.unified_buffer)
+        )
+
+    def mutate(self, number: int) -> None:
+        """Chooses a fault, in a library of mutants."""
+        self._library.deep_ep_twin_mutant(number)
+
+    def take_traffic(self, cores: int = 0) -> tuple[list[int], list[tuple[int, int]]]:
+        """Bytes that launches have moved since the last call: read and written over links; and in all, by core."""
+        link, by_core = (ctypes.c_uint64 * 2)(), (ctypes.c_uint64 * 2 * cores)()
+        self._library.deep_ep_twin_take_traffic(link, by_core, cores)
+        return list(link), [(read, written) for read, written in by_core]
 
     def take_violations(self) -> list[str]:
         return self._library.deep_ep_twin_take_violations().decode().splitlines()
@@ -100,6 +114,12 @@ class Group:
 
     def close(self) -> None:
         self.twin.kernels.close_windows(self.name.encode())
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
     def status(self) -> list[int]:
         words = torch.empty(8, dtype=torch.int32)

@@ -125,6 +125,8 @@ const char* text_of(Failure failure) {
       return "it asks for a row that x does not have: rows, row";
     case Failure::too_small:
       return "the windows are too small for this launch: bytes needed, bytes there; ask for more with num_bytes";
+    case Failure::aborted:
+      return "a launch before did not come to its end: the newest one that has ended, the newest one that has begun";
     default:
       return "of an unknown kind";
   }

@@ -19,7 +19,8 @@ class Counts {
 
   __aicore__ Numbers& numbers() { return numbers_; }
 
-  // A pass over the tokens goes on to a chunk: by MTE2, between order<S_MTE2> and order<MTE2_S>.
+  // A pass over the tokens goes on to a chunk, by MTE2. What the scalar unit has read of the one before must be ordered
+  // before.
   __aicore__ void read(const Chunk& chunk) {
     ids_.load(chunk);
     if (has_rows_) rows_.load(chunk);
@@ -51,7 +52,6 @@ class Counts {
 
   // Each block sends this rank's counts to some ranks.
   __aicore__ void send(Exchange& exchange) {
-    order<HardEvent::V_MTE3>();
     for (int64_t to = GetBlockIdx(); to < exchange.ranks(); to += GetBlockNum())
       store(exchange.slot(to, exchange.rank()), numbers_.total().tensor(), tiling_->work.experts);
   }

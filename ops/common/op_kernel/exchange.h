@@ -19,9 +19,8 @@ class Exchange {
     failure_.init(pipe, kStatusWords);
     all_failures_.init(pipe, kStatusWords * GetBlockNum());
     for (int32_t i = 0; i < kStatusWords; ++i) failure_.set(i, 0);
-    GlobalTensor<int64_t> control = global<int64_t>(window(rank_) + WindowMap::control());
-    refresh(control);
-    epoch_ = control.GetValue(0) + 1;
+    GlobalTensor<int64_t> control = this->control();
+    epoch_ = control.GetValue(kEnded) + 1;
   }
 
   __aicore__ int64_t rank() const { return rank_; }
@@ -65,8 +64,15 @@ class Exchange {
     return !has_failed();
   }
 
-  // Whether the windows have room for this launch: the same on all blocks and ranks.
-  __aicore__ void check_room() {
+  // The launch begins. What is wrong with it so far, the others hear of by `agree`.
+  __aicore__ void begin() {
+    if (GetBlockIdx() == 0) {
+      GlobalTensor<int64_t> control = this->control();
+      const int64_t begun = control.GetValue(kBegun);
+      if (begun + 1 != epoch_) fail(Failure::aborted, rank_, 0, epoch_ - 1, begun);
+      control.SetValue(kBegun, epoch_);
+      refresh(control);
+    }
     const int64_t bytes = map_.ranks * tiling_->slot_bytes;
     if (bytes > map_.room()) fail(Failure::too_small, rank_, 0, bytes, map_.room());
   }
@@ -108,17 +114,16 @@ class Exchange {
     return flag.GetValue(kEntries);
   }
 
-  // The launch has ended, and the next one may come.
+  // The launch has come to its end, about which all blocks agree.
   __aicore__ void finish() {
-    all_blocks();
     if (GetBlockIdx() != 0) return;
     if (has_failed()) {
       GlobalTensor<int32_t> status = this->status();
       for (int32_t i = 0; i < kStatusWords; ++i) status.SetValue(i, failure_.get(i));
       refresh(status);
     }
-    GlobalTensor<int64_t> control = global<int64_t>(window(rank_) + WindowMap::control());
-    control.SetValue(0, epoch_);
+    GlobalTensor<int64_t> control = this->control();
+    control.SetValue(kEnded, epoch_);
     refresh(control);
   }
 
@@ -133,6 +138,12 @@ class Exchange {
 
   __aicore__ GlobalTensor<int32_t> own_flag(int64_t phase, int64_t source) {
     return global<int32_t>(window(rank_) + map_.flag(epoch_, phase, source));
+  }
+
+  __aicore__ GlobalTensor<int64_t> control() {
+    GlobalTensor<int64_t> control = global<int64_t>(window(rank_) + WindowMap::control());
+    refresh(control);
+    return control;
   }
 
   __aicore__ GlobalTensor<int32_t> status() {

@@ -104,9 +104,8 @@ class TableReader {
   TQue<QuePosition::VECIN, 1> queue_;
 };
 
-// Sets words to 0. The scalar unit has done with them.
+// Sets words to 0. What the scalar unit has written to them is ordered before.
 __aicore__ inline void clear(Table& table, int64_t words) {
-  order<HardEvent::S_V>();
   Duplicate(table.tensor(), 0, static_cast<int32_t>(words));
   PipeBarrier<PIPE_V>();
 }
@@ -232,12 +231,9 @@ class Numbers {
     order<HardEvent::V_S>();
   }
 
-  // Before each later pass.
+  // Before each later pass. All blocks have met since the last one.
   __aicore__ void begin_again() {
-    order<HardEvent::S_V>();
-    order<HardEvent::MTE3_V>();  // publish() has read the table
     Adds(next_.tensor(), before_.tensor(), 0, static_cast<int32_t>(words_));
-    PipeBarrier<PIPE_V>();
     order<HardEvent::V_S>();
   }
 

@@ -32,11 +32,11 @@ class RowCopier {
     }
   }
 
-  // Sets `bytes` bytes, a multiple of 2, to words of `value`.
+  // Sets `bytes` bytes, a multiple of 2, to words of `value`. At most once for each tile that there is room for, after
+  // the scalar unit has waited for copies.
   __aicore__ void fill(GM_ADDR to, int64_t bytes, int32_t value) {
     if (bytes <= 0) return;
     LocalTensor<uint8_t> piece = queue_.AllocTensor<uint8_t>();
-    order<HardEvent::MTE3_V>();  // the queue has MTE2 wait for what was in the tile, not V
     Duplicate(piece.ReinterpretCast<int32_t>(), value, static_cast<int32_t>(tiling_->tile_bytes / sizeof(int32_t)));
     order<HardEvent::V_MTE3>();
     for (int64_t begin = 0; begin < bytes; begin += tiling_->tile_bytes)

@@ -23,12 +23,10 @@ class GetDispatchLayout {
   __aicore__ void process() {
     const Work& work = tiling_->work;
     clear(tokens_, work.nodes);
-    order<HardEvent::V_S>();
     if (GetBlockIdx() == 0) clear_results();
 
     for (Chunk chunk = own_tokens(*tiling_); chunk.any(); chunk.next()) count(chunk);
 
-    order<HardEvent::S_MTE3>();
     all_blocks();  // the results are 0
     SetAtomicAdd<int32_t>();
     store(per_expert_, numbers_.next().tensor(), work.experts);

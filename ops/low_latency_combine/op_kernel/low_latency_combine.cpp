@@ -27,7 +27,7 @@ class LowLatencyCombine {
 
   __aicore__ void process() {
     if (exchange_.has_failed_before()) return;
-    exchange_.check_room();
+    exchange_.begin();
     if (counts_.count(exchange_)) ask();
     exchange_.raise_all(kAsked, counts_.numbers());
     if (exchange_.all_raised(kAsked))
@@ -48,7 +48,6 @@ class LowLatencyCombine {
     Numbers& numbers = counts_.numbers();
     numbers.begin_again();
     for (Chunk chunk = own_tokens(*tiling_); chunk.any(); chunk.next()) {
-      order<HardEvent::S_MTE2>();
       counts_.read(chunk);
       weights_.load(chunk);
       order<HardEvent::MTE2_S>();

@@ -33,7 +33,7 @@ class LowLatencyDispatch {
 
   __aicore__ void process() {
     if (exchange_.has_failed_before()) return;
-    exchange_.check_room();
+    exchange_.begin();
     if (counts_.count(exchange_)) {
       counts_.send(exchange_);
       send();
@@ -58,7 +58,6 @@ class LowLatencyDispatch {
     Numbers& numbers = counts_.numbers();
     numbers.begin_again();
     for (Chunk chunk = own_tokens(*tiling_); chunk.any(); chunk.next()) {
-      order<HardEvent::S_MTE2>();
       counts_.read(chunk);
       order<HardEvent::MTE2_S>();
       for (int64_t i = 0; i < chunk.count(); ++i) {
@@ -110,7 +109,6 @@ class LowLatencyDispatch {
   // Which row each (token, k) has got, if it was not one too many.
   __aicore__ void answer() {
     for (Chunk chunk = own_tokens(*tiling_); chunk.any(); chunk.next()) {
-      order<HardEvent::S_MTE2>();
       counts_.read(chunk);
       order<HardEvent::MTE2_S>();
       for (int64_t i = 0; i < chunk.count(); ++i)
@@ -145,7 +143,6 @@ class LowLatencyDispatch {
 
   __aicore__ void expand(int64_t source, const Chunk& chunk) {
     GM_ADDR slot = exchange_.slot(exchange_.rank(), source);
-    order<HardEvent::S_MTE2>();
     records_.load(slot + tiling_->slot_records, chunk);
     order<HardEvent::MTE2_S>();
     for (int64_t i = 0; i < chunk.count(); ++i) {

@@ -24,7 +24,7 @@ class NotifyDispatch {
  private:
   __aicore__ int64_t exchange() {
     int64_t rows = 0;
-    exchange_.check_room();
+    exchange_.begin();
     if (counts_.count(exchange_)) counts_.send(exchange_);
     exchange_.raise_all(0, counts_.numbers());
     if (exchange_.all_raised(0)) {

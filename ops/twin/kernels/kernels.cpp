@@ -43,12 +43,18 @@ Arch facts_of(int arch) {
   return arch == 3510 ? Arch{248 << 10, 1'000'000'000} : Arch{(192 << 10) - 256 - 8192, 50'000'000};
 }
 
+// What MTE2 and MTE3 have moved: over links, and in all by each core.
+struct Traffic {
+  uint64_t link_read = 0, link_written = 0;
+  std::vector<uint64_t> read, written;
+};
+
 struct State {
   std::mutex mutex;
   Settings settings{2201, 8, false, 0, facts_of(2201).unified_buffer_bytes, facts_of(2201).clock_hz};
   std::map<std::string, std::shared_ptr<Windows>> windows;  // by group
   std::vector<std::string> violations;
-  Counters counters;
+  Traffic traffic;
 };
 
 State& state() {
@@ -160,7 +166,7 @@ Report execute(Plan& plan) {
   add(plan.workspace + kSystemWorkspaceBytes, plan.workspace_bytes - kSystemWorkspaceBytes, "workspace", false, -1,
       true);
   add(plan.tiling.data(), plan.tiling.size() * sizeof(uint64_t), "tiling", true, -1, false);
-  plan.settings.block_locks = windows ? windows->locks() : nullptr;
+  plan.settings.shared = windows ? windows->shared() : nullptr;
 
   std::vector<uint8_t*> arguments = plan.arguments;
   arguments.push_back(plan.workspace);
@@ -168,7 +174,19 @@ Report execute(Plan& plan) {
   Report report = run(plan.settings, plan.kernel->op, regions, [&] { plan.kernel->call(arguments.data()); });
 
   std::lock_guard lock(state().mutex);
-  state().counters.add(report.counters);
+  Traffic& traffic = state().traffic;
+  traffic.read.resize(std::max(traffic.read.size(), report.counters.size()));
+  traffic.written.resize(traffic.read.size());
+  for (size_t core = 0; core < report.counters.size(); ++core) {
+    const Counters& counters = report.counters[core];
+    for (size_t i = 0; i < counters.read_bytes.size(); ++i) {
+      const bool by_link = regions[i].rank >= 0 && regions[i].rank != windows->rank();
+      traffic.read[core] += counters.read_bytes[i];
+      traffic.written[core] += counters.written_bytes[i];
+      traffic.link_read += by_link ? counters.read_bytes[i] : 0;
+      traffic.link_written += by_link ? counters.written_bytes[i] : 0;
+    }
+  }
   for (std::string& violation : report.violations) {
     if (windows) violation = str("rank ", windows->rank(), ": ", violation);
     std::fprintf(stderr, "%s\n", violation.c_str());
@@ -243,6 +261,7 @@ int launch(void* planned, void* workspace, void* stream, char* error) {
     if (stream == nullptr) {
       const Report report = execute(*std::unique_ptr<Plan>(plan));
       if (!report.violations.empty()) throw Error(report.violations.front());
+      if (report.stopped) throw Error("another rank has broken a rule");
       return;
     }
     using Launch = int(void*, const char*, void (*)(void*), void*);
@@ -265,13 +284,17 @@ DEEP_EP_API const DeepEpKernels* deep_ep_kernels(void) {
 }
 
 // How launches that are prepared from now on run: on 2201 or 3510, with at most `cores` cores, in adversarial mode with
-// this seed if it is not negative. Windows that are opened from now on have this architecture's deadlines.
-DEEP_EP_API void deep_ep_twin_configure(int32_t arch, int32_t cores, int64_t seed) {
+// this seed if it is not negative, with less unified buffer than there is if that is not 0. Windows that are opened
+// from now on have this architecture's deadlines.
+DEEP_EP_API void deep_ep_twin_configure(int32_t arch, int32_t cores, int64_t seed, uint64_t unified_buffer_bytes) {
   std::lock_guard lock(state().mutex);
   const Arch facts = facts_of(arch);
-  state().settings = {
-      arch,          cores, seed >= 0, static_cast<uint64_t>(std::max(seed, int64_t{0})), facts.unified_buffer_bytes,
-      facts.clock_hz};
+  state().settings = {arch,
+                      cores,
+                      seed >= 0,
+                      static_cast<uint64_t>(std::max(seed, int64_t{0})),
+                      unified_buffer_bytes != 0 ? unified_buffer_bytes : facts.unified_buffer_bytes,
+                      facts.clock_hz};
 }
 
 // The violations since the last call, one to a line. Valid until the next call.
@@ -282,4 +305,20 @@ DEEP_EP_API const char* deep_ep_twin_take_violations() {
   for (const std::string& violation : state().violations) text += violation + '\n';
   state().violations.clear();
   return text.c_str();
+}
+
+// Bytes that launches have moved since the last call: link[2], read from and written to windows of other ranks;
+// cores[2 * n], what each of the first n cores has read and written in all.
+DEEP_EP_API void deep_ep_twin_take_traffic(uint64_t* link, uint64_t* cores, int32_t n) {
+  std::lock_guard lock(state().mutex);
+  Traffic traffic;
+  std::swap(traffic, state().traffic);
+  traffic.read.resize(n);
+  traffic.written.resize(n);
+  link[0] = traffic.link_read;
+  link[1] = traffic.link_written;
+  for (int32_t core = 0; core < n; ++core) {
+    cores[2 * core] = traffic.read[core];
+    cores[2 * core + 1] = traffic.written[core];
+  }
 }

@@ -24,7 +24,7 @@ constexpr uint64_t pages(uint64_t bytes) { return (bytes + kPage - 1) / kPage * 
 }  // namespace
 
 struct Windows::Header {
-  BlockLocks locks;
+  Shared shared;
   std::atomic<int32_t> arrived;
 };
 
@@ -64,6 +64,6 @@ uint8_t* Windows::window(int rank) const {
   return static_cast<uint8_t*>(base_) + pages(sizeof(Header)) + rank * pages(bytes_);
 }
 
-BlockLocks* Windows::locks() const { return &static_cast<Header*>(base_)->locks; }
+Shared* Windows::shared() const { return &static_cast<Header*>(base_)->shared; }
 
 }  // namespace twin::kernels

@@ -23,7 +23,7 @@ class Windows {
   int size() const { return size_; }
   uint64_t bytes() const { return bytes_; }
   uint8_t* window(int rank) const;
-  BlockLocks* locks() const;
+  Shared* shared() const;
 
  private:
   struct Header;

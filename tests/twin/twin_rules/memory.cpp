@@ -191,6 +191,35 @@ RULE(rule6_invalidated_is_fresh, .cores = 2) {
   clean(w.workspace());
   if (w.workspace().GetValue(0) == 0) w.seen = true;
 }
+RULE(rule6_line_that_came_unasked_is_stale, .cores = 2, .seen = Case::kSometimes) {
+  Tensors t;
+  if (GetBlockIdx() == 1) w.window(0).GetValue(0);
+  SyncAll();
+  if (GetBlockIdx() == 0) DataCopy(w.window(0)[16], t.a, 8);
+  if (GetBlockIdx() == 0) PipeBarrier<PIPE_ALL>();
+  SyncAll();
+  if (GetBlockIdx() == 1 && w.window(0).GetValue(16) == 0) w.seen = true;
+}
+RULE(rule6_line_that_came_unasked_is_invalidated, .cores = 2) {
+  Tensors t;
+  if (GetBlockIdx() == 1) w.window(0).GetValue(0);
+  SyncAll();
+  if (GetBlockIdx() == 0) DataCopy(w.window(0)[16], t.a, 8);
+  if (GetBlockIdx() == 0) PipeBarrier<PIPE_ALL>();
+  SyncAll();
+  if (GetBlockIdx() == 0) return;
+  clean(w.window(0)[16]);
+  if (w.window(0).GetValue(16) == 0) w.seen = true;
+}
+RULE(rule6_line_of_the_launch_before_is_stale, .launches = 2, .seen = Case::kSometimes) {
+  w.windows[0][0] = static_cast<float>(w.launch);  // by a peer
+  if (w.window(0).GetValue(0) != static_cast<float>(w.launch)) w.seen = true;
+}
+RULE(rule6_line_of_the_launch_before_is_invalidated, .launches = 2) {
+  w.windows[0][0] = static_cast<float>(w.launch);
+  clean(w.window(0));
+  if (w.window(0).GetValue(0) != static_cast<float>(w.launch)) w.seen = true;
+}
 RULE(rule6_evicted_line_is_written_back, .cores = 2, .seen = Case::kSometimes) {
   if (GetBlockIdx() == 0) {
     w.window(0).SetValue(0, 1.0f);

@@ -22,8 +22,9 @@ struct World {
   alignas(512) std::array<float, kFloats> work{};  // zeros
   alignas(512) std::array<std::array<float, kFloats>, 2> windows{};
   alignas(512) std::array<int32_t, 1024> sync{};  // zeros
-  std::atomic<bool> seen{false};                  // what a rule is about has happened
-  std::atomic<int> caught{0}, other{0};           // lines
+  int launch = 0;
+  std::atomic<bool> seen{false};         // what a rule is about has happened
+  std::atomic<int> caught{0}, other{0};  // lines
 
   World();
   template <typename T = float>
@@ -56,6 +57,7 @@ struct Case {
   int arch = 0;                          // what has `breaks` or `seen` has it on this one only; 0: on both
   bool fast = false;                     // in fast mode as well
   int cores = 1;
+  int launches = 1;
   // What the kernel reports with `seen`: never, in some seed of adversarial mode, or always.
   enum Seen { kNever, kSometimes, kAlways } seen = kNever;
   bool (*result)(const World&) = nullptr;  // holds after a run without violation

@@ -51,8 +51,10 @@ const char* twin_run_rule(int index, int arch, bool adversarial, uint64_t seed) 
   auto w = std::make_unique<rules::World>();
   const uint64_t unified_buffer = arch == 2201 ? 192 * 1024 - 256 : 248 * 1024;
   const uint64_t clock_hz = arch == 2201 ? 50'000'000 : 1'000'000'000;
-  const twin::Report report = twin::run({arch, rule.expected.cores, adversarial, seed, unified_buffer, clock_hz},
-                                        rule.name, regions_of(*w), [&] { rule.kernel(*w); });
+  twin::Report report;
+  for (; w->launch < rule.expected.launches; ++w->launch)
+    report = twin::run({arch, rule.expected.cores, adversarial, seed, unified_buffer, clock_hz}, rule.name,
+                       regions_of(*w), [&] { rule.kernel(*w); });
   const bool result = rule.expected.result == nullptr || !report.violations.empty() || rule.expected.result(*w);
   text = std::to_string(w->caught) + "\n" + std::to_string(w->other) + "\n" + std::to_string(w->seen) + "\n" +
          std::to_string(result);
@@ -68,7 +70,7 @@ void twin_count(int index, bool adversarial, uint64_t* counts) {
   const twin::Counters counters =
       twin::run({2201, rule.expected.cores, adversarial, 0, 192 * 1024, 50'000'000}, rule.name, regions_of(*w), [&] {
         rule.kernel(*w);
-      }).counters;
+      }).counters.front();
   const uint64_t found[] = {counters.operations[1],      counters.operations[2],    counters.operations[3],
                             counters.read_bytes[0],      counters.written_bytes[1], counters.flags,
                             counters.unified_buffer_peak};

@@ -1,0 +1,200 @@
+"""Mutants of the AscendC kernels: copies of their sources with one fault each, chosen at run time.
+
+A mutant leaves out one statement that synchronises (events, barriers, queues, cache lines, flags, epochs, checks of
+what peers have sent), or shifts one offset by a slot. All of them are in one library: every fault is behind a
+comparison with a number, so the sources are compiled once.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import native
+
+OPS = native.ROOT / "ops"
+KERNELS = ("get_dispatch_layout", "notify_dispatch", "low_latency_dispatch", "low_latency_combine")
+
+
+class Mutant(NamedTuple):
+    number: int
+    file: str
+    line: int
+    fault: str
+    """Left out, or shifted: what the source has."""
+    function: str
+    """The kernel or class, and the function, that it is in."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}, {self.function}: {self.fault}"
+
+
+# Calls that nothing else needs the value of, and what a mutant has in their place.
+_LEFT_OUT = {
+    r"order<HardEvent::\w+>\(\)": "(void)0",
+    r"all_blocks\(\)": "(void)0",
+    r"PipeBarrier<PIPE_\w+>\(\)": "(void)0",
+    r"SyncAll\(\)": "(void)0",
+    r"(?:SetFlag|WaitFlag)<event>\(id\)": "(void)0",
+    r"refresh\(\w+\)": "(void)0",
+    r"SetAtomic(?:Add<int32_t>|None)\(\)": "(void)0",
+    r"raise\([^;]*\)\)": "(void)0",
+    r"exchange_\.(?:begin|finish)\(\)": "(void)0",
+    r"exchange_\.raise_all\([^;]*\)\)": "(void)0",
+    r"control\.SetValue\(\w+, epoch_\)": "(void)0",
+    r"control\.GetValue\(kEnded\)": "(int64_t)0",
+    r"status\.SetValue\(i, failure_\.get\(i\)\)": "(void)0",
+    r"exchange_\.has_failed_before\(\)": "false",
+    r"exchange_?\.agree\(\)": "!exchange_.has_failed()",
+    r"agree\(\)": "!has_failed()",
+    r"exchange_\.all_raised\(\w+\)": "!exchange_.has_failed()",
+    r"wait\(phase, source\)": "true",
+    r"matches\(flag, \w+, [\w.]+, phase, source\)": "true",
+    r"begun \+ 1 != epoch_": "false",
+    r"bytes > map_\.room\(\)": "false",
+    r"\(got = flag\.GetValue\(kEpoch\)\) != expected": "(got = flag.GetValue(kEpoch)) == 0",
+    r"GetSystemCycle\(\) - start <= deadline": "true",
+    r"DataCacheCleanAndInvalid<[^;]*>\(line\)": "(void)0",
+    r"DataCopy\(global<int32_t>\(window\(to\)[^;]*\)": "(void)0",
+}
+_DEFINITION = re.compile(r"__aicore__ (inline )?(?!GM_ADDR round)[\w<>:]+ \w+\(|^\s*//|#define")
+
+# What an index is multiplied with, in the offset of a slot, row, record or the like.
+_STRIDE = (
+    r"(?:tiling_?(?:->|\.)(?:row_stride|row_bytes|record_bytes|count_stride|tile_bytes|work\.top_k)|stride_|top_k_"
+    r"|kWords|words_|kStatusBytes|kStatusWords|kSourceWords|kSourceBytes|kLine|room\(\)|slot_bytes|work\.ranks"
+    r"|exchange_\.ranks\(\)|sizeof\(int32_t\)|sizeof\(T\)|3|L|R)"
+)
+_CALL = r"(?:\([\w, ]*\))?"
+_INDEX = rf"(?:\w+(?:\+\+)? % \w+|\([^()]*(?:\([^()]*\)[^()]*)*\)|[A-Za-z_][\w.]*{_CALL}(?:\.\w+{_CALL})*)"
+_PRODUCT = re.compile(rf"({_INDEX}) \* ({_STRIDE})(?!\w)")
+# Sizes, not offsets.
+_SIZE = re.compile(
+    r"count\(\)$|chunk_tokens|^count$|^kWords$|^words$|GetBlockNum|^size$|local_experts_$|^kParities|^kPhases"
+)
+# Whose window, slot or flag: the next rank's, or the other phase's.
+_ARGUMENT = r"((?:[^(),]|\([^()]*\))+)"
+_PLACES = {
+    rf"exchange_?\.slot\({_ARGUMENT}, {_ARGUMENT}\)": ("exchange_.ranks()", "exchange_.ranks()"),
+    rf"map_\.flag\(epoch_, {_ARGUMENT}, {_ARGUMENT}\)": ("WindowMap::kPhases", "map_.ranks"),
+    r"window\((to|rank_)\)": ("map_.ranks",),
+}
+
+
+def mutate(text: str, file: str, first: int) -> tuple[str, list[Mutant]]:
+    """The source with all its faults, the first of which has the number `first`."""
+    mutants: list[Mutant] = []
+
+    def add(line: int, fault: str) -> int:
+        mutants.append(Mutant(first + len(mutants), file, line, fault, function))
+        return mutants[-1].number
+
+    lines = text.split("\n")
+    scope = function = ""
+    for i, line in enumerate(lines):
+        if found := re.match(r"(?:class|struct) (\w+)", line):
+            scope = found[1]
+        if found := re.search(r"__aicore__ (?:inline |static )*(?:constexpr )?[\w<>:&]+ (\w+)\(", line):
+            function = f"{scope}::{found[1]}" if line.startswith(" ") else found[1]
+        code = line
+        if found := re.match(r"(\s*)((\w+)\.EnQue\((\w+)\);)$", line):
+            following = lines[i + 1]
+            assert following.strip().startswith(f"{found[4]} = {found[3]}.DeQue<"), f"{file}:{i + 2}"
+            number = add(i + 1, f"{found[3]}: EnQue and DeQue")
+            code = f"{found[1]}if (deep_ep_mutant != {number}) {{ {found[2]}"
+            lines[i + 1] = following + " }"
+        else:
+            # What stands before a body is no code.
+            head, brace, body = line.partition("{") if _DEFINITION.search(line) else ("", "", line)
+            for replace in (_leave_out, _shift):
+                body = replace(body, i + 1, add)
+            code = head + brace + body
+        lines[i] = code
+    return "extern volatile int deep_ep_mutant; " + "\n".join(lines), mutants
+
+
+def _leave_out(line: str, number: int, add: Callable[[int, str], int]) -> str:
+    def instead(match: re.Match[str], value: str) -> str:
+        call = match[0]
+        # Both are void, or both have a value.
+        whole = f"(void)({call})" if value == "(void)0" else call
+        return f"(deep_ep_mutant != {add(number, call)} ? {whole} : {value})"
+
+    for pattern, value in _LEFT_OUT.items():
+        line = re.sub(rf"(?<![\w.:!]){pattern}(?!\w)", lambda match, value=value: instead(match, value), line)
+    return line
+
+
+def _shift(line: str, number: int, add: Callable[[int, str], int]) -> str:
+    if re.search(r"init\(|static_assert|InitBuffer|\bbytes = map_", line):
+        return line
+
+    def shifted(match: re.Match[str]) -> str:
+        if _SIZE.search(match[1]):
+            return match[0]
+        return f"({match[1]} + (deep_ep_mutant == {add(number, match[0])})) * {match[2]}"
+
+    for pattern, sizes in _PLACES.items():
+
+        def elsewhere(match: re.Match[str], sizes: tuple[str, ...] = sizes) -> str:
+            call = match[0]
+            for index, size in enumerate(sizes, start=1):
+                begin, end = (at + len(call) - len(match[0]) - match.start() for at in match.span(index))
+                mutant = add(number, f"{match[0]}: {match[index]} + 1")
+                call = f"{call[:begin]}({match[index]} + (deep_ep_mutant == {mutant})) % {size}{call[end:]}"
+            return call
+
+        line = re.sub(rf"(?<!GM_ADDR ){pattern}", elsewhere, line)
+    return _PRODUCT.sub(shifted, line)
+
+
+def sources() -> Iterator[tuple[Path, str]]:
+    """The files that faults are put into, and where in the copy they lie."""
+    for path in sorted((OPS / "common" / "op_kernel").glob("*.h")):
+        yield path, f"common/op_kernel/{path.name}"
+    for name in KERNELS:
+        yield OPS / name / "op_kernel" / f"{name}.cpp", f"{name}/op_kernel/{name}.cpp"
+    yield native.ROOT / "src" / "window_map.h", "common/op_kernel/window_map.h"
+
+
+def make(folder: Path) -> list[Mutant]:
+    """Writes the copies, where they differ from what is there, and returns all mutants."""
+    mutants: list[Mutant] = []
+    written = {
+        "common/op_kernel/mutant.cpp": (
+            "volatile int deep_ep_mutant = -1;\n"
+            'extern "C" __attribute__((visibility("default"))) void deep_ep_twin_mutant(int number) '
+            "{ deep_ep_mutant = number; }\n"
+        )
+    }
+    for path, place in sources():
+        file = str(path.relative_to(native.ROOT))
+        text, added = mutate(path.read_text(), file, len(mutants))
+        if path.name == "window_map.h":
+            text = re.sub(r"constexpr (int64_t (?:flag|slots_begin|room|slot)\()", r"\1", text)
+        text = text.replace("exchange.slot(", "exchange.slot(")
+        written[place] = re.sub(r"exchange_\.(ranks|has_failed)\(", _own_exchange(path), text)
+        mutants += added
+    for place, text in written.items():
+        target = folder / place
+        if not target.exists() or target.read_text() != text:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+    for old in set(folder.rglob("*.*")) - {folder / place for place in written}:
+        old.unlink()
+    return mutants
+
+
+def _own_exchange(path: Path) -> str:
+    """How the exchange is called there."""
+    return r"exchange.\1(" if path.name == "counts.h" else r"exchange_.\1("
+
+
+def remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    for mutant in make(native.ROOT / "build" / "twin" / "mutants" / "sources"):
+        print(mutant.number, mutant)

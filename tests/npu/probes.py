@@ -1,0 +1,335 @@
+"""What a set of ranks does with the kernels on the twin, and what must come of it. Each probe is a function for all
+ranks of a pool, on windows of its own; it returns what is wrong, or None.
+"""
+
+import ctypes
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from cases import Case, assert_close, assert_same, expert_outputs, make_inputs
+from ranks import RankContext
+from torch import Tensor
+from twin_kernels import Failed, Group, Setup, Twin, get_dispatch_layout
+
+from deep_ep import reference
+
+NAMES = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")
+DISPATCH, COMBINE, NOTIFY = 5, 6, 7  # enum Op of src/op.h
+LATE, AHEAD, DIFFERENT, REFUSED, BAD_ID, BAD_ROW, TOO_SMALL, ABORTED = range(1, 9)  # enum Failure of src/window_map.h
+
+
+class Expected(NamedTuple):
+    """Lists are by rank. The experts multiply each row by a factor of its own."""
+
+    xs: list[Tensor]
+    ids: list[Tensor]
+    weights: list[Tensor]
+    dispatched: list[tuple[Tensor, ...]]
+    num_rows: list[int]
+    sent: list[int]
+    """Pairs of a token and another rank that has one of its experts at least."""
+    received: list[int]
+    """The same from the other side."""
+    ys: list[Tensor]
+    combined: list[Tensor]
+    tolerances: list[Tensor]
+
+
+@functools.lru_cache(maxsize=64)
+def expect(case: Case, M: int) -> Expected:
+    xs, ids, weights, _ = make_inputs(case)
+    N = case.R * M * min(case.K, case.local_experts)
+    received = reference.dispatch(xs, ids, weights, case.E, [N] * case.R)
+    dispatched = [
+        (d.recv_x, d.num_recv_tokens_per_expert, d.recv_src_idx, d.recv_channel_prefix_matrix.view(-1), d.send_head)
+        for d in received
+    ]
+    ys = [expert_outputs(d.recv_x, d.recv_src_idx) for d in received]
+    src = [d.recv_src_idx for d in received]
+    exact = reference.combine([y.double() for y in ys], weights, src)
+    size = reference.combine([y.double().abs() for y in ys], [w.abs() for w in weights], src)
+    # A rank's rows are summed up in fp32 and rounded to the dtype; then so are the sums of all ranks.
+    epsilon = torch.finfo(case.dtype).eps + case.K * torch.finfo(torch.float32).eps
+    tolerances = [2 * epsilon * s.double() + 2 * torch.finfo(case.dtype).tiny for s in size]
+    num_rows = [int(sum(((i // case.local_experts == r) & (i >= 0)).sum() for i in ids)) for r in range(case.R)]
+    to = [reference.get_dispatch_layout(i, case.E, case.R, 1)[3] for i in ids]
+    pairs = torch.stack([t.sum(0) for t in to]).fill_diagonal_(0)  # [from, to]
+    sent, arrived = pairs.sum(1).tolist(), pairs.sum(0).tolist()
+    combined = [e.to(case.dtype) for e in exact]
+    return Expected(xs, ids, weights, dispatched, num_rows, sent, arrived, ys, combined, tolerances)
+
+
+def align(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def window_bytes(case: Case, M: int) -> int:
+    """What the slots of low latency need, to the byte: src/tiling.h, src/window_map.h."""
+    record = align(4 * (1 + 3 * case.K), 32)
+    row = align(case.H * torch.finfo(case.dtype).bits // 8, 512)
+    slot = align(4 * case.E, 512) + align(M * record, 512) + M * row
+    flags = 2 * 2 * case.R * 64
+    return 512 + align(flags, 512) + 2 * case.R * slot
+
+
+def check_round(group: Group, case: Case, M: int, rank: int) -> None:
+    """The count, dispatch and combine of a case, with all their outputs, and what goes over links for them."""
+    expected = expect(case, M)
+    ids, peers, row = expected.ids[rank], case.R - 1, case.H * torch.finfo(case.dtype).bits // 8
+    flag, counts, per_token = 32, 4 * case.E, 4 * (1 + 2 * case.K)
+
+    def check_link(wanted: int) -> None:
+        """One row per token and rank, in both directions; no rank reads what is another's."""
+        (read, written), _ = group.twin.take_traffic()
+        assert (read, written) == (0, wanted), f"{read} bytes read and {written} written over links, expected {wanted}"
+
+    group.twin.take_traffic()
+    num_rows = group.notify_dispatch(ids, case.E).item()
+    assert num_rows == expected.num_rows[rank], f"notify_dispatch: {num_rows}, expected {expected.num_rows[rank]}"
+    check_link(peers * (counts + flag))
+    out = group.low_latency_dispatch(expected.xs[rank], ids, M, case.E)
+    check_link(peers * (counts + flag) + expected.sent[rank] * (per_token + row))
+    for name, actual, wanted in zip(NAMES, out, expected.dispatched[rank], strict=True):
+        assert_same(name, actual, wanted)
+    combined = group.low_latency_combine(expected.ys[rank], ids, expected.weights[rank], out[2:], case.E)
+    per_token += 4 * case.K  # the weights
+    check_link(peers * 2 * flag + expected.sent[rank] * per_token + expected.received[rank] * row)
+    assert_close("combined_x", combined, expected.combined[rank], expected.tolerances[rank])
+    assert group.status() == [0] * 8, f"status {group.status()}"
+
+
+def layout(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
+    if ctx.rank != 0:
+        return
+    twin.configure(setup)
+    for T, K, E, R, S in ((37, 3, 16, 4, 2), (5, 8, 8, 8, 1), (0, 2, 4, 2, 1), (70, 2, 64, 8, 4)):
+        topk_idx = torch.randint(-1, E, (T, K), generator=torch.Generator().manual_seed(T))
+        wanted = reference.get_dispatch_layout(topk_idx, E, R, S)
+        for i, (a, b) in enumerate(zip(get_dispatch_layout(twin, topk_idx, E, R, S), wanted, strict=True)):
+            assert_same(f"output {i} of get_dispatch_layout", a, b)
+
+
+def rounds(ctx: RankContext, twin: Twin, key: str, cases: list[tuple[Case, int]], setup: Setup) -> None:
+    """One after the other on the same windows, which have no byte to spare for the largest."""
+    twin.configure(setup)
+    size = max(window_bytes(*case) for case in cases)
+    with Group(twin, key, ctx.rank, ctx.size, size, timeout_ms=3000) as group:
+        for case, M in cases:
+            check_round(group, case, M, ctx.rank)
+
+
+def rounds_alone(ctx: RankContext, library: Path, key: str, cases: list[tuple[Case, int]], setup: Setup) -> None:
+    rounds(ctx, Twin(library), key, cases, setup)
+
+
+# Launches that fail. Status: failure, launch, peer, phase, expected, got, op; None: any number.
+
+
+CASE, M = Case((5, 3, 0, 4), H=24, K=2, local_experts=2, ids="distinct", absent=0.0), 6
+
+
+def _check_status(group: Group, wanted: list[int | None]) -> None:
+    status = group.status()
+    same = all(w in (None, s) for w, s in zip(wanted, status, strict=False))
+    assert same, f"status {status}, expected {wanted}"
+
+
+def _check_stays(group: Group, rank: int) -> None:
+    """After a failure launches end at once, write nothing, and say nothing new."""
+    status, expected = group.status(), expect(CASE, M)
+    ids = expected.ids[rank]
+    out = group.low_latency_dispatch(expected.xs[rank], ids, M, CASE.E)
+    assert all(bool((t != t).all() if t.is_floating_point() else (t == -123456).all()) for t in out)
+    handle = expected.dispatched[rank][2:]
+    combined = group.low_latency_combine(expected.ys[rank], ids, expected.weights[rank], handle, CASE.E)
+    assert combined.isnan().all(), "a combine after a failure has written something"
+    assert group.notify_dispatch(ids, CASE.E).item() == 0
+    assert group.status() == status, f"status {group.status()}, before {status}"
+
+
+def different(ctx: RankContext, twin: Twin, key: str, what: str) -> None:
+    """Rank 0 asks for something else."""
+    twin.configure(Setup(cores=2))
+    r, ids, E = ctx.rank, expect(CASE, M).ids[ctx.rank], CASE.E
+    is_other = r == 0
+    own: dict[str, tuple[int, int]] = {
+        "op": (NOTIFY, DISPATCH),
+        "hidden": (16, 24),
+        "top_k": (3, 2),
+        "experts": (16, 8),
+        "max_tokens": (7, 6),
+        "element_bytes": (2, 4),
+    }
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=3000) as group:
+        if is_other and what == "op":
+            group.notify_dispatch(ids, E)
+        else:
+            given = {name: values[0] if is_other and name == what else values[1] for name, values in own.items()}
+            dtype = torch.float16 if given["element_bytes"] == 2 else torch.float32
+            ids = ids[:, [0, 1, 1][: given["top_k"]]].contiguous()
+            x = torch.ones(len(ids), given["hidden"], dtype=dtype)
+            group.low_latency_dispatch(x, ids, given["max_tokens"], given["experts"])
+        mine, other = own[what] if is_other else own[what][::-1]
+        op = NOTIFY if is_other and what == "op" else DISPATCH
+        _check_status(group, [DIFFERENT, 1, None if is_other else 0, 0, mine, other, op])
+        _check_stays(group, r)
+
+
+def bad_id(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
+    twin.configure(setup)
+    expected, r = expect(CASE, M), ctx.rank
+    for op in (NOTIFY, DISPATCH):
+        with Group(twin, f"{key}-{op}", r, ctx.size, 1 << 20, timeout_ms=3000) as group:
+            ids = expected.ids[r].clone()
+            if r == 1:
+                ids[2, 1] = CASE.E + 3
+            if op == NOTIFY:
+                assert group.notify_dispatch(ids, CASE.E).item() == 0
+            else:
+                group.low_latency_dispatch(expected.xs[r], ids, M, CASE.E)
+            own = [BAD_ID, 1, 1, 0, CASE.E, CASE.E + 3, op]
+            _check_status(group, own if r == 1 else [REFUSED, 1, 1, 0, op, -1, op])
+            _check_stays(group, r)
+
+
+def bad_row(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
+    """Rank 0 asks the rank of its first expert for a row that is not there."""
+    twin.configure(setup)
+    expected, r = expect(CASE, M), ctx.rank
+    peer, N = int(expected.ids[0][0, 0]) // CASE.local_experts, expected.dispatched[0][0].shape[0]
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=3000) as group:
+        check_round(group, CASE, M, r)
+        handle = [t.clone() for t in expected.dispatched[r][2:]]
+        if r == 0:
+            handle[2][0, 0] = N + 5
+        group.low_latency_combine(expected.ys[r], expected.ids[r], expected.weights[r], handle, CASE.E)
+        own = [BAD_ROW, 4, 0, 0, N, N + 5, COMBINE]
+        _check_status(group, own if r == peer else [REFUSED, 4, peer, 1, COMBINE, -1, COMBINE])
+        _check_stays(group, r)
+
+
+def late(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
+    """Rank 2 does not come to the second launch."""
+    twin.configure(setup)
+    ids, r = expect(CASE, M).ids[ctx.rank], ctx.rank
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=500) as group:
+        assert group.notify_dispatch(ids, CASE.E).item() == expect(CASE, M).num_rows[r]
+        if r != 2:
+            assert group.notify_dispatch(ids, CASE.E).item() == 0
+            _check_status(group, [LATE, 2, 2, 0, 2, 0, NOTIFY])
+            _check_stays(group, r)
+
+
+def lost(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
+    """Rank 0 has forgotten its launches but one, as if they had never reached the device."""
+    twin.configure(setup)
+    ids, r = expect(CASE, M).ids[ctx.rank], ctx.rank
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=500) as group:
+        for _ in range(4):
+            group.notify_dispatch(ids, CASE.E)
+        if r == 0:
+            _control(group)[:] = [0, 0]
+        group.notify_dispatch(ids, CASE.E)
+        # The peers' launch 5 may have come already.
+        _check_status(group, [AHEAD, 1, None, 0, 1, None, NOTIFY] if r == 0 else [LATE, 5, 0, 0, 5, 1, NOTIFY])
+        _check_stays(group, r)
+
+
+def aborted(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
+    """Rank 0's second launch has ended before its end."""
+    twin.configure(setup)
+    expected, r = expect(CASE, M), ctx.rank
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=3000) as group:
+        group.notify_dispatch(expected.ids[r], CASE.E)
+        if r == 0:
+            assert list(_control(group)) == [1, 1], "the launch has not been counted"
+            _control(group)[1] = 2
+        group.low_latency_dispatch(expected.xs[r], expected.ids[r], M, CASE.E)
+        own = [ABORTED, 2, 0, 0, 1, 2, DISPATCH]
+        _check_status(group, own if r == 0 else [REFUSED, 2, 0, 0, DISPATCH, -1, DISPATCH])
+        assert list(_control(group)) == [2, 2]
+
+
+def too_small(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
+    """The windows lack 1024 bytes, a block of both parities."""
+    twin.configure(setup)
+    expected, r = expect(CASE, M), ctx.rank
+    for case, op in ((CASE, DISPATCH), (CASE, COMBINE)):
+        size = window_bytes(case, M) - 1024
+        with Group(twin, f"{key}-{op}", r, ctx.size, size, timeout_ms=3000) as group:
+            if op == DISPATCH:
+                group.low_latency_dispatch(expected.xs[r], expected.ids[r], M, case.E)
+            else:
+                handle = expected.dispatched[r][2:]
+                group.low_latency_combine(expected.ys[r], expected.ids[r], expected.weights[r], handle, case.E)
+            slots = (window_bytes(case, M) - 512 - 1024) // 2
+            _check_status(group, [TOO_SMALL, 1, r, 0, slots, slots - 512, op])
+            _check_stays(group, r)
+
+
+def begun(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
+    """A launch that waits says that it has begun: whoever aborts it leaves that behind."""
+    twin.configure(setup)
+    ids, r = expect(CASE, M).ids[ctx.rank], ctx.rank
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=3000) as group:
+        if r == 0:
+            while (words := list(_control(group, 1))) != [0, 1]:
+                assert words == [0, 0], f"control words {words}"
+                time.sleep(0.001)
+            group.notify_dispatch(ids, CASE.E)
+        else:
+            group.notify_dispatch(ids, CASE.E)
+        assert list(_control(group)) == [1, 1]
+
+
+def _control(group: Group, rank: int | None = None) -> Any:
+    """The control words of a rank's window, which is mapped here."""
+    address = group.table[8 + (group.rank if rank is None else rank)].item()
+    return (ctypes.c_int64 * 2).from_address(address)
+
+
+# All of them.
+
+Probe = tuple[Callable[..., None], tuple[Any, ...]]
+
+_SMALL = 6 << 10
+"""Bytes of a unified buffer that make tokens go in many chunks, and rows in several tiles."""
+
+_CASES = [
+    (Case((13, 0, 9, 5), H=24, K=2, local_experts=2, dtype=torch.float16, ids="distinct", absent=0.1), 13),
+    (Case((2, 11, 1, 7), H=600, K=3, local_experts=4, dtype=torch.bfloat16, ids="distinct", absent=0.2), 11),
+    (Case((6, 6, 6, 6), H=600, K=2, local_experts=2, dtype=torch.float32, ids="one rank", absent=0.0), 6),
+]
+
+
+def probes(seeds: range = range(6)) -> list[Probe]:
+    from twin_kernels import A2, A5, ARCHS
+
+    fast: list[Probe] = [(layout, (Setup(arch, 3),)) for arch in ARCHS]
+    fast += [(rounds, (_CASES, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]
+    fast += [(different, (what,)) for what in ("op", "hidden", "top_k", "experts", "max_tokens", "element_bytes")]
+    fast += [(probe, (Setup(A2, 2),)) for probe in (bad_id, bad_row, late, lost, aborted, too_small, begun)]
+    slow: list[Probe] = []
+    for seed in seeds:
+        for arch in ARCHS:
+            slow.append((layout, (Setup(arch, 4, seed, _SMALL if seed % 2 else 0),)))
+            slow.append((rounds, (_CASES, Setup(arch, 2 + seed % 3, seed, 0 if seed % 2 else _SMALL))))
+        slow += [(probe, (Setup(A5 if seed % 2 else A2, 2, seed),)) for probe in (bad_id, bad_row, aborted, begun)]
+    return fast + slow
+
+
+def run_probe(ctx: RankContext, library: Path, mutant: int | None, key: str, probe: Probe) -> str | None:
+    """What is wrong, as this rank sees it."""
+    twin = Twin(library)
+    if mutant is not None:
+        twin.mutate(mutant)
+    function, arguments = probe
+    try:
+        function(ctx, twin, key, *arguments)
+    except (AssertionError, Failed) as wrong:
+        return f"{function.__name__}{arguments}: {wrong}"
+    return None

@@ -1,0 +1,45 @@
+"""A sample of `make mutate-kernels`: faults in the AscendC kernels that the twin, a result or a status must show."""
+
+import re
+
+import mutants
+import mutate
+import native
+import pytest
+from ranks import RankPool
+
+pytestmark = pytest.mark.skipif(
+    native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"
+)
+
+EVERY = 5
+
+
+@pytest.mark.slow
+def test_a_sample_is_caught() -> None:
+    library, made = mutate.build()
+    pool = RankPool(mutate.SIZE, init=False)
+    try:
+        assert mutate.caught(pool, library, None) is None
+        sample = made[::EVERY]
+        survivors = [mutant for mutant in sample if mutate.caught(pool, library, mutant.number) is None]
+    finally:
+        pool.close()
+    assert len(sample) > 15
+    assert not survivors, "\n".join(map(str, survivors))
+
+
+def test_no_statement_that_synchronises_is_forgotten() -> None:
+    """Each call of AscendC's that orders something has its mutant."""
+    synchronising = re.compile(
+        r"\b(SetFlag|WaitFlag|PipeBarrier|SyncAll|EnQue|DataCacheCleanAndInvalid|order|all_blocks|refresh|SetAtomic\w+)\b[<(]"
+    )
+    for path, _ in mutants.sources():
+        text = path.read_text()
+        _, made = mutants.mutate(text, path.name, 0)
+        mutated = {mutant.line for mutant in made}
+        for number, line in enumerate(text.splitlines(), start=1):
+            code = line.partition("//")[0]
+            is_definition = re.search(r"__aicore__ (inline )?void (order|all_blocks|refresh)\(", code)
+            if synchronising.search(code) and not is_definition:
+                assert number in mutated, f"{path.name}:{number}: {line.strip()}"
