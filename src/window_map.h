@@ -30,9 +30,9 @@ struct WindowMap {
   enum Table { kVersion, kRank, kRanks, kBytes, kDeadline, kHeader = 8 };
 
   // int64 words of the control line (ControlWord).
-  static constexpr int64_t control() { return 0; }
+  DEEP_EP_DEVICE static constexpr int64_t control() { return 0; }
   // int32 words of the status line (StatusWord), all 0 as long as all is well.
-  static constexpr int64_t status() { return kLine; }
+  DEEP_EP_DEVICE static constexpr int64_t status() { return kLine; }
 
   int64_t ranks;
   int64_t bytes;  // of a window

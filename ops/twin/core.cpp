@@ -137,6 +137,8 @@ void Core::barrier_all() {
 void Core::sync_all(Site at) {
   ++counters_.syncs;
   check_stopped();
+  if (!meets_)
+    fail(at, S, "SyncAll waits for ever in a kernel of KERNEL_TYPE_AIV_ONLY: KERNEL_TYPE_MIX_AIV_1_0 has it");
   // Rule 5. On 3510 what is ordered is what MTE3 has done, and S itself.
   if (arch() == 2201) barrier_all();
   Clock mine = snapshot(MTE3, MTE3);

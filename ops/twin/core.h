@@ -186,6 +186,8 @@ class Core {
   void wait_flag(Pipe from, Pipe to, int id, Site at);
   void barrier(Pipe pipe, Site at);
   void barrier_all();
+  // Whether the hard SyncAll works: in a kernel of KERNEL_TYPE_AIV_ONLY nothing on the device serves it.
+  void set_meets(bool meets) { meets_ = meets; }
   void sync_all(Site at);
   void sync_all(void* workspace, Span own, int cores, Site at);
   void set_atomic(AtomicFunction function, uint32_t element, Site at);
@@ -308,6 +310,7 @@ class Core {
   Site last_site_;
   std::unordered_map<const void*, int> soft_syncs_;  // by workspace
   bool failed_ = false;
+  bool meets_ = true;
   Counters counters_;
 };
 

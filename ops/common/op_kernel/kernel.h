@@ -7,10 +7,10 @@
 #include "tiling.h"
 #include "window_map.h"
 
-// The first statement of a kernel: its tiling.
-#define DEEP_EP_KERNEL(tiling, tiling_data)       \
-  KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY); \
-  REGISTER_TILING_DEFAULT(deep_ep::Tiling);       \
+// The first statement of a kernel: its tiling. It has vector cores alone, and those of AIV_ONLY cannot meet in SyncAll.
+#define DEEP_EP_KERNEL(tiling, tiling_data)          \
+  KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIV_1_0); \
+  REGISTER_TILING_DEFAULT(deep_ep::Tiling);          \
   GET_TILING_DATA_WITH_STRUCT(deep_ep::Tiling, tiling, tiling_data)
 
 namespace deep_ep {
@@ -39,8 +39,16 @@ union Word {
   float value;
   int32_t bits;
 };
-__aicore__ inline int32_t bits_of(float value) { return Word{.value = value}.bits; }
-__aicore__ inline float float_of(int32_t bits) { return Word{.bits = bits}.value; }
+__aicore__ inline int32_t bits_of(float value) {
+  Word word;
+  word.value = value;
+  return word.bits;
+}
+__aicore__ inline float float_of(int32_t bits) {
+  Word word;
+  word.bits = bits;
+  return word.value;
+}
 
 template <typename T>
 __aicore__ inline GlobalTensor<T> global(GM_ADDR address) {
@@ -60,7 +68,7 @@ __aicore__ inline void load(const LocalTensor<T>& to, GM_ADDR from, int64_t coun
 template <typename T>
 __aicore__ inline void store(GM_ADDR to, const LocalTensor<T>& from, int64_t count) {
   const DataCopyExtParams params{1, static_cast<uint32_t>(count * sizeof(T)), 0, 0, 0};
-  DataCopyPad(global<uint8_t>(to), from.template ReinterpretCast<uint8_t>(), params);
+  DataCopyPad(global<T>(to), from, params);
 }
 
 // An array in the unified buffer.
@@ -73,7 +81,7 @@ class Array {
   __aicore__ void set(int64_t i, T value) { tensor().SetValue(static_cast<uint32_t>(i), value); }
 
  private:
-  TBuf<QuePosition::VECCALC> buffer_;
+  TBuf<QuePosition::VECIN> buffer_;
 };
 
 // Counts or numbers, by expert, and from Tiling::table_ranks on by rank.

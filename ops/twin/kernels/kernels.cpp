@@ -253,6 +253,11 @@ void run_task(void* planned) {
   }
 }
 
+void* stand_in_function(const char* name) {
+  void* const library = dlopen("libascendcl.so", RTLD_NOLOAD | RTLD_LAZY);
+  return library != nullptr ? dlsym(library, name) : nullptr;
+}
+
 // Without a stream the launch is executed at once, and a violation is an error.
 int launch(void* planned, void* workspace, void* stream, char* error) {
   return guarded(error, [&] {
@@ -265,7 +270,7 @@ int launch(void* planned, void* workspace, void* stream, char* error) {
       return;
     }
     using Launch = int(void*, const char*, void (*)(void*), void*);
-    static const auto put = reinterpret_cast<Launch*>(dlsym(RTLD_DEFAULT, "cann_stand_in_launch"));
+    static const auto put = reinterpret_cast<Launch*>(stand_in_function("cann_stand_in_launch"));
     if (put == nullptr) throw Error("the twin runs on streams of the stand-in for CANN alone (tests/cann)");
     const int status = put(stream, str("deep_ep.", plan->kernel->op).c_str(), &run_task, plan);
     if (status != 0) throw Error(str("the stand-in refused the launch: ", status));

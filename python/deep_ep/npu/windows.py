@@ -93,6 +93,8 @@ class Windows:
 
     def __init__(self, group: dist.ProcessGroup, num_bytes: int, timeout: timedelta) -> None:
         self.num_bytes, self.timeout = num_bytes, timeout
+        if group.group_name in _open:
+            _open[group.group_name].close()  # they go by the group's name, so that a name has one at a time
         own = _own_communicator(group, num_bytes, timeout)
         self._words = (ctypes.c_int64 * table_words(group.size()))()
         error = ctypes.create_string_buffer(ERROR_BYTES)

@@ -12,6 +12,18 @@ RULE(check_capacity_breaks, .breaks = {", S: InitBuffer of 65536 bytes at 196224
   pipe.InitBuffer(buffer, 192 * 1024 - 384);
   CAUGHT(pipe.InitBuffer(more, 65536));
 }
+RULE(check_meeting_breaks, .breaks = {", S: SyncAll waits for ever in a kernel of"}, .fast = true) {
+  KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+  CAUGHT(SyncAll());
+}
+RULE(check_meeting_keeps, .cores = 2) {
+  KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIV_1_0);
+  SyncAll();
+}
+RULE(check_count_of_0_breaks, .breaks = {", V: count is 0"}, .arch = 3510, .fast = true) {
+  Tensors t;
+  CAUGHT(Duplicate(t.a, 1.0f, 0));
+}
 RULE(check_capacity_keeps) {
   TPipe pipe;
   TBuf<> buffer;

@@ -131,7 +131,7 @@ RULE(rule6_cleaned_from_the_middle_breaks, .breaks = {", S: SetValue of work+0x8
   CAUGHT(w.workspace().SetValue(2, 1.0f));
   clean(w.workspace()[8]);
 }
-RULE(rule6_shared_line_breaks, .breaks = {", S: writes work+0x", "and has not cleaned"}, .cores = 2) {
+RULE(rule6_shared_line_breaks, .breaks = {"writes work+0x", "and has not cleaned"}, .cores = 2) {
   w.workspace().SetValue(GetBlockIdx(), 1.0f);
   SyncAll();
   clean(w.workspace());

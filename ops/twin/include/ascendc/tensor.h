@@ -13,9 +13,10 @@
 #define __ubuf__
 #define __inline__ inline
 #define GM_ADDR __gm__ uint8_t*
-#define KERNEL_TYPE_AIV_ONLY
-#define KERNEL_TASK_TYPE_DEFAULT(type) static_assert(true)
-#define KERNEL_TASK_TYPE(key, type) static_assert(true)
+#define KERNEL_TYPE_AIV_ONLY 0
+#define KERNEL_TYPE_MIX_AIV_1_0 4
+#define KERNEL_TASK_TYPE_DEFAULT(type) twin::Core::current().set_meets((type) != KERNEL_TYPE_AIV_ONLY)
+#define KERNEL_TASK_TYPE(key, type) KERNEL_TASK_TYPE_DEFAULT(type)
 #define REGISTER_TILING_DEFAULT(type) static_assert(sizeof(type) > 0)
 #define GET_TILING_DATA_WITH_STRUCT(type, name, address) const type name = *reinterpret_cast<const type*>(address)
 #define ASCEND_IS_AIV (true)
