@@ -83,7 +83,7 @@ class Block(torch.nn.Module):
         gate, up = (torch._grouped_mm(rows, weight, offs=ends) for weight in (self.gate, self.up))
         y = torch._grouped_mm(F.silu(gate) * up, self.down, offs=ends)
         # What is behind the last group is not computed.
-        return torch.where(torch.arange(y.shape[0]).unsqueeze(1) < ends[-1], y, 0)
+        return torch.where(torch.arange(y.shape[0], dtype=torch.int32).unsqueeze(1) < ends[-1], y, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.router(x.float()).softmax(-1).topk(K)

@@ -136,8 +136,14 @@ def _in_pair_order(counts: Tensor, begin: Tensor, slots: _Slots, pairs: _Pairs) 
     if pairs.capacity is None:
         return order[:S]
     c = torch.arange(pairs.capacity, device=order.device)
-    place = torch.where(c < counts.unsqueeze(1), begin.unsqueeze(1) + c, S)
+    place = _where(c < counts.unsqueeze(1), begin.unsqueeze(1) + c, S)
     return order.index_select(0, place.reshape(-1))
+
+
+def _where(condition: Tensor, x: Tensor, number: Any) -> Tensor:
+    """torch.where, for a number that may be a symbol. torchair makes one node of the symbol and torch.where's scalar
+    tensor: among the results of a forward graph, the symbol would be a tensor, which autograd refuses."""
+    return torch.where(condition, x, torch.full_like(x, number))
 
 
 def _with_one_more(rows: Tensor) -> Tensor:
@@ -297,7 +303,7 @@ def _returns(
     pairs = _Pairs(is_of.sum(0), arriving, C, group)
 
     size = N if C is None else R * C
-    to = torch.where(used, pairs.begin(pairs.send_counts)[source] + place, size)
+    to = _where(used, pairs.begin(pairs.send_counts)[source] + place, size)
     rows = to.new_full((size + 1,), N).scatter(0, to, torch.arange(N, device=device))[:size]
     at = pairs.begin(pairs.recv_counts)[destination] + slots.place - slots.first[:-1:L][destination]
     return _Returns(pairs, rows, torch.where(arrives, at, 0), arrives, slots, source, place, used)

@@ -73,6 +73,7 @@ def register() -> None:
 
     # The results' shapes are those of the fakes.
     torchair.register_fx_node_ge_converter(aten._grouped_mm.default)(_aten_grouped_mm)
+    torchair.register_fx_node_ge_converter(aten.view.dtype)(_view)
     torchair.register_fx_node_ge_converter(torch.ops.deep_ep.reinterpret.default)(_reinterpret)
     npu = torch.ops.npu
     if hasattr(npu, "npu_fusion_attention_v3"):
@@ -116,6 +117,29 @@ def _aten_grouped_mm(
     if offs is None or bias is not None or out_dtype is not None:
         raise NotImplementedError("torch._grouped_mm converts with offs, and without bias and out_dtype")
     return grouped_matmul(x, weight, offs)
+
+
+def _view(x: Any, dtype: torch.dtype, meta_outputs: Any = None) -> Any:
+    """Bitcast, whose result has one more dimension where x is wider, and takes the last one of x where it is narrower.
+    torchair's own converter leaves it at that."""
+    from torchair._ge_concrete_graph import ge_apis
+    from torchair.ge import DataType
+    from torchair.ge._ge_graph import torch_type_to_ge_type
+
+    def const(*values: int) -> Any:
+        return ge_apis.Const(list(values), dtype=DataType.DT_INT64)
+
+    ge_dtype, size, new_size = torch_type_to_ge_type(dtype), x.meta.dtype.itemsize, dtype.itemsize
+    if size == new_size:
+        return ge_apis.Bitcast(x, type=ge_dtype)
+    sizes, parts = ge_apis.Shape(x, dtype=DataType.DT_INT64), const(max(size, new_size) // min(size, new_size))
+    rows = ge_apis.Slice(sizes, const(0), const(x.rank - 1))
+    width = ge_apis.Slice(sizes, const(x.rank - 1), const(1))
+    if size > new_size:
+        shape = ge_apis.ConcatV2([rows, ge_apis.Mul(width, parts)], concat_dim=0, N=2)
+        return ge_apis.Reshape(ge_apis.Bitcast(x, type=ge_dtype), shape)
+    shape = ge_apis.ConcatV2([rows, ge_apis.FloorDiv(width, parts), parts], concat_dim=0, N=3)
+    return ge_apis.Bitcast(ge_apis.Reshape(x, shape), type=ge_dtype)
 
 
 def _reinterpret(x: Any, dtype: torch.dtype, meta_outputs: Any = None) -> Any:
