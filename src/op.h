@@ -13,7 +13,8 @@ enum class Op : uint32_t {
   combine_backward_weights,
   low_latency_dispatch,
   low_latency_combine,
-  notify_dispatch
+  notify_dispatch,
+  low_latency_dispatch_int8
 };
 
 constexpr const char* name_of(Op op) {
@@ -24,7 +25,8 @@ constexpr const char* name_of(Op op) {
                                    "combine_backward (weights)",
                                    "low_latency_dispatch",
                                    "low_latency_combine",
-                                   "notify_dispatch"};
+                                   "notify_dispatch",
+                                   "low_latency_dispatch_int8"};
   return names[static_cast<uint32_t>(op)];
 }
 

@@ -35,12 +35,21 @@ std::string check(const Work& work, const Soc& soc) {
   return {};
 }
 
+bool is_quantised(const Work& work) { return work.sent_bytes < work.element_bytes; }
+
+// Tiles besides the buffers. Sums: results, and two of fp32. Quantised rows: three of fp32 or int32, one of fp16, two
+// of results, and the buffers of arrived rows, both of int8.
+int64_t other_tiles(const Work& work) {
+  if (is_quantised(work)) return (3 * 4 + 2 + Tiling::kSums + kMaxBuffers) / work.element_bytes;
+  return work.arithmetic ? Tiling::kSums + 2 * 4 / work.element_bytes : 0;
+}
+
 // What goes with one token of a chunk: ids, weights and rows per k; a record; a place per (token, k) and their number,
-// twice; 32 bytes per k for what is known of a row. For the layout, a word per rank.
+// twice; 32 bytes per k for what is known of a row, and as many for its scale. For the layout, a word per rank.
 int64_t chunk_bytes_per_token(const Work& work, int64_t record_bytes) {
   const auto words = [](int64_t bytes, int64_t count) { return align(bytes * count, Tiling::kAlignment); };
   return words(8, work.top_k) + 2 * words(4, work.top_k) + record_bytes + words(8, 2 * work.top_k + 1) +
-         Tiling::kAlignment * work.top_k + (work.nodes > 0 ? words(4, work.ranks) : 0);
+         Tiling::kAlignment * work.top_k * (is_quantised(work) ? 2 : 1) + (work.nodes > 0 ? words(4, work.ranks) : 0);
 }
 
 }  // namespace
@@ -58,8 +67,7 @@ std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling) {
   t.table_bytes = align(std::max(4 * t.table_words, 8 * work.experts / work.ranks), Tiling::kAlignment);
   t.record_bytes = align(4 * (1 + 3 * work.top_k), Tiling::kAlignment);
   const int64_t per_token = chunk_bytes_per_token(work, t.record_bytes);
-  // Tiles besides the buffers: results, and two of fp32.
-  const int64_t other_tiles = work.arithmetic ? Tiling::kSums + 2 * 4 / work.element_bytes : 0;
+  const int64_t other_tiles = deep_ep::other_tiles(work);
   const int64_t smallest_tiles = work.hidden == 0 ? 0 : Tiling::kBlockBytes * (kMinBuffers + other_tiles);
   const int64_t words = Tiling::kStatusBytes * (2 + soc.vector_cores);
   const int64_t free = soc.unified_buffer_bytes - words - Tiling::kTables * t.table_bytes - smallest_tiles;
@@ -72,7 +80,7 @@ std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling) {
     const int64_t for_tiles = smallest_tiles + free - t.chunk_tokens * per_token;
     const int64_t largest = for_tiles / (kMinBuffers + other_tiles) / Tiling::kBlockBytes * Tiling::kBlockBytes;
     t.row_bytes = work.hidden * work.element_bytes;
-    t.row_stride = align(t.row_bytes, Tiling::kBlockBytes);
+    t.row_stride = align(work.hidden * work.sent_bytes, Tiling::kBlockBytes);
     t.tile_bytes = align(divide_up(t.row_bytes, divide_up(t.row_bytes, largest)), Tiling::kBlockBytes);
     t.tiles = divide_up(t.row_bytes, t.tile_bytes);
     t.last_tile_bytes = t.row_bytes - (t.tiles - 1) * t.tile_bytes;

@@ -35,7 +35,8 @@ struct Work {
   int64_t nodes;          // S; 0: of no interest
   int64_t rows;           // N; in exact mode the most that may arrive
   int64_t element_bytes;  // of a row's elements: 2 or 4
-  int64_t arithmetic;     // 1: rows are weighted or summed up in fp32, 0: they are copied
+  int64_t sent_bytes;     // of the same on their way: 1 if they are quantised
+  int64_t arithmetic;     // 1: rows are weighted or summed up in fp32, 0: they are copied or quantised
 };
 
 // Items 0..n-1 in consecutive parts, one per block, that differ by at most one item; the longer ones come first.
@@ -55,7 +56,8 @@ struct Split {
 //
 //   unified buffer: [ a flag, and the status of each block | tables | what goes with a chunk of tokens |
 //                     buffers x tile |
-//                     with arithmetic: kSums x tile, and fp32 tiles of the term and of the sum ]
+//                     with arithmetic: kSums x tile, and fp32 tiles of the term and of the sum;
+//                     quantised: as it says in tiling.cpp ]
 //   workspace:      [ counts of each block | status of each block, twice ]
 //   slot, which is what a rank sends to another in a launch, at the latter's window:
 //                   [ counts: int32 [E] | M records | M rows ]

@@ -126,7 +126,7 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: Tensor)
 
 def bits(tensor: Tensor) -> Tensor:
     """The tensor's bytes as integers of its element size."""
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def _report(name: str, actual: Tensor, expected: Tensor, wrong: Tensor) -> None:

@@ -609,6 +609,46 @@ def test_opcheck(pool: RankPool, strategy: str) -> None:
     pool.run(2, opcheck, strategy)
 
 
+def check_int8(ctx: RankContext, strategy: str) -> None:
+    """low_latency_dispatch_int8: what Buffer makes of quantised rows, eager and compiled."""
+    group, r = ctx.prepared_group(strategy), ctx.rank
+    case = Case((3, 0, 5), H=40, K=2, local_experts=2, dtype=torch.bfloat16, ids="distinct")
+    x, ids, _, _ = (given[r] for given in make_inputs(case))
+    x[1:2] = 0
+    buffer = deep_ep.Buffer(group, low_latency_mode=True)
+    (data, scales), count, handle, _, _ = buffer.low_latency_dispatch(x, ids, 6, case.E, quant_mode="int8")
+    wanted = data, scales, count, handle.src_info, handle.layout_range, handle.send_head
+    op = overload("low_latency_dispatch_int8", strategy)
+    sizes = 6, case.E, case.R, group.group_name
+    compiled = torch.compile(lambda x, ids: op(x, ids, *sizes), backend="aot_eager", fullgraph=True)
+    for results in (op(x, ids, *sizes), compiled(x, ids)):
+        for name, actual, expected in zip(("data", "scales", *NAMES[1:]), results, wanted, strict=True):
+            assert_same(name, actual, expected)
+    torch.library.opcheck(op, (x, ids, *sizes), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_int8_rows_of_the_kernel(pool: RankPool, strategy: str) -> None:
+    pool.run(3, check_int8, strategy)
+
+
+def wrong_int8(ctx: RankContext, strategy: str) -> tuple[str, str]:
+    """Rank 1 has too many tokens: all ranks say so, and the group stays usable."""
+    group = ctx.prepared_group(strategy)
+    op = overload("low_latency_dispatch_int8", strategy)
+    x, ids = torch.ones(3 if ctx.rank == 1 else 1, 8), torch.zeros(3 if ctx.rank == 1 else 1, 1, dtype=torch.int64)
+    error = error_of(op, x, ids, 2, 2, 2, group.group_name)
+    check_usable = op(x[:1], ids[:1], 2, 2, 2, group.group_name)
+    assert check_usable[2].tolist() == ([2] if ctx.rank == 0 else [0])
+    return error
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_int8_rows_of_too_many_tokens(pool: RankPool, strategy: str) -> None:
+    for error in pool.run(2, wrong_int8, strategy):
+        assert error[0] == "RuntimeError" and "x has 3 tokens" in error[1], error
+
+
 @pytest.mark.parametrize("comm_alg", ["", *COMM_ALGS])
 def test_ops_traces_without_a_device_and_says_what_is_missing(comm_alg: str) -> None:
     """The shapes are those of torch_npu's npu_moe_distribute_dispatch_v2."""

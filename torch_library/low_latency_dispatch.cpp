@@ -1,6 +1,12 @@
 #include "schema.h"
 
+// low_latency_dispatch_int8 is for kernels that quantise: elsewhere rows are quantised and brought back around
+// low_latency_dispatch.
 STABLE_TORCH_LIBRARY_FRAGMENT(deep_ep, library) {
+  deep_ep::define(library, "low_latency_dispatch_int8",
+                  "(Tensor x, Tensor topk_idx, int num_max_dispatch_tokens_per_rank, int num_experts, int num_ranks, "
+                  "str group) -> (Tensor recv_data, Tensor recv_scales, Tensor recv_count, Tensor recv_src_idx, "
+                  "Tensor layout_range, Tensor send_head)");
   deep_ep::define_low_latency(
       library, "low_latency_dispatch",
       "Tensor x, Tensor topk_idx, int num_max_dispatch_tokens_per_rank, int num_experts, int num_ranks, str group, "

@@ -15,6 +15,7 @@ from . import checks, quantization
 from .groups import GroupInfo
 from .ops import low_latency_combine as combine_op
 from .ops import low_latency_dispatch as dispatch_op
+from .ops import low_latency_dispatch_int8 as dispatch_int8_op
 from .ops.low_latency_dispatch import LowLatencyHandle
 from .utils import EventHandle, EventOverlap
 
@@ -114,14 +115,19 @@ class LowLatencyCalls:
         if quant_mode != "none":
             if self._straight_through:
                 x = quantization.straight_through(x, quant_mode, **options)
-            elif not (x.requires_grad and torch.is_grad_enabled()):
-                sent = quantization.quantize(x, quant_mode, **options)
-                x = quantization.pack(*sent)
-            else:
+            elif x.requires_grad and torch.is_grad_enabled():
                 raise RuntimeError(
                     f"low_latency_dispatch: x requires a gradient, and quantised rows ({quant_mode}) have none; make "
                     'the Buffer with straight_through=True, or pass quant_mode="none"'
                 )
+            elif quant_mode == "int8" and dispatch_int8_op.is_for(info, x):
+                return self._dispatch_int8(
+                    *(info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, stats),
+                    *(async_finish, return_recv_hook),
+                )
+            else:
+                sent = quantization.quantize(x, quant_mode, **options)
+                x = quantization.pack(*sent)
         call = info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts
 
         def received(out: dispatch_op.LowLatencyOutput) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle]:
@@ -147,6 +153,24 @@ class LowLatencyCalls:
 
         return *results, event_of(async_finish), hook
 
+    def _dispatch_int8(
+        self,
+        info: GroupInfo,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        stats: Tensor | None,
+        async_finish: bool,
+        return_recv_hook: bool,
+    ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle, EventOverlap, Callable[[], None] | None]:
+        """Where the kernel quantises. The host waits for nothing, so that a hook has nothing left to receive."""
+        out, scales = dispatch_int8_op.call(info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
+        if stats is not None:
+            stats.add_(out.recv_count.to(torch.int32))
+        results = self._with_rows(info, out, (out.recv_x, scales))
+        return *results, event_of(async_finish), (lambda: None) if return_recv_hook else None
+
     def _received(
         self, info: GroupInfo, out: dispatch_op.LowLatencyOutput, sent: tuple[Tensor, Tensor] | None
     ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle]:
@@ -159,7 +183,12 @@ class LowLatencyCalls:
             if self._rows == "expert" and scales.dtype == torch.float8_e8m0fnu:
                 scales = scales.view(-1)
             rows = data, scales
-        packed = out.handle._replace(hidden=hidden)
+        return self._with_rows(info, out._replace(handle=out.handle._replace(hidden=hidden)), rows)
+
+    def _with_rows(
+        self, info: GroupInfo, out: dispatch_op.LowLatencyOutput, rows: tuple[Tensor, ...]
+    ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle]:
+        packed = out.handle
         if self._rows == "expert":
             return _one_or_two(rows), out.recv_count, packed
         handle, indices = _padded(info, packed)

@@ -57,8 +57,9 @@ std::vector<StableIValue> arguments_of(const Plan& plan) {
   const bool communicates = !plan.group.empty();
   for (size_t i = 0; i < plan.inputs.size() - communicates; ++i) stack.push_back(from(on_host(plan.inputs[i])));
   std::vector<int64_t> integers = plan.integers;
-  const bool low_latency = plan.op.rfind("low_latency", 0) == 0;
-  if (plan.op == "low_latency_dispatch") std::rotate(integers.begin(), integers.end() - 1, integers.end());
+  const bool is_int8 = plan.op == "low_latency_dispatch_int8";
+  const bool low_latency = plan.op.rfind("low_latency", 0) == 0 && !is_int8;
+  if (is_int8 || plan.op == "low_latency_dispatch") std::rotate(integers.begin(), integers.end() - 1, integers.end());
   for (int64_t integer : integers) stack.push_back(from(integer));
   if (communicates) stack.push_back(from(plan.group));
   if (low_latency) {

@@ -14,7 +14,13 @@ from typing import NamedTuple
 import native
 
 OPS = native.ROOT / "ops"
-KERNELS = ("get_dispatch_layout", "notify_dispatch", "low_latency_dispatch", "low_latency_combine")
+KERNELS = (
+    "get_dispatch_layout",
+    "notify_dispatch",
+    "low_latency_dispatch",
+    "low_latency_dispatch_int8",
+    "low_latency_combine",
+)
 
 
 class Mutant(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import native
 from native import ROOT
 
-DTYPES = {"float32": 0, "float16": 1, "int32": 3, "int64": 9, "bfloat16": 27}
+DTYPES = {"float32": 0, "float16": 1, "int8": 2, "int32": 3, "int64": 9, "bfloat16": 27}
 """ge::DataType by the names of torch."""
 NAMES = {number: name for name, number in DTYPES.items()}
 
@@ -52,7 +52,7 @@ class Work(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             *("tokens", "max_tokens", "hidden", "top_k", "experts", "ranks", "nodes"),
-            *("rows", "element_bytes", "arithmetic"),
+            *("rows", "element_bytes", "sent_bytes", "arithmetic"),
         )
     ]
 

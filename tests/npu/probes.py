@@ -15,7 +15,7 @@ from ranks import RankContext
 from torch import Tensor
 from twin_kernels import Failed, Group, Setup, Twin, get_dispatch_layout
 
-from deep_ep import reference
+from deep_ep import quantization, reference
 
 NAMES = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")
 DISPATCH, COMBINE, NOTIFY = 5, 6, 7  # enum Op of src/op.h
@@ -34,6 +34,8 @@ class Expected(NamedTuple):
     """Pairs of a token and another rank that has one of its experts at least."""
     received: list[int]
     """The same from the other side."""
+    quantised: list[tuple[Tensor, Tensor]]
+    """Data and scales of the same tokens, some of whose rows are of note."""
     ys: list[Tensor]
     combined: list[Tensor]
     tolerances: list[Tensor]
@@ -59,8 +61,32 @@ def expect(case: Case, M: int) -> Expected:
     to = [reference.get_dispatch_layout(i, case.E, case.R, 1)[3] for i in ids]
     pairs = torch.stack([t.sum(0) for t in to]).fill_diagonal_(0)  # [from, to]
     sent, arrived = pairs.sum(1).tolist(), pairs.sum(0).tolist()
+    sources = [quantization.quantize(_with_rows_of_note(x), "int8", low_latency=True) for x in xs]
+    quantised = [_rows_of(sources, d.recv_src_idx) for d in received]
     combined = [e.to(case.dtype) for e in exact]
-    return Expected(xs, ids, weights, dispatched, num_rows, sent, arrived, ys, combined, tolerances)
+    return Expected(xs, ids, weights, dispatched, num_rows, sent, arrived, quantised, ys, combined, tolerances)
+
+
+def _with_rows_of_note(x: Tensor) -> Tensor:
+    """x, of which some rows are 0, next to 0, very large, Inf or NaN."""
+    x = x.clone()
+    info = torch.finfo(x.dtype)
+    of_note = (0.0, info.smallest_normal, info.max, float("inf"), float("-inf"), float("nan"), -float("nan"), 0.5)
+    for row, value in zip(x[1::3], of_note, strict=False):
+        row.zero_()
+        row[::5] = value
+        row[1::5] = -value / 2
+    return x
+
+
+def _rows_of(sources: list[tuple[Tensor, Tensor]], src_idx: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of all ranks that have arrived, and zeros."""
+    first = torch.tensor([0, *(len(data) for data, _ in sources)]).cumsum(0)
+    rank, token = src_idx[:, 0].long(), src_idx[:, 1]
+    row = torch.where(rank >= 0, first[rank] + token, first[-1])
+    data = torch.cat([*(data for data, _ in sources), torch.zeros(1, sources[0][0].shape[1], dtype=torch.int8)])
+    scales = torch.cat([*(scales for _, scales in sources), torch.zeros(1)])
+    return data[row], scales[row]
 
 
 def align(size: int, unit: int) -> int:
@@ -95,6 +121,12 @@ def check_round(group: Group, case: Case, M: int, rank: int) -> None:
     check_link(peers * (counts + flag) + expected.sent[rank] * (per_token + row))
     for name, actual, wanted in zip(NAMES, out, expected.dispatched[rank], strict=True):
         assert_same(name, actual, wanted)
+    data, scales, *handle = group.low_latency_dispatch_int8(_with_rows_of_note(expected.xs[rank]), ids, M, case.E)
+    check_link(peers * (counts + flag) + expected.sent[rank] * (per_token + 4 + case.H))  # the scale
+    for name, actual, wanted in zip(("data", "scales"), (data, scales), expected.quantised[rank], strict=True):
+        assert_same(name, actual, wanted)
+    for name, actual, wanted in zip(NAMES[1:], handle, expected.dispatched[rank][1:], strict=True):
+        assert_same(f"{name} of int8 rows", actual, wanted)
     combined = group.low_latency_combine(expected.ys[rank], ids, expected.weights[rank], out[2:], case.E)
     per_token += 4 * case.K  # the weights
     check_link(peers * 2 * flag + expected.sent[rank] * per_token + expected.received[rank] * row)
@@ -120,6 +152,7 @@ def rounds(ctx: RankContext, twin: Twin, key: str, cases: list[tuple[Case, int]]
     with Group(twin, key, ctx.rank, ctx.size, size, timeout_ms=3000) as group:
         for case, M in cases:
             check_round(group, case, M, ctx.rank)
+            group.notify_dispatch(expect(case, M).ids[ctx.rank], case.E)  # each launch of a round in both parities
 
 
 def rounds_alone(ctx: RankContext, library: Path, key: str, cases: list[tuple[Case, int]], setup: Setup) -> None:
@@ -207,8 +240,8 @@ def bad_row(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
         if r == 0:
             handle[2][0, 0] = N + 5
         group.low_latency_combine(expected.ys[r], expected.ids[r], expected.weights[r], handle, CASE.E)
-        own = [BAD_ROW, 4, 0, 0, N, N + 5, COMBINE]
-        _check_status(group, own if r == peer else [REFUSED, 4, peer, 1, COMBINE, -1, COMBINE])
+        own = [BAD_ROW, 5, 0, 0, N, N + 5, COMBINE]
+        _check_status(group, own if r == peer else [REFUSED, 5, peer, 1, COMBINE, -1, COMBINE])
         _check_stays(group, r)
 
 
@@ -296,13 +329,13 @@ def _control(group: Group, rank: int | None = None) -> Any:
 
 Probe = tuple[Callable[..., None], tuple[Any, ...]]
 
-_SMALL = 6 << 10
+_SMALL = 9 << 10
 """Bytes of a unified buffer that make tokens go in many chunks, and rows in several tiles."""
 
 _CASES = [
     (Case((13, 0, 9, 5), H=24, K=2, local_experts=2, dtype=torch.float16, ids="distinct", absent=0.1), 13),
-    (Case((2, 11, 1, 7), H=600, K=3, local_experts=4, dtype=torch.bfloat16, ids="distinct", absent=0.2), 11),
-    (Case((6, 6, 6, 6), H=600, K=2, local_experts=2, dtype=torch.float32, ids="one rank", absent=0.0), 6),
+    (Case((2, 11, 1, 7), H=2100, K=3, local_experts=4, dtype=torch.bfloat16, ids="distinct", absent=0.2), 11),
+    (Case((6, 6, 6, 6), H=1200, K=2, local_experts=2, dtype=torch.float32, ids="one rank", absent=0.0), 6),
 ]
 
 

@@ -50,6 +50,7 @@ INPUTS: dict[str, dict[str, Any]] = {
         "windows": None,
     },
     "DeepEpLowLatencyDispatch": {"x": (ROWS, "TH"), "topk_idx": (torch.int64, "TK"), "windows": None},
+    "DeepEpLowLatencyDispatchInt8": {"x": (ROWS, "TH"), "topk_idx": (torch.int64, "TK"), "windows": None},
     "DeepEpLowLatencyCombine": {
         "x": (ROWS, "NH"),
         **ROUTED,
@@ -64,6 +65,7 @@ INPUTS: dict[str, dict[str, Any]] = {
 ATTRIBUTES = {
     "DeepEpGetDispatchLayout": {"num_experts": E, "num_ranks": R, "num_nodes": 1},
     "DeepEpLowLatencyDispatch": {"num_experts": E, "num_ranks": R, "num_max_dispatch_tokens_per_rank": M},
+    "DeepEpLowLatencyDispatchInt8": {"num_experts": E, "num_ranks": R, "num_max_dispatch_tokens_per_rank": M},
 }
 
 

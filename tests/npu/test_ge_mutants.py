@@ -32,6 +32,7 @@ OVERLOADS = {
     "DeepEpDispatchBackward": ("dispatch_backward", "default"),
     "DeepEpCombineBackward": ("combine_backward", "default"),
     "DeepEpLowLatencyDispatch": ("low_latency_dispatch", "default"),
+    "DeepEpLowLatencyDispatchInt8": ("low_latency_dispatch_int8", "default"),
     "DeepEpLowLatencyCombine": ("low_latency_combine", "default"),
     "MoeDistributeDispatchV2": ("low_latency_dispatch", "ops"),
     "MoeDistributeCombineV2": ("low_latency_combine", "ops"),
@@ -198,6 +199,7 @@ def infer_rank(op_type: str, output: int) -> list[Any]:
         "DeepEpDispatchBackward": ("TH", "TK"),
         "DeepEpCombineBackward": ("NH", "TK"),
         "DeepEpLowLatencyDispatch": ("NH", "L", "N3", "E", "TK"),
+        "DeepEpLowLatencyDispatchInt8": ("NH", "N", "L", "N3", "E", "TK"),
         "DeepEpLowLatencyCombine": ("TH",),
     }
     return list(symbols[op_type][output])

@@ -88,8 +88,8 @@ def test_any_sizes(ranks: RankPool, run: tuple[Case, int, Setup]) -> None:
 def test_every_setup(ranks: RankPool, R: int, setup: Setup) -> None:
     """Little unified buffer: rows go in tiles, and tokens in chunks."""
     tokens = tuple((5 * r + 3) % 17 for r in range(R))
-    case = Case(tokens, H=600, K=3, local_experts=3, dtype=torch.bfloat16, ids="distinct", absent=0.1, seed=R)
-    ranks.run(R, check, _SESSION, case, 17, setup._replace(unified_buffer=6 << 10, cores=2 + R % 7))
+    case = Case(tokens, H=2100, K=3, local_experts=3, dtype=torch.bfloat16, ids="distinct", absent=0.1, seed=R)
+    ranks.run(R, check, _SESSION, case, 17, setup._replace(unified_buffer=9 << 10, cores=2 + R % 7))
 
 
 LARGE = [

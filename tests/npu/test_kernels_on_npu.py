@@ -59,6 +59,12 @@ def check_buffer(ctx: RankContext, setup: Setup) -> None:
     expected, group = expect(CASE, M), make_group(ctx)
     x, ids, weights, y = (t[ctx.rank].npu() for t in (expected.xs, expected.ids, expected.weights, expected.ys))
     buffer = deep_ep.Buffer(group, low_latency_mode=True)
+    (data, scales), _, handle, _, _ = buffer.low_latency_dispatch(x, ids, M, E, quant_mode="int8")
+    on_host = expected.xs[ctx.rank], expected.ids[ctx.rank]
+    (wanted_data, wanted_scales), _, _, _, _ = buffer.low_latency_dispatch(*on_host, M, E, quant_mode="int8")
+    assert_same("data", data.cpu(), wanted_data)
+    assert_same("scales", scales.cpu(), wanted_scales)
+    assert_same("handle", handle.src_info.cpu(), expected.dispatched[ctx.rank][2])
     for _ in range(3):
         stand_in.clear_log()
         rows, count, handle, _, _ = buffer.low_latency_dispatch(x, ids, M, E, use_fp8=False)

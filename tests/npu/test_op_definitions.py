@@ -33,6 +33,7 @@ TORCH_OPS = {
     "DeepEpDispatchBackward": "dispatch_backward",
     "DeepEpCombineBackward": "combine_backward",
     "DeepEpLowLatencyDispatch": "low_latency_dispatch",
+    "DeepEpLowLatencyDispatchInt8": "low_latency_dispatch_int8",
     "DeepEpLowLatencyCombine": "low_latency_combine",
 }
 every_type = pytest.mark.parametrize("op_type", TORCH_OPS)
@@ -45,6 +46,8 @@ DTYPES = {
     **dict.fromkeys(("topk_weights", "recv_topk_weights", "grad_topk_weights", "grad_recv_topk_weights"), "float32"),
     **dict.fromkeys(("topk_idx", "recv_topk_idx", "num_recv_tokens_per_expert", "num_dropped", "recv_count"), "int64"),
     **dict.fromkeys(("windows", "num_worst_tokens"), "int64"),
+    "recv_data": "int8",
+    "recv_scales": "float32",
     **dict.fromkeys(("recv_src_idx", "send_head", "layout_range", "is_token_in_rank"), "int32"),
     **dict.fromkeys(("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert"), "int32"),
     **dict.fromkeys(("rank_prefix_matrix", "channel_prefix_matrix", "recv_channel_prefix_matrix"), "int32"),
@@ -396,7 +399,7 @@ def launch(op_type: str, s: Sizes, rows: str, soc: Soc) -> Launch:
     return call.tile(soc, [[s.N if n == -1 else n for n in output.shape] for output in call.infer()])
 
 
-SLOTS = ("DeepEpLowLatencyDispatch", "DeepEpLowLatencyCombine")
+SLOTS = ("DeepEpLowLatencyDispatch", "DeepEpLowLatencyDispatchInt8", "DeepEpLowLatencyCombine")
 TABLES = 6
 
 
@@ -405,13 +408,21 @@ def align(size: int, unit: int = 32) -> int:
 
 
 def bytes_of_chunk(t: Tiling) -> int:
-    """What kernels may keep of a chunk of tokens: ids, weights, rows, a record, places, sources, and ranks."""
+    """What kernels may keep of a chunk of tokens: ids, weights, rows, a record, places, sources, scales, and ranks."""
     K, R = t.work.top_k, t.work.ranks if t.work.nodes else 0
-    per_k = (8 * K, 4 * K, 4 * K, 8 * (2 * K + 1), 32 * K, 4 * R)
+    scales = 32 * K if is_quantised(t) else 0
+    per_k = (8 * K, 4 * K, 4 * K, 8 * (2 * K + 1), 32 * K, scales, 4 * R)
     return sum(align(t.chunk_tokens * size) for size in per_k) + t.chunk_tokens * t.record_bytes
 
 
+def is_quantised(t: Tiling) -> bool:
+    return t.work.sent_bytes < t.work.element_bytes
+
+
 def bytes_of_tiles(t: Tiling) -> int:
+    if is_quantised(t):
+        # fp32 values, their bits, the largest; fp16; two results and four arrived pieces in int8.
+        return t.buffers * t.tile_bytes + t.tile_bytes // t.work.element_bytes * (3 * 4 + 2 + 2 + 4)
     fp32_tiles = 2 * t.tile_bytes // t.work.element_bytes * 4 if t.work.arithmetic else 0
     sums = 2 * t.tile_bytes if t.work.arithmetic else 0
     return t.buffers * t.tile_bytes + sums + fp32_tiles
@@ -451,17 +462,19 @@ def test_tiling(soc: Soc, s: Sizes, rows: str, op_type: str) -> None:
     used = 32 * (2 + t.blocks) + TABLES * t.table_bytes + bytes_of_chunk(t)
     if moves_rows:
         element = 4 if rows == "float32" else 2
-        assert t.work.element_bytes == element
+        sent = 1 if op_type == "DeepEpLowLatencyDispatchInt8" else element
+        assert (t.work.element_bytes, t.work.sent_bytes) == (element, sent)
         assert t.row_bytes == H * element
-        assert 0 <= t.row_stride - t.row_bytes < 512
+        assert 0 <= t.row_stride - H * sent < 512
         assert t.row_stride % 512 == 0
         assert (t.tiles - 1) * t.tile_bytes + t.last_tile_bytes == t.row_bytes
         assert 0 < t.last_tile_bytes <= t.tile_bytes
         assert 2 <= t.buffers <= 4
-        # As few tiles as can be, with two buffers each.
+        # As few tiles as can be, with two buffers each, up to what aligns the parts of a chunk and idle cores have.
         per_tile = bytes_of_tiles(t) // t.tile_bytes - t.buffers + 2
-        largest = (soc.unified_buffer_bytes - used) // per_tile // 512 * 512
-        assert t.tiles in (-(-t.row_bytes // largest), -(-t.row_bytes // max(512, largest - 512)))
+        free = soc.unified_buffer_bytes - used
+        largest, least = (size // per_tile // 512 * 512 for size in (free, free - 32 * (7 * t.chunk_tokens + 64)))
+        assert -(-t.row_bytes // largest) <= t.tiles <= -(-t.row_bytes // max(512, least))
         used += bytes_of_tiles(t)
     else:
         assert (t.tiles, t.buffers, t.tile_bytes) == (0, 0, 0)
@@ -562,5 +575,5 @@ def test_more_experts_than_fit(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_layout_of_the_tiling() -> None:
     """The device reads it at these offsets: 64-bit fields without holes."""
-    assert ctypes.sizeof(Tiling) == 8 * (10 + 1 + 2 + 6 + 5 + 3 + 3)
-    assert Tiling.row_bytes.offset == 8 * 13
+    assert ctypes.sizeof(Tiling) == 8 * (11 + 1 + 2 + 6 + 5 + 3 + 3)
+    assert Tiling.row_bytes.offset == 8 * 14

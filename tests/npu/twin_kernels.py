@@ -147,6 +147,20 @@ class Group:
         self.launch("low_latency_dispatch", [x, topk_idx], [num_experts, self.size, num_max], outputs)
         return outputs
 
+    def low_latency_dispatch_int8(self, x: Tensor, topk_idx: Tensor, num_max: int, num_experts: int) -> list[Tensor]:
+        K = topk_idx.shape[1]
+        N = self.size * num_max * min(K, num_experts // self.size)
+        outputs = [
+            torch.full((N, x.shape[1]), 77, dtype=torch.int8),
+            _poisoned(N, dtype=torch.float32),
+            _poisoned(num_experts // self.size, dtype=torch.int64),
+            _poisoned(N, 3, dtype=torch.int32),
+            _poisoned(num_experts, dtype=torch.int32),
+            _poisoned(*topk_idx.shape, dtype=torch.int32),
+        ]
+        self.launch("low_latency_dispatch_int8", [x, topk_idx], [num_experts, self.size, num_max], outputs)
+        return outputs
+
     def low_latency_combine(
         self, y: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Sequence[Tensor], num_experts: int
     ) -> Tensor:

@@ -87,6 +87,8 @@ int32_t acl_dtype(ScalarType dtype) {
       return 0;
     case ScalarType::Half:
       return 1;
+    case ScalarType::Char:
+      return 2;
     case ScalarType::Byte:
       return 4;
     case ScalarType::Int:
@@ -152,7 +154,7 @@ void require(const char* op, const Checks& checks) {
 }
 
 void run(const char* op, const std::string& group, std::initializer_list<Tensor> inputs,
-         std::initializer_list<int64_t> integers, std::initializer_list<Tensor> outputs) {
+         std::initializer_list<int64_t> integers, const std::vector<Tensor>& outputs) {
   const DeepEpKernels& kernels = npu::kernels(op);
   std::vector<DeepEpTensor> in, out;
   for (const Tensor& tensor : inputs) in.push_back(describe(tensor));

@@ -4,6 +4,7 @@
 
 #include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "arguments.h"
 
@@ -15,7 +16,7 @@ int64_t group_size(const char* op, const std::string& group);
 
 // Queues the kernel of `op`; see kernels.h for the order. `group` is "" if ranks do not communicate.
 void run(const char* op, const std::string& group, std::initializer_list<Tensor> inputs,
-         std::initializer_list<int64_t> integers, std::initializer_list<Tensor> outputs);
+         std::initializer_list<int64_t> integers, const std::vector<Tensor>& outputs);
 
 // Whether the current stream is being captured into a graph, where the host must not wait for the device.
 bool is_capturing(const Tensor& like);

@@ -10,20 +10,36 @@ constexpr Op kOp = Op::low_latency_dispatch;
 
 // comm_alg is for .ops.
 
+// `rows` makes the first outputs, for N rows.
+template <typename Rows>
+Results queued(Op op, Rows&& rows, const Tensor& x, const Tensor& topk_idx, int64_t num_max, int64_t num_experts,
+               int64_t num_ranks, const std::string& group) {
+  const char* name = name_of(op);
+  require(name, check_low_latency_dispatch(x, topk_idx, num_max, num_experts, num_ranks, group_size(name, group)));
+  const int64_t L = num_experts / num_ranks, N = num_ranks * num_max * std::min(topk_idx.size(1), L);
+  Results results = rows(N);
+  results.push_back(new_empty(x, {L}, ScalarType::Long));                                  // recv_count
+  results.push_back(new_empty(x, {N, 3}, ScalarType::Int));                                // recv_src_idx
+  results.push_back(new_empty(x, {num_experts}, ScalarType::Int));                         // layout_range
+  results.push_back(new_empty(x, {topk_idx.size(0), topk_idx.size(1)}, ScalarType::Int));  // send_head
+  run(name, group, {x, topk_idx}, {num_experts, num_ranks, num_max}, results);
+  return results;
+}
+
 Results queued(const Tensor& x, const Tensor& topk_idx, int64_t num_max, int64_t num_experts, int64_t num_ranks,
                const std::string& group) {
-  const char* op = name_of(kOp);
-  require(op, check_low_latency_dispatch(x, topk_idx, num_max, num_experts, num_ranks, group_size(op, group)));
-  const int64_t L = num_experts / num_ranks, N = num_ranks * num_max * std::min(topk_idx.size(1), L);
-  const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) { return new_empty(x, shape, dtype); };
-  const Tensor recv_x = new_empty(x, {N, x.size(1)});
-  const Tensor recv_count = empty({L}, ScalarType::Long);
-  const Tensor recv_src_idx = empty({N, 3}, ScalarType::Int);
-  const Tensor layout_range = empty({num_experts}, ScalarType::Int);
-  const Tensor send_head = empty({topk_idx.size(0), topk_idx.size(1)}, ScalarType::Int);
-  run(op, group, {x, topk_idx}, {num_experts, num_ranks, num_max},
-      {recv_x, recv_count, recv_src_idx, layout_range, send_head});
-  return {recv_x, recv_count, recv_src_idx, layout_range, send_head};
+  const auto rows = [&](int64_t N) { return Results{new_empty(x, {N, x.size(1)})}; };
+  return queued(kOp, rows, x, topk_idx, num_max, num_experts, num_ranks, group);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> low_latency_dispatch_int8(
+    Tensor x, Tensor topk_idx, int64_t num_max, int64_t num_experts, int64_t num_ranks, GroupName group) {
+  const auto rows = [&](int64_t N) {
+    return Results{new_empty(x, {N, x.size(1)}, ScalarType::Char), new_empty(x, {N}, ScalarType::Float)};
+  };
+  const Results out =
+      queued(Op::low_latency_dispatch_int8, rows, x, topk_idx, num_max, num_experts, num_ranks, group.value);
+  return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
 // The kernel is on the stream when this returns; the host waits for nothing in either case.
@@ -46,5 +62,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_latency_dispatch(Tensor x
 
 STABLE_TORCH_LIBRARY_IMPL(deep_ep, PrivateUse1, library) {
   library.impl("low_latency_dispatch", TORCH_BOX(&deep_ep::npu::low_latency_dispatch));
+  library.impl("low_latency_dispatch_int8", TORCH_BOX(&deep_ep::npu::low_latency_dispatch_int8));
   library.impl("low_latency_dispatch_start", TORCH_BOX(&deep_ep::npu::low_latency_dispatch_start));
 }

@@ -29,6 +29,8 @@ inline std::vector<ge::DataType> columns(Elements elements) {
       return {ge::DT_FLOAT, ge::DT_FLOAT16, ge::DT_BF16};
     case Elements::f32:
       return {ge::DT_FLOAT, ge::DT_FLOAT, ge::DT_FLOAT};
+    case Elements::i8:
+      return {ge::DT_INT8, ge::DT_INT8, ge::DT_INT8};
     case Elements::i32:
       return {ge::DT_INT32, ge::DT_INT32, ge::DT_INT32};
     default:
@@ -153,6 +155,7 @@ ge::graphStatus tile(gert::TilingContext* context) {
     work.hidden = sizes['H'];
     work.rows = sizes['N'];
     work.element_bytes = context->GetInputDesc(0)->GetDataType() == ge::DT_FLOAT ? 4 : 2;
+    work.sent_bytes = signature.rows == Rows::quantised ? 1 : work.element_bytes;
     work.arithmetic = signature.rows == Rows::summed;
   }
 

@@ -13,7 +13,7 @@ namespace deep_ep {
 
 class Sizes;
 
-enum class Elements { rows, f32, i32, i64 };  // rows: fp32, fp16 or bf16, the same in all tensors of a call
+enum class Elements { rows, f32, i8, i32, i64 };  // rows: fp32, fp16 or bf16, the same in all tensors of a call
 
 struct TensorDef {
   const char* name;
@@ -35,7 +35,8 @@ struct AttrDef {
   char symbol;  // of the size that it gives; 0: it is a string
 };
 
-enum class Rows { copied, summed, none };  // what the kernel does with rows; sums are in fp32, with weights or without
+// What the kernel does with rows; sums are in fp32, with weights or without.
+enum class Rows { copied, quantised, summed, none };
 
 struct Signature {
   Rows rows;

@@ -5,13 +5,13 @@
 
 namespace deep_ep {
 
-// Records of a chunk, int32: the token, then kWords words for every k.
-template <int64_t kWords>
+// Records of a chunk, int32: the token, then kWords words for every k, then kExtra words.
+template <int64_t kWords, int64_t kExtra = 0>
 class Records {
  public:
   __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
     stride_ = tiling.record_bytes / sizeof(int32_t);
-    words_ = 1 + kWords * tiling.work.top_k;
+    extra_ = 1 + kWords * tiling.work.top_k;
     values_.init(pipe, tiling.chunk_tokens * stride_);
   }
 
@@ -21,11 +21,13 @@ class Records {
   }
   // One, by MTE3.
   __aicore__ void store(int64_t i, GM_ADDR to) {
-    deep_ep::store(to, values_.tensor()[static_cast<uint32_t>(i * stride_)], words_);
+    deep_ep::store(to, values_.tensor()[static_cast<uint32_t>(i * stride_)], extra_ + kExtra);
   }
 
   __aicore__ void set_token(int64_t i, int64_t token) { values_.set(i * stride_, static_cast<int32_t>(token)); }
   __aicore__ int32_t token(int64_t i) { return values_.get(i * stride_); }
+  __aicore__ void set_extra(int64_t i, int32_t value) { values_.set(i * stride_ + extra_, value); }
+  __aicore__ int32_t extra(int64_t i) { return values_.get(i * stride_ + extra_); }
   __aicore__ void set(int64_t i, int64_t k, int64_t word, int32_t value) {
     values_.set(i * stride_ + 1 + k * kWords + word, value);
   }
@@ -34,7 +36,7 @@ class Records {
   }
 
  private:
-  int64_t stride_ = 0, words_ = 0;
+  int64_t stride_ = 0, extra_ = 0;
   Array<int32_t> values_;
 };
 

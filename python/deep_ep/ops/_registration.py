@@ -17,6 +17,7 @@ def register(
     *,
     fake: Callable[..., Any],
     alltoall: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
     ops: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
@@ -29,6 +30,7 @@ def register(
     Args:
         fake: shapes and dtypes of the results; called with `overload=` too where there is an overload `.ops`.
         alltoall: the kernel of the overload `.alltoall`, for every device.
+        cpu: the kernel on the CPU, where it is not in C++.
         ops: the kernel of the overload `.ops`, for every device, where there is such an overload.
         setup_context, backward: the autograd formula; `backward` is called with `overload=`, the name of the overload
             whose gradient is wanted. None: the results have no gradients.
@@ -37,6 +39,8 @@ def register(
         communicates: whether ranks talk to each other in it.
     """
     _fragment.impl(f"{name}.alltoall", alltoall, "CompositeExplicitAutograd")
+    if cpu is not None:
+        _fragment.impl(name, cpu, "CPU")
     if ops is not None:
         _fragment.impl(f"{name}.ops", ops, "CompositeExplicitAutograd")
     packet = getattr(torch.ops.deep_ep, name)

@@ -1,0 +1,96 @@
+"""low_latency_dispatch_int8: low_latency_dispatch with rows that the kernel quantises, to int8 with one scale per row.
+
+T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts ·
+M num_max_dispatch_tokens_per_rank · N = R·M·min(K, L) rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, quantization
+from ..groups import GroupInfo
+from ..npu import ge
+from ..strategies import LowLatencyStrategy
+from ._registration import register, reject
+from .low_latency_dispatch import LowLatencyHandle, LowLatencyOutput
+
+
+def is_for(info: GroupInfo, x: Tensor) -> bool:
+    """Whether rows like x are better quantised in the kernel than around it."""
+    return x.device.type == "npu" and info.low_latency is LowLatencyStrategy.DEFAULT
+
+
+def call(
+    info: GroupInfo, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int
+) -> tuple[LowLatencyOutput, Tensor]:
+    """As low_latency_dispatch.call with x [T, H], whose recv_x is int8 here, and its scales fp32 [N].
+
+    The formula is that of `deep_ep.quantization.quantize(x, "int8", low_latency=True)`, to the bit. Rows that hold
+    nothing are 0 with the scale 0. There is no gradient.
+    """
+    M = num_max_dispatch_tokens_per_rank
+    data, scales, recv_count, src_info, layout_range, send_head = torch.ops.deep_ep.low_latency_dispatch_int8(
+        x, topk_idx, M, num_experts, info.size, info.name
+    )
+    handle = LowLatencyHandle(src_info, layout_range, M, x.shape[1], num_experts, recv_count, send_head)
+    return LowLatencyOutput(data, recv_count, handle), scales
+
+
+def fake(
+    x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int, num_ranks: int, group: str
+) -> tuple[Tensor, ...]:
+    M = num_max_dispatch_tokens_per_rank
+    reject("low_latency_dispatch_int8", checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks))
+    (T, H), K, L = x.shape, topk_idx.shape[1], num_experts // num_ranks
+    N = num_ranks * M * min(K, L)
+    return (
+        x.new_empty((N, H), dtype=torch.int8),
+        x.new_empty((N,), dtype=torch.float32),
+        x.new_empty((L,), dtype=torch.int64),
+        x.new_empty((N, 3), dtype=torch.int32),
+        x.new_empty((num_experts,), dtype=torch.int32),
+        x.new_empty((T, K), dtype=torch.int32),
+    )
+
+
+def _around(overload: str) -> Any:
+    """The kernel out of low_latency_dispatch's."""
+
+    def kernel(
+        x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int, num_ranks: int, group: str
+    ) -> tuple[Tensor, ...]:
+        sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
+        # What is wrong on this rank must not keep it from taking part: low_latency_dispatch refuses it on all.
+        wrong = checks.low_latency_dispatch(x, topk_idx, *sizes)
+        sent = None if wrong else quantization.quantize(x, "int8", low_latency=True)
+        rows = x if sent is None else quantization.pack(*sent)
+        op = getattr(torch.ops.deep_ep.low_latency_dispatch, overload)
+        out = op(rows, topk_idx, *sizes, group, "", None)
+        assert sent is not None
+        data, scales = quantization.unpack(out[0], *sent)
+        return data, scales, *out[1:]
+
+    return kernel
+
+
+def convert(
+    x: Any, topk_idx: Any, num_max_dispatch_tokens_per_rank: int, num_experts: int, num_ranks: int, group: str
+) -> Any:
+    """DeepEpLowLatencyDispatchInt8."""
+    integers = {
+        "num_experts": num_experts,
+        "num_ranks": num_ranks,
+        "num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank,
+    }
+    return ge.node("low_latency_dispatch_int8", {"x": x, "topk_idx": topk_idx}, integers, group)
+
+
+register(
+    "low_latency_dispatch_int8",
+    fake=fake,
+    cpu=_around("default"),
+    alltoall=_around("alltoall"),
+    convert={"default": convert},
+)
