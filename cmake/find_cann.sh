@@ -96,7 +96,7 @@ while IFS=: read -r definition type; do
   file="$(dirname "$(dirname "${definition#"$root/ops/"}")")/op_kernel/$name.cpp"
   kernels+=("kernel $type $file")
   [[ -e "$root/ops/$file" ]] || missing+=("ops/$file")
-done < <(grep -oH 'OP_ADD([A-Za-z]*' "$root"/ops/*/op_host/*.cpp)
+done < <(grep -oH 'OP_ADD([A-Za-z0-9]*' "$root"/ops/*/op_host/*.cpp)
 ((${#missing[@]} == 0)) || fail \
   "CANN $version is at $dir, but this version of deep_ep has no AscendC kernels yet: ${missing[*]} do not exist. Build \
 for the CPU."

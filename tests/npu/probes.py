@@ -13,7 +13,7 @@ import torch
 from cases import Case, assert_close, assert_same, expert_outputs, make_inputs
 from ranks import RankContext
 from torch import Tensor
-from twin_kernels import Failed, Group, Setup, Twin, get_dispatch_layout
+from twin_kernels import POISON, Failed, Group, Setup, Twin, get_dispatch_layout
 
 from deep_ep import quantization, reference
 
@@ -176,7 +176,7 @@ def _check_stays(group: Group, rank: int) -> None:
     status, expected = group.status(), expect(CASE, M)
     ids = expected.ids[rank]
     out = group.low_latency_dispatch(expected.xs[rank], ids, M, CASE.E)
-    assert all(bool((t != t).all() if t.is_floating_point() else (t == -123456).all()) for t in out)
+    assert all(bool((t != t).all() if t.is_floating_point() else (t == POISON[t.dtype]).all()) for t in out)
     handle = expected.dispatched[rank][2:]
     combined = group.low_latency_combine(expected.ys[rank], ids, expected.weights[rank], handle, CASE.E)
     assert combined.isnan().all(), "a combine after a failure has written something"

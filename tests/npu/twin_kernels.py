@@ -14,6 +14,9 @@ from torch import Tensor
 
 DTYPES = {getattr(torch, name): number for name, number in op_definitions.DTYPES.items()}
 
+POISON = {torch.int8: 77, torch.int32: -123456, torch.int64: -123456}
+"""What outputs have before a launch; NaN where they can."""
+
 A2, A5 = 2201, 3510  # A3 is as A2
 ARCHS = (A2, A5)
 
@@ -135,30 +138,26 @@ class Group:
         return num_rows
 
     def low_latency_dispatch(self, x: Tensor, topk_idx: Tensor, num_max: int, num_experts: int) -> list[Tensor]:
-        K = topk_idx.shape[1]
-        N = self.size * num_max * min(K, num_experts // self.size)
-        outputs = [
-            _poisoned(N, x.shape[1], dtype=x.dtype),
-            _poisoned(num_experts // self.size, dtype=torch.int64),
-            _poisoned(N, 3, dtype=torch.int32),
-            _poisoned(num_experts, dtype=torch.int32),
-            _poisoned(*topk_idx.shape, dtype=torch.int32),
-        ]
-        self.launch("low_latency_dispatch", [x, topk_idx], [num_experts, self.size, num_max], outputs)
-        return outputs
+        return self._low_latency_dispatch("low_latency_dispatch", (x.dtype,), x, topk_idx, num_max, num_experts)
 
     def low_latency_dispatch_int8(self, x: Tensor, topk_idx: Tensor, num_max: int, num_experts: int) -> list[Tensor]:
-        K = topk_idx.shape[1]
-        N = self.size * num_max * min(K, num_experts // self.size)
-        outputs = [
-            torch.full((N, x.shape[1]), 77, dtype=torch.int8),
-            _poisoned(N, dtype=torch.float32),
-            _poisoned(num_experts // self.size, dtype=torch.int64),
+        rows = torch.int8, torch.float32
+        return self._low_latency_dispatch("low_latency_dispatch_int8", rows, x, topk_idx, num_max, num_experts)
+
+    def _low_latency_dispatch(
+        self, op: str, rows: Sequence[torch.dtype], x: Tensor, topk_idx: Tensor, num_max: int, num_experts: int
+    ) -> list[Tensor]:
+        """`rows`: dtypes of data, and of scales where there are some."""
+        L = num_experts // self.size
+        N = self.size * num_max * min(topk_idx.shape[1], L)
+        outputs = [_poisoned(*shape, dtype=dtype) for shape, dtype in zip(((N, x.shape[1]), (N,)), rows, strict=False)]
+        outputs += [
+            _poisoned(L, dtype=torch.int64),
             _poisoned(N, 3, dtype=torch.int32),
             _poisoned(num_experts, dtype=torch.int32),
             _poisoned(*topk_idx.shape, dtype=torch.int32),
         ]
-        self.launch("low_latency_dispatch_int8", [x, topk_idx], [num_experts, self.size, num_max], outputs)
+        self.launch(op, [x, topk_idx], [num_experts, self.size, num_max], outputs)
         return outputs
 
     def low_latency_combine(
@@ -171,7 +170,7 @@ class Group:
 
 
 def _poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.full(shape, float("nan") if dtype.is_floating_point else -123456, dtype=dtype)
+    return torch.full(shape, float("nan") if dtype.is_floating_point else POISON[dtype], dtype=dtype)
 
 
 def get_dispatch_layout(twin: Twin, topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int) -> list[Tensor]:

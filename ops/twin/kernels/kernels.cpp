@@ -1,11 +1,8 @@
 // The interface of torch_library/npu/kernels.h on the twin. A launch is prepared by the definition of its operator, as
 // CANN does it, and run with the cores of this process.
-#include "npu/kernels.h"
-
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <cctype>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -13,10 +10,10 @@
 #include <mutex>
 
 #include "error.h"
+#include "npu/kernel_library.h"
 #include "register/op_def_registry.h"
 #include "registry.h"
 #include "twin.h"
-#include "window_map.h"
 #include "windows.h"
 
 #define DEEP_EP_API extern "C" __attribute__((visibility("default")))
@@ -30,7 +27,9 @@ std::vector<Kernel>& all() {
 
 namespace {
 
+using deep_ep::definition_name;
 using deep_ep::Error;
+using deep_ep::guarded;
 using deep_ep::str;
 using deep_ep::WindowMap;
 
@@ -60,17 +59,6 @@ struct State {
 State& state() {
   static State& instance = *new State;
   return instance;
-}
-
-// low_latency_dispatch: DeepEpLowLatencyDispatch
-std::string definition_name(const std::string& op) {
-  std::string name = "DeepEp";
-  bool is_first = true;
-  for (char c : op) {
-    if (c != '_') name += is_first ? static_cast<char>(std::toupper(c)) : c;
-    is_first = c == '_';
-  }
-  return name;
 }
 
 const Kernel& find(const std::string& op, int32_t dtype) {
@@ -195,31 +183,15 @@ Report execute(Plan& plan) {
   return report;
 }
 
-// Nothing is thrown across a C interface.
-template <typename Body>
-int guarded(char* error, Body&& body) {
-  try {
-    body();
-    return 0;
-  } catch (const std::exception& wrong) {
-    std::snprintf(error, DEEP_EP_TEXT_BYTES, "%s", wrong.what());
-    return 1;
-  }
-}
-
 int open_windows(const char* group, const char* communicator, int32_t rank, int32_t size, uint64_t bytes,
                  int64_t timeout_ms, int64_t* table, char* error) {
   return guarded(error, [&] {
     auto windows = std::make_shared<Windows>(communicator, rank, size, bytes, timeout_ms);
     std::lock_guard lock(state().mutex);
-    std::fill_n(table, DEEP_EP_TABLE_HEADER, 0);
-    table[WindowMap::kVersion] = DEEP_EP_KERNELS_VERSION;
-    table[WindowMap::kRank] = rank;
-    table[WindowMap::kRanks] = size;
-    table[WindowMap::kBytes] = static_cast<int64_t>(bytes);
-    table[WindowMap::kDeadline] = timeout_ms * static_cast<int64_t>(state().settings.clock_hz / 1000);
-    for (int r = 0; r < size; ++r)
-      table[WindowMap::kHeader + r] = static_cast<int64_t>(reinterpret_cast<uintptr_t>(windows->window(r)));
+    std::vector<uint64_t> addresses;
+    for (int r = 0; r < size; ++r) addresses.push_back(reinterpret_cast<uintptr_t>(windows->window(r)));
+    deep_ep::fill_table(table, rank, addresses, bytes, timeout_ms,
+                        static_cast<int64_t>(state().settings.clock_hz / 1000));
     state().windows[group] = std::move(windows);
   });
 }

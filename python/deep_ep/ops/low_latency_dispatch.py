@@ -155,12 +155,20 @@ def convert(
     started: Any,
 ) -> Any:
     """DeepEpLowLatencyDispatch. Whether the call was started makes no difference: GE runs nodes as it sees fit."""
+    sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
+    return node("low_latency_dispatch", x, topk_idx, *sizes, group)
+
+
+def node(
+    op: str, x: Any, topk_idx: Any, num_max_dispatch_tokens_per_rank: int, num_experts: int, num_ranks: int, group: str
+) -> Any:
+    """That of a low-latency dispatch."""
     integers = {
         "num_experts": num_experts,
         "num_ranks": num_ranks,
         "num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank,
     }
-    return ge.node("low_latency_dispatch", {"x": x, "topk_idx": topk_idx}, integers, group)
+    return ge.node(op, {"x": x, "topk_idx": topk_idx}, integers, group)
 
 
 def fake_start(

@@ -4,6 +4,7 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 M num_max_dispatch_tokens_per_rank · N = R·M·min(K, L) rows.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -11,10 +12,9 @@ from torch import Tensor
 
 from .. import checks, quantization
 from ..groups import GroupInfo
-from ..npu import ge
 from ..strategies import LowLatencyStrategy
 from ._registration import register, reject
-from .low_latency_dispatch import LowLatencyHandle, LowLatencyOutput
+from .low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, node
 
 
 def is_for(info: GroupInfo, x: Tensor) -> bool:
@@ -75,22 +75,10 @@ def _around(overload: str) -> Any:
     return kernel
 
 
-def convert(
-    x: Any, topk_idx: Any, num_max_dispatch_tokens_per_rank: int, num_experts: int, num_ranks: int, group: str
-) -> Any:
-    """DeepEpLowLatencyDispatchInt8."""
-    integers = {
-        "num_experts": num_experts,
-        "num_ranks": num_ranks,
-        "num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank,
-    }
-    return ge.node("low_latency_dispatch_int8", {"x": x, "topk_idx": topk_idx}, integers, group)
-
-
 register(
     "low_latency_dispatch_int8",
     fake=fake,
     cpu=_around("default"),
     alltoall=_around("alltoall"),
-    convert={"default": convert},
+    convert={"default": functools.partial(node, "low_latency_dispatch_int8")},
 )

@@ -10,16 +10,13 @@
 
 #include <algorithm>
 #include <array>
-#include <cctype>
-#include <cstdio>
 #include <filesystem>
 #include <memory>
 #include <string_view>
 #include <utility>
 
 #include "npu/aclnn/windows.h"
-#include "npu/kernels.h"
-#include "window_map.h"
+#include "npu/kernel_library.h"
 
 namespace deep_ep::aclnn {
 namespace {
@@ -42,17 +39,6 @@ void* find(const std::string& name) {
   void* const found = dlsym(package(), name.c_str());
   if (found == nullptr) throw Error(str("the operator package has no function ", name));
   return found;
-}
-
-// low_latency_dispatch: aclnnDeepEpLowLatencyDispatch
-std::string function_name(const std::string& op) {
-  std::string name = "aclnnDeepEp";
-  bool is_first = true;
-  for (char c : op) {
-    if (c != '_') name += is_first ? static_cast<char>(std::toupper(c)) : c;
-    is_first = c == '_';
-  }
-  return name;
 }
 
 [[noreturn]] void fail(const std::string& function, int status) {
@@ -136,7 +122,7 @@ struct Plan {
 
 std::unique_ptr<Plan> plan(const DeepEpCall& op_call) {
   auto plan = std::make_unique<Plan>();
-  plan->name = function_name(op_call.op);
+  plan->name = "aclnn" + definition_name(op_call.op);
   plan->group = op_call.group;
   plan->run = reinterpret_cast<Plan::Launch>(find(plan->name));
   const bool communicates = !plan->group.empty();
@@ -169,8 +155,7 @@ void* window_of(const int64_t* table, int64_t rank) {
   return reinterpret_cast<void*>(table[WindowMap::kHeader + rank]);
 }
 
-void fill_table(const char* communicator, int32_t rank, int32_t size, uint64_t bytes, int64_t timeout_ms,
-                int64_t* table) {
+void open(const char* communicator, int32_t rank, int32_t size, uint64_t bytes, int64_t timeout_ms, int64_t* table) {
   const std::vector<Window> windows =
       find_windows(communicator, static_cast<uint32_t>(rank), static_cast<uint32_t>(size));
   for (const Window& window : windows)
@@ -178,34 +163,18 @@ void fill_table(const char* communicator, int32_t rank, int32_t size, uint64_t b
       throw Error(str("HCCL's buffer has ", window.bytes, " bytes on rank ", &window - windows.data(), ", and ", bytes,
                       " are needed: set HCCL_BUFFSIZE to at least ", (bytes + (1 << 20) - 1) >> 20,
                       " (MB) on all ranks"));
-  std::fill_n(table, DEEP_EP_TABLE_HEADER, 0);
-  table[WindowMap::kVersion] = DEEP_EP_KERNELS_VERSION;
-  table[WindowMap::kRank] = rank;
-  table[WindowMap::kRanks] = size;
-  table[WindowMap::kBytes] = static_cast<int64_t>(bytes);
-  table[WindowMap::kDeadline] = timeout_ms * kCyclesPerMillisecond;
-  for (size_t r = 0; r < windows.size(); ++r) table[WindowMap::kHeader + r] = static_cast<int64_t>(windows[r].address);
+  std::vector<uint64_t> addresses;
+  for (const Window& window : windows) addresses.push_back(window.address);
+  fill_table(table, rank, addresses, bytes, timeout_ms, kCyclesPerMillisecond);
   // No launch has been yet, whatever lies in HCCL's memory.
   const WindowMap map{size, static_cast<int64_t>(bytes)};
   const int status = aclrtMemset(window_of(table, rank), bytes, 0, map.slots_begin());
   if (status != ACL_SUCCESS) fail("aclrtMemset", status);
 }
 
-// Nothing is thrown across a C interface.
-template <typename Body>
-int guarded(char* error, Body&& body) {
-  try {
-    body();
-    return 0;
-  } catch (const std::exception& wrong) {
-    std::snprintf(error, DEEP_EP_TEXT_BYTES, "%s", wrong.what());
-    return 1;
-  }
-}
-
 int open_windows(const char*, const char* communicator, int32_t rank, int32_t size, uint64_t bytes, int64_t timeout_ms,
                  int64_t* table, char* error) {
-  return guarded(error, [&] { fill_table(communicator, rank, size, bytes, timeout_ms, table); });
+  return guarded(error, [&] { open(communicator, rank, size, bytes, timeout_ms, table); });
 }
 
 // They go with their communicator.
