@@ -149,7 +149,7 @@ def rounds(ctx: RankContext, twin: Twin, key: str, cases: list[tuple[Case, int]]
     """One after the other on the same windows, which have no byte to spare for the largest."""
     twin.configure(setup)
     size = max(window_bytes(*case) for case in cases)
-    with Group(twin, key, ctx.rank, ctx.size, size, timeout_ms=3000) as group:
+    with Group(twin, key, ctx.rank, ctx.size, size, timeout_ms=5000) as group:
         for case, M in cases:
             check_round(group, case, M, ctx.rank)
             group.notify_dispatch(expect(case, M).ids[ctx.rank], case.E)  # each launch of a round in both parities
@@ -197,7 +197,7 @@ def different(ctx: RankContext, twin: Twin, key: str, what: str) -> None:
         "max_tokens": (7, 6),
         "element_bytes": (2, 4),
     }
-    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=3000) as group:
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=5000) as group:
         if is_other and what == "op":
             group.notify_dispatch(ids, E)
         else:
@@ -216,7 +216,7 @@ def bad_id(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     twin.configure(setup)
     expected, r = expect(CASE, M), ctx.rank
     for op in (NOTIFY, DISPATCH):
-        with Group(twin, f"{key}-{op}", r, ctx.size, 1 << 20, timeout_ms=3000) as group:
+        with Group(twin, f"{key}-{op}", r, ctx.size, 1 << 20, timeout_ms=5000) as group:
             ids = expected.ids[r].clone()
             if r == 1:
                 ids[2, 1] = CASE.E + 3
@@ -234,7 +234,7 @@ def bad_row(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     twin.configure(setup)
     expected, r = expect(CASE, M), ctx.rank
     peer, N = int(expected.ids[0][0, 0]) // CASE.local_experts, expected.dispatched[0][0].shape[0]
-    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=3000) as group:
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=5000) as group:
         check_round(group, CASE, M, r)
         handle = [t.clone() for t in expected.dispatched[r][2:]]
         if r == 0:
@@ -249,7 +249,7 @@ def late(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     """Rank 2 does not come to the second launch."""
     twin.configure(setup)
     ids, r = expect(CASE, M).ids[ctx.rank], ctx.rank
-    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=500) as group:
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=1200) as group:
         assert group.notify_dispatch(ids, CASE.E).item() == expect(CASE, M).num_rows[r]
         if r != 2:
             assert group.notify_dispatch(ids, CASE.E).item() == 0
@@ -261,7 +261,7 @@ def lost(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     """Rank 0 has forgotten its launches but one, as if they had never reached the device."""
     twin.configure(setup)
     ids, r = expect(CASE, M).ids[ctx.rank], ctx.rank
-    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=500) as group:
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=1200) as group:
         for _ in range(4):
             group.notify_dispatch(ids, CASE.E)
         if r == 0:
@@ -272,11 +272,22 @@ def lost(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
         _check_stays(group, r)
 
 
+def wrapped(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
+    """Epochs beyond what a flag can hold: 2^31, weeks of decoding."""
+    twin.configure(setup)
+    with Group(twin, key, ctx.rank, ctx.size, 1 << 20, timeout_ms=5000) as group:
+        _control(group)[:] = [2**31 - 13] * 2
+        for _ in range(5):
+            check_round(group, CASE, M, ctx.rank)
+            group.notify_dispatch(expect(CASE, M).ids[ctx.rank], CASE.E)
+        assert list(_control(group)) == [2**31 + 12] * 2
+
+
 def aborted(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     """Rank 0's second launch has ended before its end."""
     twin.configure(setup)
     expected, r = expect(CASE, M), ctx.rank
-    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=3000) as group:
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=5000) as group:
         group.notify_dispatch(expected.ids[r], CASE.E)
         if r == 0:
             assert list(_control(group)) == [1, 1], "the launch has not been counted"
@@ -293,7 +304,7 @@ def too_small(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     expected, r = expect(CASE, M), ctx.rank
     for case, op in ((CASE, DISPATCH), (CASE, COMBINE)):
         size = window_bytes(case, M) - 1024
-        with Group(twin, f"{key}-{op}", r, ctx.size, size, timeout_ms=3000) as group:
+        with Group(twin, f"{key}-{op}", r, ctx.size, size, timeout_ms=5000) as group:
             if op == DISPATCH:
                 group.low_latency_dispatch(expected.xs[r], expected.ids[r], M, case.E)
             else:
@@ -308,7 +319,7 @@ def begun(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     """A launch that waits says that it has begun: whoever aborts it leaves that behind."""
     twin.configure(setup)
     ids, r = expect(CASE, M).ids[ctx.rank], ctx.rank
-    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=3000) as group:
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=5000) as group:
         if r == 0:
             while (words := list(_control(group, 1))) != [0, 1]:
                 assert words == [0, 0], f"control words {words}"
@@ -345,7 +356,7 @@ def probes(seeds: range = range(6)) -> list[Probe]:
     fast: list[Probe] = [(layout, (Setup(arch, 3),)) for arch in ARCHS]
     fast += [(rounds, (_CASES, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]
     fast += [(different, (what,)) for what in ("op", "hidden", "top_k", "experts", "max_tokens", "element_bytes")]
-    fast += [(probe, (Setup(A2, 2),)) for probe in (bad_id, bad_row, late, lost, aborted, too_small, begun)]
+    fast += [(probe, (Setup(A2, 2),)) for probe in (bad_id, bad_row, late, lost, wrapped, aborted, too_small, begun)]
     slow: list[Probe] = []
     for seed in seeds:
         for arch in ARCHS:

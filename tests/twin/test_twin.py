@@ -14,6 +14,8 @@ import native
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # the library has to be built
+
 RULES = Path(__file__).parent / "twin_rules"
 
 ARCHS = (2201, 3510)

@@ -164,7 +164,8 @@ class Exchange {
     GlobalTensor<int32_t> flag = own_flag(phase, source);
     int32_t got = 0;
     for (refresh(flag); (got = flag.GetValue(kEpoch)) != expected; refresh(flag)) {
-      const bool is_ahead = got > expected;
+      // Epochs wrap around in a flag.
+      const bool is_ahead = static_cast<int32_t>(static_cast<uint32_t>(got) - static_cast<uint32_t>(expected)) > 0;
       if (!is_ahead && GetSystemCycle() - start <= deadline) continue;
       fail(is_ahead ? Failure::ahead : Failure::late, source, phase, expected, got);
       return false;

@@ -104,12 +104,16 @@ class Windows:
             *(name.encode(), communicator_name.encode(), group.rank(), group.size(), num_bytes),
             *(int(timeout.total_seconds() * 1000), self._words, error),
         )
-        # Nobody writes to a window before its rank has made it ready.
-        raise_everywhere(group, error.value.decode() or None)
+        self._close = weakref.finalize(group, _close, name, own)
+        try:
+            # Nobody writes to a window before its rank has made it ready.
+            raise_everywhere(group, error.value.decode() or None)
+        except BaseException:
+            self._close()
+            raise
         self.table = torch.tensor(self._words[:]).to("npu")
         library.deep_ep_npu_publish_windows(name.encode(), group.size(), self.table.data_ptr())
         _open[name] = self
-        self._close = weakref.finalize(group, _close, name, own)
 
     def failure(self) -> str | None:
         """What went wrong in the first launch that has failed on this rank. Waits for no stream."""
