@@ -87,10 +87,6 @@ std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling) {
     t.buffers = std::min(for_tiles / t.tile_bytes - other_tiles, kMaxBuffers);
   }
 
-  t.slot_records = align(4 * work.experts, Tiling::kBlockBytes);
-  t.slot_rows = t.slot_records + align(work.max_tokens * t.record_bytes, Tiling::kBlockBytes);
-  t.slot_bytes = t.slot_rows + work.max_tokens * t.row_stride;
-
   t.count_stride = align(4 * t.table_words, Tiling::kBlockBytes);
   t.failures = t.blocks * t.count_stride;
   t.workspace_bytes = t.failures + align(2 * t.blocks * Tiling::kStatusBytes, Tiling::kBlockBytes);

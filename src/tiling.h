@@ -59,10 +59,6 @@ struct Split {
 //                     with arithmetic: kSums x tile, and fp32 tiles of the term and of the sum;
 //                     quantised: as it says in tiling.cpp ]
 //   workspace:      [ counts of each block | status of each block, twice ]
-//   slot, which is what a rank sends to another in a launch, at the latter's window:
-//                   [ counts: int32 [E] | M records | M rows ]
-//
-// Records say what goes with the rows: one per token and rank that it goes to.
 struct Tiling {
   static constexpr int64_t kBlockBytes = 512;  // the unit in which remote writes arrive, and what is fast to move
   static constexpr int64_t kAlignment = 32;    // of everything in the unified buffer
@@ -86,10 +82,6 @@ struct Tiling {
   int64_t table_bytes;   // of one table
   int64_t chunk_tokens;  // tokens whose ids, records and the like are in the unified buffer at a time
   int64_t record_bytes;  // int32: the token, and three words per k; a multiple of kAlignment
-
-  int64_t slot_records;  // offsets in a slot, multiples of kBlockBytes
-  int64_t slot_rows;
-  int64_t slot_bytes;
 
   int64_t count_stride;  // of a block's counts, a table
   int64_t failures;      // offset in the workspace

@@ -7,8 +7,7 @@
 // rank sends for e + 2 only after it has got the flags of e + 1 from all ranks, which they send after they have done
 // with e: nobody still reads what it overwrites.
 //
-// A slot is what one rank sends to another in a launch: it is cut into parts by the kernel (slots of dispatch and
-// combine differ), so its size is that of the launch, the same on all ranks.
+// Tokens that do not fit into a slot go in rounds, each an epoch of its own.
 //
 // R ranks. All offsets are multiples of kBlock.
 #pragma once
@@ -50,6 +49,36 @@ struct WindowMap {
   }
 };
 
+// A slot: what one rank sends to another in an epoch. It has the same size on all ranks.
+//
+//   [ counts: int32 [E] | records | rows ]
+//
+// Records say what goes with the rows: one per token and rank that it goes to.
+struct SlotMap {
+  int64_t tokens;   // as many records and rows
+  int64_t records;  // offsets, multiples of kBlock
+  int64_t rows;
+  int64_t bytes;
+
+  DEEP_EP_DEVICE static constexpr SlotMap of(const Tiling& tiling, int64_t tokens) {
+    const int64_t records = align(tiling.work.experts * 4);
+    const int64_t rows = records + align(tokens * tiling.record_bytes);
+    return {tokens, records, rows, rows + tokens * tiling.row_stride};
+  }
+  // Of M tokens; without M, of as many as the windows have room for.
+  DEEP_EP_DEVICE static constexpr SlotMap of(const Tiling& tiling, const WindowMap& map) {
+    if (tiling.work.max_tokens > 0) return of(tiling, tiling.work.max_tokens);
+    const int64_t room = map.room() / map.ranks / WindowMap::kBlock * WindowMap::kBlock;
+    const int64_t tokens = (room - of(tiling, 0).bytes - WindowMap::kBlock) / (tiling.record_bytes + tiling.row_stride);
+    return of(tiling, tokens > 0 ? tokens : 1);
+  }
+
+ private:
+  DEEP_EP_DEVICE static constexpr int64_t align(int64_t bytes) {
+    return (bytes + WindowMap::kBlock - 1) / WindowMap::kBlock * WindowMap::kBlock;
+  }
+};
+
 // The control line, int64: the epoch of the newest launch that has ended, and of the newest one that has begun. They
 // are equal between launches, unless one was aborted.
 enum ControlWord { kEnded, kBegun };
@@ -72,6 +101,17 @@ enum StatusWord { kFailure, kLaunch, kPeer, kPhase, kExpected, kGot, kOp, kStatu
 
 // The words of a flag, int32. A rank compares all that describes the launch: ranks whose launches do not fit together
 // fail alike.
-enum FlagWord { kEpoch, kEntries, kFlagOp, kHidden, kTopK, kExperts, kMaxTokens, kElementBytes, kFlagWords = 8 };
+enum FlagWord {
+  kEpoch,
+  kEntries,
+  kFlagOp,
+  kHidden,
+  kTopK,
+  kExperts,
+  kMaxTokens,
+  kElementBytes,
+  kMore,  // whether the rank has tokens for a further round
+  kFlagWords = 16
+};
 
 }  // namespace deep_ep

@@ -20,6 +20,7 @@ KERNELS = (
     "low_latency_dispatch",
     "low_latency_dispatch_int8",
     "low_latency_combine",
+    "combine",
 )
 
 
@@ -56,6 +57,9 @@ _LEFT_OUT = {
     r"agree\(\)": "!has_failed()",
     r"exchange_\.all_raised\(\w+\)": "!exchange_.has_failed()",
     r"wait\(phase, source\)": "true",
+    r"exchange_\.next_round\(kAsked\)": "false",
+    r"has_more\(\)": "false",
+    r"told\(phase, source, kMore\) != 0": "false",
     r"matches\(flag, \w+, [\w.]+, phase, source\)": "true",
     r"begun \+ 1 != epoch_": "false",
     r"bytes > map_\.room\(\)": "false",
@@ -77,7 +81,7 @@ _INDEX = rf"(?:\w+(?:\+\+)? % \w+|\([^()]*(?:\([^()]*\)[^()]*)*\)|[A-Za-z_][\w.]
 _PRODUCT = re.compile(rf"({_INDEX}) \* ({_STRIDE})(?!\w)")
 # Sizes, not offsets.
 _SIZE = re.compile(
-    r"count\(\)$|chunk_tokens|^count$|^kWords$|^words$|GetBlockNum|^size$|local_experts_$|^kParities|^kPhases"
+    r"count\(\)$|chunk_tokens|^count$|^kWords$|^words$|GetBlockNum|^size$|^tokens$|local_experts_$|^kParities|^kPhases"
 )
 # Whose window, slot or flag: the next rank's, or the other phase's.
 _ARGUMENT = r"((?:[^(),]|\([^()]*\))+)"

@@ -69,7 +69,6 @@ class Tiling(ctypes.Structure):
             for name in (
                 *("row_bytes", "row_stride", "tile_bytes", "last_tile_bytes", "tiles", "buffers"),
                 *("table_ranks", "table_words", "table_bytes", "chunk_tokens", "record_bytes"),
-                *("slot_records", "slot_rows", "slot_bytes"),
                 *("count_stride", "failures", "workspace_bytes"),
             )
         ],

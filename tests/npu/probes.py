@@ -19,6 +19,7 @@ from deep_ep import quantization, reference
 
 NAMES = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")
 DISPATCH, COMBINE, NOTIFY = 5, 6, 7  # enum Op of src/op.h
+FLAG = 64  # bytes
 LATE, AHEAD, DIFFERENT, REFUSED, BAD_ID, BAD_ROW, TOO_SMALL, ABORTED = range(1, 9)  # enum Failure of src/window_map.h
 
 
@@ -50,6 +51,20 @@ def expect(case: Case, M: int) -> Expected:
         (d.recv_x, d.num_recv_tokens_per_expert, d.recv_src_idx, d.recv_channel_prefix_matrix.view(-1), d.send_head)
         for d in received
     ]
+    ys, combined, tolerances = _combined(case, weights, received)
+    num_rows = [int(sum(((i // case.local_experts == r) & (i >= 0)).sum() for i in ids)) for r in range(case.R)]
+    to = [reference.get_dispatch_layout(i, case.E, case.R, 1)[3] for i in ids]
+    pairs = torch.stack([t.sum(0) for t in to]).fill_diagonal_(0)  # [from, to]
+    sent, arrived = pairs.sum(1).tolist(), pairs.sum(0).tolist()
+    sources = [quantization.quantize(_with_rows_of_note(x), "int8", low_latency=True) for x in xs]
+    quantised = [_rows_of(sources, d.recv_src_idx) for d in received]
+    return Expected(xs, ids, weights, dispatched, num_rows, sent, arrived, quantised, ys, combined, tolerances)
+
+
+def _combined(
+    case: Case, weights: list[Tensor], received: list[reference.DispatchResult]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What the experts give, what comes back to the tokens, and how far off it may be."""
     ys = [expert_outputs(d.recv_x, d.recv_src_idx) for d in received]
     src = [d.recv_src_idx for d in received]
     exact = reference.combine([y.double() for y in ys], weights, src)
@@ -57,14 +72,7 @@ def expect(case: Case, M: int) -> Expected:
     # A rank's rows are summed up in fp32 and rounded to the dtype; then so are the sums of all ranks.
     epsilon = torch.finfo(case.dtype).eps + case.K * torch.finfo(torch.float32).eps
     tolerances = [2 * epsilon * s.double() + 2 * torch.finfo(case.dtype).tiny for s in size]
-    num_rows = [int(sum(((i // case.local_experts == r) & (i >= 0)).sum() for i in ids)) for r in range(case.R)]
-    to = [reference.get_dispatch_layout(i, case.E, case.R, 1)[3] for i in ids]
-    pairs = torch.stack([t.sum(0) for t in to]).fill_diagonal_(0)  # [from, to]
-    sent, arrived = pairs.sum(1).tolist(), pairs.sum(0).tolist()
-    sources = [quantization.quantize(_with_rows_of_note(x), "int8", low_latency=True) for x in xs]
-    quantised = [_rows_of(sources, d.recv_src_idx) for d in received]
-    combined = [e.to(case.dtype) for e in exact]
-    return Expected(xs, ids, weights, dispatched, num_rows, sent, arrived, quantised, ys, combined, tolerances)
+    return ys, [e.to(case.dtype) for e in exact], tolerances
 
 
 def _with_rows_of_note(x: Tensor) -> Tensor:
@@ -106,7 +114,7 @@ def check_round(group: Group, case: Case, M: int, rank: int) -> None:
     """The count, dispatch and combine of a case, with all their outputs, and what goes over links for them."""
     expected = expect(case, M)
     ids, peers, row = expected.ids[rank], case.R - 1, case.H * torch.finfo(case.dtype).bits // 8
-    flag, counts, per_token = 32, 4 * case.E, 4 * (1 + 2 * case.K)
+    flag, counts, per_token = FLAG, 4 * case.E, 4 * (1 + 2 * case.K)
 
     def check_link(wanted: int) -> None:
         """One row per token and rank, in both directions; no rank reads what is another's."""
@@ -132,6 +140,35 @@ def check_round(group: Group, case: Case, M: int, rank: int) -> None:
     check_link(peers * 2 * flag + expected.sent[rank] * per_token + expected.received[rank] * row)
     assert_close("combined_x", combined, expected.combined[rank], expected.tolerances[rank])
     assert group.status() == [0] * 8, f"status {group.status()}"
+
+
+def combine(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int, setup: Setup) -> None:
+    """The combine of normal mode, twice, in rounds of slot_tokens tokens, and what goes over links."""
+    twin.configure(setup)
+    r, row = ctx.rank, case.H * torch.finfo(case.dtype).bits // 8
+    xs, ids, weights, num_worst_tokens = make_inputs(case)
+    received = reference.dispatch(xs, ids, weights, case.E, num_worst_tokens)
+    ys, combined, tolerances = _combined(case, weights, received)
+    handle = received[r].recv_src_idx, received[r].send_head
+    # To the byte what so many tokens need, but for what aligns the records.
+    with Group(twin, key, r, ctx.size, window_bytes(case, slot_tokens) + 1024 * case.R, timeout_ms=5000) as group:
+        for launch in (1, 2):
+            twin.take_traffic()
+            out = group.combine(ys[r], ids[r], weights[r], handle, case.E)
+            (read, written), _ = twin.take_traffic()
+            assert_close("combined_x", out, combined[r], tolerances[r])
+            assert group.status() == [0] * 8, f"status {group.status()}"
+            delivered = [(i >= 0) & (d.send_head >= 0) for i, d in zip(ids, received, strict=True)]
+            to = [
+                reference.get_dispatch_layout(i.where(d, -1), case.E, case.R, 1)[3]
+                for i, d in zip(ids, delivered, strict=True)
+            ]
+            pairs = torch.stack([t.sum(0) for t in to]).fill_diagonal_(0)
+            rounds = max(1, *(-(-T // slot_tokens) for T in case.tokens))
+            records, flags = pairs[r].sum().item() * 4 * (1 + 3 * case.K), rounds * (case.R - 1) * 2 * FLAG
+            wanted = records + flags + pairs[:, r].sum().item() * row
+            assert (read, written) == (0, wanted), f"{read} bytes read, {written} written over links, expected {wanted}"
+            assert list(_control(group)) == [launch * rounds] * 2
 
 
 def layout(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
@@ -346,8 +383,14 @@ _SMALL = 9 << 10
 _CASES = [
     (Case((13, 0, 9, 5), H=24, K=2, local_experts=2, dtype=torch.float16, ids="distinct", absent=0.1), 13),
     (Case((2, 11, 1, 7), H=2100, K=3, local_experts=4, dtype=torch.bfloat16, ids="distinct", absent=0.2), 11),
-    (Case((6, 6, 6, 6), H=1200, K=2, local_experts=2, dtype=torch.float32, ids="one rank", absent=0.0), 6),
+    # Every slot is full, to the byte.
+    (Case((16, 16, 3, 16), H=1200, K=2, local_experts=2, dtype=torch.float32, ids="one rank", absent=0.0), 16),
 ]
+
+
+_NORMAL = Case(
+    (13, 0, 9, 5), H=600, K=3, local_experts=2, dtype=torch.float16, absent=0.1, capacity=(1.0, 0.7, 1.0, 0.5), seed=3
+)
 
 
 def probes(seeds: range = range(6)) -> list[Probe]:
@@ -355,12 +398,14 @@ def probes(seeds: range = range(6)) -> list[Probe]:
 
     fast: list[Probe] = [(layout, (Setup(arch, 3),)) for arch in ARCHS]
     fast += [(rounds, (_CASES, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]
+    fast += [(combine, (_NORMAL, 4, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]
     fast += [(different, (what,)) for what in ("op", "hidden", "top_k", "experts", "max_tokens", "element_bytes")]
     fast += [(probe, (Setup(A2, 2),)) for probe in (bad_id, bad_row, late, lost, wrapped, aborted, too_small, begun)]
     slow: list[Probe] = []
     for seed in seeds:
         for arch in ARCHS:
             slow.append((layout, (Setup(arch, 4, seed, _SMALL if seed % 2 else 0),)))
+            slow.append((combine, (_NORMAL, 3, Setup(arch, 2 + seed % 3, seed, 0 if seed % 2 else _SMALL))))
             slow.append((rounds, (_CASES, Setup(arch, 2 + seed % 3, seed, 0 if seed % 2 else _SMALL))))
         slow += [(probe, (Setup(A5 if seed % 2 else A2, 2, seed),)) for probe in (bad_id, bad_row, aborted, begun)]
     return fast + slow

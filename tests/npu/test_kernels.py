@@ -92,6 +92,32 @@ def test_every_setup(ranks: RankPool, R: int, setup: Setup) -> None:
     ranks.run(R, check, _SESSION, case, 17, setup._replace(unified_buffer=9 << 10, cores=2 + R % 7))
 
 
+@st.composite
+def normal_runs(draw: st.DrawFn) -> tuple[Case, int, Setup]:
+    """A case of normal mode, and how many tokens go in a round."""
+    R, K = draw(st.sampled_from(SIZES)), draw(st.integers(1, 6))
+    most = draw(st.sampled_from((1, 8, 40)))
+    case = Case(
+        tuple(draw(st.lists(st.integers(0, most), min_size=R, max_size=R))),
+        H=draw(st.sampled_from((8, 250, 600))),
+        K=K,
+        local_experts=draw(st.integers(1, 8)),
+        dtype=draw(st.sampled_from(DTYPES)),
+        ids=draw(st.sampled_from(("any", "distinct", "repeated", "one expert", "one rank", "none"))),
+        absent=draw(st.sampled_from((0.0, 0.1, 0.5, 0.99))),
+        capacity=draw(st.one_of(st.none(), st.tuples(*[st.sampled_from((0.3, 1.0, 1.5))] * R))),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+    setup = Setup(draw(st.sampled_from(ARCHS)), draw(st.sampled_from(CORES)), draw(st.sampled_from(SEEDS)))
+    return case, draw(st.sampled_from((1, 3, 7, 64))), setup
+
+
+@pytest.mark.timeout(0)
+@given(run=normal_runs())
+def test_combine(ranks: RankPool, run: tuple[Case, int, Setup]) -> None:
+    run_probe(ranks, (probes.combine, run), run[0].R)
+
+
 LARGE = [
     (Case((512, 0, 100, 300), H=64, K=8, local_experts=8, dtype=torch.bfloat16, ids="distinct", absent=0.05), 512),
     (Case((8, 0, 3, 5), H=7168, K=8, local_experts=8, dtype=torch.bfloat16, ids="distinct", absent=0.0), 8),
@@ -109,8 +135,8 @@ def test_512_tokens_of_7168(ranks: RankPool) -> None:
     ranks.run(2, probes.rounds_alone, twin_kernels.build(), uuid.uuid4().hex, [(case, 512)], Setup(A2, 8, None))
 
 
-def run_probe(ranks: RankPool, probe: probes.Probe) -> None:
-    said = ranks.run(4, probes.run_probe, twin_kernels.build(), None, uuid.uuid4().hex, probe)
+def run_probe(ranks: RankPool, probe: probes.Probe, size: int = 4) -> None:
+    said = ranks.run(size, probes.run_probe, twin_kernels.build(), None, uuid.uuid4().hex, probe)
     assert not any(said), "\n".join(filter(None, said))
 
 
@@ -179,7 +205,7 @@ def test_an_op_without_a_kernel() -> None:
     twin = Twin(twin_kernels.build())
     x = torch.zeros(1, 1)
     with pytest.raises(twin_kernels.Failed, match="there is no AscendC kernel for this op yet"):
-        twin.launch("combine", "", [x], [], [x])
+        twin.launch("dispatch", "", [x], [], [x])
 
 
 def test_windows_that_a_rank_does_not_open() -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch_npu  # noqa: F401
 import twin_kernels
 from cann import stand_in
-from cases import Case, assert_same
+from cases import Case, assert_same, make_inputs
 from probes import NAMES, expect
 from ranks import RankContext, RankPool
 from torch import Tensor
@@ -37,13 +37,13 @@ def npus() -> Iterator[RankPool]:
     pool.close()
 
 
-def make_group(ctx: RankContext, timeout: float = 30.0) -> dist.ProcessGroup:
+def make_group(ctx: RankContext, timeout: float = 30.0, num_bytes: int = 1 << 20) -> dist.ProcessGroup:
     """A new one of all ranks, whose kernels are those on the twin. Collective."""
     os.environ["DEEP_EP_KERNELS"] = str(twin_kernels.build())
     torch.npu.set_device(ctx.rank)
     assert deep_ep.npu.load_kernels() == "AscendC twin"
     group = dist.new_group(backend="cpu:gloo,npu:hccl", timeout=datetime.timedelta(seconds=30))
-    deep_ep.init(group, num_bytes=1 << 20, timeout=datetime.timedelta(seconds=timeout))
+    deep_ep.init(group, num_bytes=num_bytes, timeout=datetime.timedelta(seconds=timeout))
     return group
 
 
@@ -95,6 +95,24 @@ def check_layout(ctx: RankContext) -> None:
 
 def test_layout(npus: RankPool) -> None:
     npus.run(SIZE, check_layout)
+
+
+def check_combine(ctx: RankContext) -> None:
+    """Of normal mode: rows that were dispatched on the host, in the rounds that small windows make of it."""
+    case = Case((40, 23), H=1024, K=2, local_experts=4, dtype=torch.bfloat16, absent=0.1)
+    group = make_group(ctx, num_bytes=1 << 16)
+    x, ids, weights, _ = (given[ctx.rank] for given in make_inputs(case))
+    out = deep_ep.dispatch(x, ids, weights, num_experts=case.E, group=group)
+    call = ids, weights, out.handle.recv_src_idx, out.handle.send_head
+    sizes = case.E, SIZE, group.group_name
+    combined = torch.ops.deep_ep.combine(out.recv_x.npu(), *(t.npu() for t in call), *sizes)
+    wanted = torch.ops.deep_ep.combine(out.recv_x, *call, *sizes)
+    torch.testing.assert_close(combined.cpu(), wanted, rtol=2e-2, atol=2e-2)
+    deep_ep.npu.check(group)
+
+
+def test_combine(npus: RankPool) -> None:
+    npus.run(SIZE, check_combine)
 
 
 def check_capture(ctx: RankContext) -> None:

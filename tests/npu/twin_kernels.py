@@ -168,6 +168,14 @@ class Group:
         self.launch("low_latency_combine", [y, topk_idx, topk_weights, *handle], [num_experts, self.size], [combined])
         return combined
 
+    def combine(
+        self, y: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Sequence[Tensor], num_experts: int
+    ) -> Tensor:
+        """`handle`: recv_src_idx, send_head."""
+        combined = _poisoned(topk_idx.shape[0], y.shape[1], dtype=y.dtype)
+        self.launch("combine", [y, topk_idx, topk_weights, *handle], [num_experts, self.size], [combined])
+        return combined
+
 
 def _poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, float("nan") if dtype.is_floating_point else POISON[dtype], dtype=dtype)

@@ -48,7 +48,7 @@ class Share {
   __aicore__ Share(Exchange& exchange, const Tiling& tiling, int64_t phase, bool to_the_end)
       : exchange_(&exchange), phase_(phase), size_(tiling.chunk_tokens), to_the_end_(to_the_end) {
     int64_t arrived = 0;
-    for (int64_t source = 0; source < exchange.ranks(); ++source) arrived += exchange.entries(phase, source);
+    for (int64_t source = 0; source < exchange.ranks(); ++source) arrived += exchange.told(phase, source, kEntries);
     const Split split = Split::of(arrived, GetBlockNum());
     begin_ = split.begin(GetBlockIdx());
     end_ = split.end(GetBlockIdx());
@@ -68,7 +68,7 @@ class Share {
   }
 
  private:
-  __aicore__ void enter() { entries_ = source_ < exchange_->ranks() ? exchange_->entries(phase_, source_) : 0; }
+  __aicore__ void enter() { entries_ = source_ < exchange_->ranks() ? exchange_->told(phase_, source_, kEntries) : 0; }
 
   Exchange* exchange_;
   int64_t phase_, size_;

@@ -32,9 +32,10 @@ class Counts {
   // The row at the expert's rank, if there is send_head.
   __aicore__ int32_t row(int64_t i, int64_t k) { return rows_.get(i, k); }
 
-  // Counts this rank's rows and tokens. False if the launch has failed.
-  __aicore__ bool count(Exchange& exchange) {
-    for (Chunk chunk = own_tokens(*tiling_); chunk.any(); chunk.next()) {
+  // Counts what this block's tokens have for experts and ranks, and that of all blocks. False if the launch has failed.
+  __aicore__ bool count(Exchange& exchange, Chunk chunk) {
+    numbers_.begin();
+    for (; chunk.any(); chunk.next()) {
       order<HardEvent::S_MTE2>();
       read(chunk);
       order<HardEvent::MTE2_S>();

@@ -18,17 +18,38 @@ class Exchange {
     flag_.init(pipe, kFlagWords);
     failure_.init(pipe, kStatusWords);
     all_failures_.init(pipe, kStatusWords * GetBlockNum());
+    for (int32_t i = 0; i < kFlagWords; ++i) flag_.set(i, 0);
     for (int32_t i = 0; i < kStatusWords; ++i) failure_.set(i, 0);
     GlobalTensor<int64_t> control = this->control();
     epoch_ = control.GetValue(kEnded) + 1;
+    slots_ = SlotMap::of(tiling, map_);
   }
 
   __aicore__ int64_t rank() const { return rank_; }
   __aicore__ int64_t ranks() const { return map_.ranks; }
 
   // The slot at rank `at` for what `source` sends.
-  __aicore__ GM_ADDR slot(int64_t at, int64_t source) {
-    return window(at) + map_.slot(epoch_, source, tiling_->slot_bytes);
+  __aicore__ GM_ADDR slot(int64_t at, int64_t source) { return window(at) + map_.slot(epoch_, source, slots_.bytes); }
+  __aicore__ GM_ADDR record(GM_ADDR slot, int64_t number) {
+    return slot + slots_.records + number * tiling_->record_bytes;
+  }
+  __aicore__ GM_ADDR row(GM_ADDR slot, int64_t number) { return slot + slots_.rows + number * tiling_->row_stride; }
+
+  // This block's tokens of the round.
+  __aicore__ Chunk own_tokens() const {
+    const int64_t left = tiling_->work.tokens - first_;
+    const int64_t count = left < slots_.tokens ? (left > 0 ? left : 0) : slots_.tokens;
+    return deep_ep::own_tokens(*tiling_, first_, Split::of(count, GetBlockNum()));
+  }
+
+  // Goes on to the next round if any rank has tokens left. The same on all ranks and blocks, after all_raised(phase).
+  __aicore__ bool next_round(int64_t phase) {
+    bool more = false;
+    for (int64_t source = 0; source < map_.ranks && !more; ++source) more = told(phase, source, kMore) != 0;
+    if (!more) return false;
+    first_ += slots_.tokens;
+    ++epoch_;
+    return true;
   }
 
   // Whether a launch before has failed, after which this one must not run.
@@ -73,7 +94,7 @@ class Exchange {
       control.SetValue(kBegun, epoch_);
       refresh(control);
     }
-    const int64_t bytes = map_.ranks * tiling_->slot_bytes;
+    const int64_t bytes = map_.ranks * slots_.bytes;
     if (bytes > map_.room()) fail(Failure::too_small, rank_, 0, bytes, map_.room());
   }
 
@@ -89,6 +110,7 @@ class Exchange {
     flag_.set(kExperts, static_cast<int32_t>(work.experts));
     flag_.set(kMaxTokens, static_cast<int32_t>(work.max_tokens));
     flag_.set(kElementBytes, static_cast<int32_t>(work.element_bytes));
+    flag_.set(kMore, has_more());
     order<HardEvent::S_MTE3>();
     DataCopy(global<int32_t>(window(to) + map_.flag(epoch_, phase, rank_)), flag_.tensor(), kFlagWords);
     order<HardEvent::MTE3_S>();  // the next flag is made in its place
@@ -107,11 +129,11 @@ class Exchange {
     for (int64_t to = GetBlockIdx(); to < map_.ranks; to += GetBlockNum()) raise(phase, to, numbers.tokens_for(to));
   }
 
-  // What `source` has told of, after all_raised.
-  __aicore__ int64_t entries(int64_t phase, int64_t source) {
+  // A word of the flag of `source`, after all_raised: kEntries or kMore.
+  __aicore__ int64_t told(int64_t phase, int64_t source, FlagWord word) {
     GlobalTensor<int32_t> flag = own_flag(phase, source);
     refresh(flag);
-    return flag.GetValue(kEntries);
+    return flag.GetValue(word);
   }
 
   // The launch has come to its end, about which all blocks agree.
@@ -124,10 +146,13 @@ class Exchange {
     }
     GlobalTensor<int64_t> control = this->control();
     control.SetValue(kEnded, epoch_);
+    control.SetValue(kBegun, epoch_);  // of the last round
     refresh(control);
   }
 
  private:
+  __aicore__ bool has_more() const { return first_ + slots_.tokens < tiling_->work.tokens; }
+
   static constexpr int32_t kRefused = -1;  // in the place of the op
   static constexpr int64_t kStatusBytes = Tiling::kStatusBytes;
   static_assert(kStatusBytes == kStatusWords * sizeof(int32_t));
@@ -188,6 +213,8 @@ class Exchange {
   const Tiling* tiling_ = nullptr;
   GlobalTensor<int64_t> table_;
   WindowMap map_{};
+  SlotMap slots_{};
+  int64_t first_ = 0;  // token of the round
   int64_t rank_ = 0, epoch_ = 0, rounds_ = 0;
   int32_t op_ = 0;
   GM_ADDR failures_ = nullptr;  // of all blocks

@@ -127,9 +127,9 @@ struct Chunk {
   __aicore__ int64_t count() const { return end - first < size ? end - first : size; }
 };
 
-// This block's tokens.
-__aicore__ inline Chunk own_tokens(const Tiling& tiling) {
-  return {tiling.tokens.begin(GetBlockIdx()), tiling.tokens.end(GetBlockIdx()), tiling.chunk_tokens};
+// This block's share of the tokens from `first` on.
+__aicore__ inline Chunk own_tokens(const Tiling& tiling, int64_t first, const Split& split) {
+  return {first + split.begin(GetBlockIdx()), first + split.end(GetBlockIdx()), tiling.chunk_tokens};
 }
 
 // K values per token of a tensor [T, K], of a chunk of tokens.
@@ -206,6 +206,12 @@ class Numbers {
     total_.init(pipe, size);
     seen_.init(pipe, size);
     clear(seen_, words_);
+    begin();
+  }
+
+  // Before a pass that counts.
+  __aicore__ void begin() {
+    order<HardEvent::S_V>();
     clear(next_, words_);
     order<HardEvent::V_S>();
   }

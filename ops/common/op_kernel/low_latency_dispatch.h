@@ -41,7 +41,7 @@ class LowLatencyDispatch {
   __aicore__ void process() {
     if (exchange_.has_failed_before()) return;
     exchange_.begin();
-    if (counts_.count(exchange_)) {
+    if (counts_.count(exchange_, exchange_.own_tokens())) {
       counts_.send(exchange_);
       send();
     }
@@ -65,7 +65,7 @@ class LowLatencyDispatch {
   __aicore__ void send() {
     Numbers& numbers = counts_.numbers();
     numbers.begin_again();
-    for (Chunk chunk = own_tokens(*tiling_); chunk.any(); chunk.next()) {
+    for (Chunk chunk = exchange_.own_tokens(); chunk.any(); chunk.next()) {
       counts_.read(chunk);
       order<HardEvent::MTE2_S>();
       for (int64_t i = 0; i < chunk.count(); ++i) {
@@ -94,8 +94,7 @@ class LowLatencyDispatch {
 
   __aicore__ void add_place(int64_t i, int64_t rank, int64_t number) {
     GM_ADDR slot = exchange_.slot(rank, exchange_.rank());
-    places_.add(i, slot + tiling_->slot_rows + number * tiling_->row_stride,
-                reinterpret_cast<int64_t>(slot + tiling_->slot_records + number * tiling_->record_bytes));
+    places_.add(i, exchange_.row(slot, number), reinterpret_cast<int64_t>(exchange_.record(slot, number)));
   }
 
   // numbers().next() becomes the first row of this block's tokens for each expert, at the expert's rank;
@@ -118,7 +117,7 @@ class LowLatencyDispatch {
 
   // Which row each (token, k) has got, if it was not one too many.
   __aicore__ void answer() {
-    for (Chunk chunk = own_tokens(*tiling_); chunk.any(); chunk.next()) {
+    for (Chunk chunk = exchange_.own_tokens(); chunk.any(); chunk.next()) {
       counts_.read(chunk);
       order<HardEvent::MTE2_S>();
       for (int64_t i = 0; i < chunk.count(); ++i)
@@ -153,7 +152,7 @@ class LowLatencyDispatch {
 
   __aicore__ void expand(int64_t source, const Chunk& chunk) {
     GM_ADDR slot = exchange_.slot(exchange_.rank(), source);
-    records_.load(slot + tiling_->slot_records, chunk);
+    records_.load(exchange_.record(slot, 0), chunk);
     order<HardEvent::MTE2_S>();
     for (int64_t i = 0; i < chunk.count(); ++i) {
       places_.clear(i);
@@ -177,7 +176,7 @@ class LowLatencyDispatch {
         store(recv_src_idx_ + row * 3 * sizeof(int32_t), source_of(i, n, 0), 3);
         if constexpr (Rows::kHasScales) store(recv_scales_ + row * sizeof(float), source_of(i, n, kScale), 1);
       }
-      rows_.copy(slot + tiling_->slot_rows + (chunk.first + i) * tiling_->row_stride, places_, i);
+      rows_.copy(exchange_.row(slot, chunk.first + i), places_, i);
     }
     order<HardEvent::MTE3_S>();
   }

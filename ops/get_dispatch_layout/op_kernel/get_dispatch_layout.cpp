@@ -25,7 +25,7 @@ class GetDispatchLayout {
     clear(tokens_, work.nodes);
     if (GetBlockIdx() == 0) clear_results();
 
-    for (Chunk chunk = own_tokens(*tiling_); chunk.any(); chunk.next()) count(chunk);
+    for (Chunk chunk = own_tokens(*tiling_, 0, tiling_->tokens); chunk.any(); chunk.next()) count(chunk);
 
     all_blocks();  // the results are 0
     SetAtomicAdd<int32_t>();

@@ -30,7 +30,7 @@ struct Windows::Header {
 
 Windows::Windows(const std::string& communicator, int rank, int size, uint64_t bytes, int64_t timeout_ms)
     : rank_(rank), size_(size), bytes_(bytes), mapped_bytes_(pages(sizeof(Header)) + size * pages(bytes)) {
-  const std::string name = deep_ep::str("/deep_ep_twin_", std::hash<std::string>{}(communicator));
+  const std::string name = deep_ep::str("/ascendc_twin_", std::hash<std::string>{}(communicator));
   const auto wrong = [&](const char* what) {
     return std::runtime_error(
         deep_ep::str("cannot ", what, " ", mapped_bytes_, " bytes of shared memory: ", std::strerror(errno)));
