@@ -6,7 +6,6 @@ comparison with a number, so the sources are compiled once.
 """
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -183,7 +182,6 @@ def make(folder: Path) -> list[Mutant]:
         text, added = mutate(path.read_text(), file, len(mutants))
         if path.name == "window_map.h":
             text = re.sub(r"constexpr (int64_t (?:flag|slots_begin|room|slot)\()", r"\1", text)
-        text = text.replace("exchange.slot(", "exchange.slot(")
         written[place] = re.sub(r"exchange_\.(ranks|has_failed)\(", _own_exchange(path), text)
         mutants += added
     for place, text in written.items():
@@ -199,10 +197,6 @@ def make(folder: Path) -> list[Mutant]:
 def _own_exchange(path: Path) -> str:
     """How the exchange is called there."""
     return r"exchange.\1(" if path.name == "counts.h" else r"exchange_.\1("
-
-
-def remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -53,12 +53,17 @@ def expect(case: Case, M: int) -> Expected:
     ]
     ys, combined, tolerances = _combined(case, weights, received)
     num_rows = [int(sum(((i // case.local_experts == r) & (i >= 0)).sum() for i in ids)) for r in range(case.R)]
-    to = [reference.get_dispatch_layout(i, case.E, case.R, 1)[3] for i in ids]
-    pairs = torch.stack([t.sum(0) for t in to]).fill_diagonal_(0)  # [from, to]
+    pairs = _pairs(case, ids)
     sent, arrived = pairs.sum(1).tolist(), pairs.sum(0).tolist()
     sources = [quantization.quantize(_with_rows_of_note(x), "int8", low_latency=True) for x in xs]
     quantised = [_rows_of(sources, d.recv_src_idx) for d in received]
     return Expected(xs, ids, weights, dispatched, num_rows, sent, arrived, quantised, ys, combined, tolerances)
+
+
+def _pairs(case: Case, ids: list[Tensor]) -> Tensor:
+    """[from, to]: tokens of a rank that have an expert of another one."""
+    to = [reference.get_dispatch_layout(i, case.E, case.R, 1)[3] for i in ids]
+    return torch.stack([t.sum(0) for t in to]).fill_diagonal_(0)
 
 
 def _combined(
@@ -150,6 +155,11 @@ def combine(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int
     received = reference.dispatch(xs, ids, weights, case.E, num_worst_tokens)
     ys, combined, tolerances = _combined(case, weights, received)
     handle = received[r].recv_src_idx, received[r].send_head
+    # Dropped rows are not asked for.
+    pairs = _pairs(case, [i.where(d.send_head >= 0, -1) for i, d in zip(ids, received, strict=True)])
+    rounds = max(1, *(-(-T // slot_tokens) for T in case.tokens))
+    records, flags = pairs[r].sum().item() * 4 * (1 + 3 * case.K), rounds * (case.R - 1) * 2 * FLAG
+    wanted = records + flags + pairs[:, r].sum().item() * row
     # To the byte what so many tokens need, but for what aligns the records.
     with Group(twin, key, r, ctx.size, window_bytes(case, slot_tokens) + 1024 * case.R, timeout_ms=5000) as group:
         for launch in (1, 2):
@@ -158,15 +168,6 @@ def combine(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int
             (read, written), _ = twin.take_traffic()
             assert_close("combined_x", out, combined[r], tolerances[r])
             assert group.status() == [0] * 8, f"status {group.status()}"
-            delivered = [(i >= 0) & (d.send_head >= 0) for i, d in zip(ids, received, strict=True)]
-            to = [
-                reference.get_dispatch_layout(i.where(d, -1), case.E, case.R, 1)[3]
-                for i, d in zip(ids, delivered, strict=True)
-            ]
-            pairs = torch.stack([t.sum(0) for t in to]).fill_diagonal_(0)
-            rounds = max(1, *(-(-T // slot_tokens) for T in case.tokens))
-            records, flags = pairs[r].sum().item() * 4 * (1 + 3 * case.K), rounds * (case.R - 1) * 2 * FLAG
-            wanted = records + flags + pairs[:, r].sum().item() * row
             assert (read, written) == (0, wanted), f"{read} bytes read, {written} written over links, expected {wanted}"
             assert list(_control(group)) == [launch * rounds] * 2
 
@@ -190,10 +191,6 @@ def rounds(ctx: RankContext, twin: Twin, key: str, cases: list[tuple[Case, int]]
         for case, M in cases:
             check_round(group, case, M, ctx.rank)
             group.notify_dispatch(expect(case, M).ids[ctx.rank], case.E)  # each launch of a round in both parities
-
-
-def rounds_alone(ctx: RankContext, library: Path, key: str, cases: list[tuple[Case, int]], setup: Setup) -> None:
-    rounds(ctx, Twin(library), key, cases, setup)
 
 
 # Launches that fail. Status: failure, launch, peer, phase, expected, got, op; None: any number.

@@ -127,12 +127,12 @@ LARGE = [
 @pytest.mark.parametrize("setup", [Setup(arch, 8, seed) for arch in ARCHS for seed in (None, 0, 5)], ids=str)
 @pytest.mark.parametrize("large", LARGE, ids=["512 tokens", "H 7168"])
 def test_large(ranks: RankPool, large: tuple[Case, int], setup: Setup) -> None:
-    ranks.run(4, probes.rounds_alone, twin_kernels.build(), uuid.uuid4().hex, [large], setup)
+    run_probe(ranks, (probes.rounds, ([large], setup)))
 
 
 def test_512_tokens_of_7168(ranks: RankPool) -> None:
     case = Case((512, 511), H=7168, K=2, local_experts=1, dtype=torch.bfloat16, ids="distinct", absent=0.0)
-    ranks.run(2, probes.rounds_alone, twin_kernels.build(), uuid.uuid4().hex, [(case, 512)], Setup(A2, 8, None))
+    run_probe(ranks, (probes.rounds, ([(case, 512)], Setup(A2, 8, None))), 2)
 
 
 def run_probe(ranks: RankPool, probe: probes.Probe, size: int = 4) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch_npu  # noqa: F401
 import twin_kernels
 from cann import stand_in
-from cases import Case, assert_same, make_inputs
+from cases import Case, assert_close, assert_same, make_inputs
 from probes import NAMES, expect
 from ranks import RankContext, RankPool
 from torch import Tensor
@@ -49,8 +49,7 @@ def make_group(ctx: RankContext, timeout: float = 30.0, num_bytes: int = 1 << 20
 
 def close(actual: Tensor, rank: int) -> None:
     wanted = expect(CASE, M)
-    error = (actual.cpu().double() - wanted.combined[rank].double()).abs()
-    assert (error <= wanted.tolerances[rank]).all()
+    assert_close("combined", actual.cpu(), wanted.combined[rank], wanted.tolerances[rank])
 
 
 def check_buffer(ctx: RankContext, setup: Setup) -> None:

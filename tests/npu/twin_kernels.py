@@ -164,16 +164,20 @@ class Group:
         self, y: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Sequence[Tensor], num_experts: int
     ) -> Tensor:
         """`handle`: recv_src_idx, layout_range, send_head."""
-        combined = _poisoned(topk_idx.shape[0], y.shape[1], dtype=y.dtype)
-        self.launch("low_latency_combine", [y, topk_idx, topk_weights, *handle], [num_experts, self.size], [combined])
-        return combined
+        return self.combine(y, topk_idx, topk_weights, handle, num_experts, "low_latency_combine")
 
     def combine(
-        self, y: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Sequence[Tensor], num_experts: int
+        self,
+        y: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: Sequence[Tensor],
+        num_experts: int,
+        op: str = "combine",
     ) -> Tensor:
         """`handle`: recv_src_idx, send_head."""
         combined = _poisoned(topk_idx.shape[0], y.shape[1], dtype=y.dtype)
-        self.launch("combine", [y, topk_idx, topk_weights, *handle], [num_experts, self.size], [combined])
+        self.launch(op, [y, topk_idx, topk_weights, *handle], [num_experts, self.size], [combined])
         return combined
 
 

@@ -164,8 +164,10 @@ class Int8Rows : public RowCopier {
     PipeBarrier<PIPE_V>();
     Cast(integers_.tensor(), values, RoundMode::CAST_RINT, size);
     PipeBarrier<PIPE_V>();
-    if (!is_finite) Duplicate(integers_.tensor(), 0, size);
-    if (!is_finite) PipeBarrier<PIPE_V>();
+    if (!is_finite) {
+      Duplicate(integers_.tensor(), 0, size);
+      PipeBarrier<PIPE_V>();
+    }
     Cast(values, integers_.tensor(), RoundMode::CAST_RINT, size);
     PipeBarrier<PIPE_V>();
     Cast(halves_.tensor(), values, RoundMode::CAST_NONE, size);

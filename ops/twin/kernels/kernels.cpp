@@ -64,7 +64,7 @@ State& state() {
 const Kernel& find(const std::string& op, int32_t dtype) {
   for (const Kernel& kernel : all())
     if (kernel.op == op && (kernel.dtype == kAnyDtype || kernel.dtype == dtype)) return kernel;
-  throw Error(str("there is no AscendC kernel for this op yet; the strategy alltoall needs none"));
+  throw Error("there is no AscendC kernel for this op yet; the strategy alltoall needs none");
 }
 
 uint64_t bytes_of(const DeepEpTensor& tensor) {
