@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import native
 import pytest
-from kernel_interface import TEXT, DeepEpCall, DeepEpKernels, DeepEpTensor, P, kernels_in
 from npu import op_definitions
 from npu.op_definitions import ROOT
+
+from deep_ep.twin import native
+from deep_ep.twin.interface import TEXT, DeepEpCall, DeepEpKernels, DeepEpTensor, P, kernels_in
 
 MACHINE = platform.machine()
 FAKE = ROOT / "tests" / "fake_cann"

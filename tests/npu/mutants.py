@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import native
+from deep_ep.twin import native
 
-OPS = native.ROOT / "ops"
+OPS = native.root() / "ops"
 KERNELS = (
     "get_dispatch_layout",
     "notify_dispatch",
@@ -164,7 +164,7 @@ def sources() -> Iterator[tuple[Path, str]]:
         yield path, f"common/op_kernel/{path.name}"
     for name in KERNELS:
         yield OPS / name / "op_kernel" / f"{name}.cpp", f"{name}/op_kernel/{name}.cpp"
-    yield native.ROOT / "src" / "window_map.h", "common/op_kernel/window_map.h"
+    yield native.root() / "src" / "window_map.h", "common/op_kernel/window_map.h"
 
 
 def make(folder: Path) -> list[Mutant]:
@@ -178,7 +178,7 @@ def make(folder: Path) -> list[Mutant]:
         )
     }
     for path, place in sources():
-        file = str(path.relative_to(native.ROOT))
+        file = str(path.relative_to(native.root()))
         text, added = mutate(path.read_text(), file, len(mutants))
         if path.name == "window_map.h":
             text = re.sub(r"constexpr (int64_t (?:flag|slots_begin|room|slot)\()", r"\1", text)
@@ -200,5 +200,5 @@ def _own_exchange(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    for mutant in make(native.ROOT / "build" / "twin" / "mutants" / "sources"):
+    for mutant in make(native.root() / "build" / "twin" / "mutants" / "sources"):
         print(mutant.number, mutant)

@@ -14,13 +14,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mutants
-import native
-import twin_kernels
 from mutants import Mutant
 from probes import probes, run_probe
 from ranks import RankError, RankPool
 
-FOLDER = native.ROOT / "build" / "twin" / "mutants"
+from deep_ep.twin import kernels as twin_kernels
+from deep_ep.twin import native
+
+FOLDER = native.root() / "build" / "twin" / "mutants"
 SIZE = 4
 TIMEOUT = 20.0
 """Seconds of a probe, after which it hangs."""

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import native
-from native import ROOT
+from deep_ep.twin import interface, native
 
-DTYPES = {"float32": 0, "float16": 1, "int8": 2, "int32": 3, "int64": 9, "bfloat16": 27}
+ROOT = native.root()
+DTYPES = {str(dtype).removeprefix("torch."): number for dtype, number in interface.DTYPES.items()}
 """ge::DataType by the names of torch."""
 NAMES = {number: name for name, number in DTYPES.items()}
 

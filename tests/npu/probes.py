@@ -13,9 +13,9 @@ import torch
 from cases import Case, assert_close, assert_same, expert_outputs, make_inputs
 from ranks import RankContext
 from torch import Tensor
-from twin_kernels import POISON, Failed, Group, Setup, Twin, get_dispatch_layout
 
 from deep_ep import quantization, reference
+from deep_ep.twin.kernels import POISON, Failed, Group, Setup, Twin, get_dispatch_layout
 
 NAMES = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")
 DISPATCH, COMBINE, NOTIFY = 5, 6, 7  # enum Op of src/op.h
@@ -391,7 +391,7 @@ _NORMAL = Case(
 
 
 def probes(seeds: range = range(6)) -> list[Probe]:
-    from twin_kernels import A2, A5, ARCHS
+    from deep_ep.twin.kernels import A2, A5, ARCHS
 
     fast: list[Probe] = [(layout, (Setup(arch, 3),)) for arch in ARCHS]
     fast += [(rounds, (_CASES, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]

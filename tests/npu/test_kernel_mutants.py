@@ -4,9 +4,10 @@ import re
 
 import mutants
 import mutate
-import native
 import pytest
 from ranks import RankPool
+
+from deep_ep.twin import native
 
 pytestmark = pytest.mark.skipif(
     native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"

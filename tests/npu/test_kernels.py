@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import native
 import probes
 import pytest
 import torch
-import twin_kernels
 from cases import Case, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import RankContext, RankPool
-from twin_kernels import A2, ARCHS, Group, Setup, Twin
 
 from deep_ep import reference
+from deep_ep.twin import kernels as twin_kernels
+from deep_ep.twin import native
+from deep_ep.twin.kernels import A2, ARCHS, Group, Setup, Twin
 
 pytestmark = pytest.mark.skipif(
     native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"

@@ -14,15 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch_npu  # noqa: F401
-import twin_kernels
 from cann import stand_in
 from cases import Case, assert_close, assert_same, make_inputs
 from probes import NAMES, expect
 from ranks import RankContext, RankPool
 from torch import Tensor
-from twin_kernels import A5, Setup, Twin
 
 import deep_ep
+from deep_ep.twin import kernels as twin_kernels
+from deep_ep.twin.kernels import A5, Setup, Twin
 
 SIZE = 2
 CASE, M = Case((5, 3), H=256, K=2, local_experts=4, dtype=torch.bfloat16, ids="distinct", absent=0.1), 7

@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 from typing import Any
 
-import native
 import op_definitions
 import pytest
 import torch
@@ -20,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import deep_ep  # noqa: F401  (the torch ops)
+from deep_ep.twin import native
 
 pytestmark = pytest.mark.skipif(
     native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"

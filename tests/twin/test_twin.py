@@ -10,9 +10,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import native
 import pytest
 import torch
+
+from deep_ep.twin import native
 
 pytestmark = pytest.mark.slow  # the library has to be built
 
@@ -28,7 +29,7 @@ NEVER, SOMETIMES, ALWAYS = range(3)
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(native.build(RULES, native.ROOT / "build" / "twin" / "rules", "twin_rules")))
+    lib = ctypes.CDLL(str(native.build(RULES, native.root() / "build" / "twin" / "rules", "twin_rules")))
     lib.twin_rule.restype = lib.twin_run_rule.restype = ctypes.c_char_p
     return lib
 

@@ -1,6 +1,7 @@
-"""Libraries that tests build from this repository's C++ sources."""
+"""Libraries that are built from the C++ sources of a checkout, for tests and for the twin."""
 
 import fcntl
+import functools
 import importlib.util
 import os
 import shutil
@@ -8,7 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+
+@functools.cache
+def root() -> Path:
+    """The checkout: this file's, or where deep_ep is installed without one, that of the current folder."""
+    here = Path.cwd()
+    for folder in (Path(__file__).resolve().parents[3], here, *here.parents):
+        if (folder / "ops" / "twin" / "kernels").is_dir():
+            return folder
+    raise RuntimeError(f"no ops/ with the sources of the kernels: {here} is in no checkout of deep_ep")
 
 
 def torch_npu_dir() -> Path | None:
@@ -16,13 +25,13 @@ def torch_npu_dir() -> Path | None:
     spec = importlib.util.find_spec("torch_npu")
     installed = [Path(path) for path in (spec.submodule_search_locations if spec else None) or []]
     given = [Path(os.environ["TORCH_NPU_DIR"])] if "TORCH_NPU_DIR" in os.environ else []
-    other = sorted((ROOT / ".venv-npu" / "lib").glob("python3*/site-packages/torch_npu"))
+    other = sorted((root() / ".venv-npu" / "lib").glob("python3*/site-packages/torch_npu"))
     return next((path for path in (*given, *installed, *other) if (path / "include").is_dir()), None)
 
 
 def tool(name: str) -> str:
     """A program of this environment, of .venv, or of the system."""
-    folders = (Path(sys.executable).parent, ROOT / ".venv" / "bin")
+    folders = (Path(sys.executable).parent, root() / ".venv" / "bin")
     found = next((str(path / name) for path in folders if (path / name).exists()), None) or shutil.which(name)
     if found is None:
         raise RuntimeError(f"no {name} to build with")

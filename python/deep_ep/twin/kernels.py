@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import native
-import op_definitions
 import torch
-from kernel_interface import TEXT, DeepEpCall, DeepEpTensor, P, kernels_in
 from torch import Tensor
 
-DTYPES = {getattr(torch, name): number for name, number in op_definitions.DTYPES.items()}
+from . import native
+from .interface import DTYPES, TEXT, DeepEpCall, DeepEpTensor, P, kernels_in
 
 POISON = {torch.int8: 77, torch.int32: -123456, torch.int64: -123456}
 """What outputs have before a launch; NaN where they can."""
@@ -36,10 +34,11 @@ class Setup(NamedTuple):
 
 
 @functools.cache
-def build(ops: Path = native.ROOT / "ops", name: str = "kernels") -> Path:
-    """The library with the kernels that lie in `ops`, up to date, in a build folder of this name."""
-    source, folder = native.ROOT / "ops" / "twin" / "kernels", native.ROOT / "build" / "twin" / name
-    return native.build_with_torch_npu(source, folder, "deep_ep_twin_kernels", DEEP_EP_OPS=ops)
+def build(ops: Path | None = None, name: str = "kernels") -> Path:
+    """The library with the kernels that lie in `ops`, the checkout's without it, in a build folder of this name."""
+    root = native.root()
+    source, folder = root / "ops" / "twin" / "kernels", root / "build" / "twin" / name
+    return native.build_with_torch_npu(source, folder, "deep_ep_twin_kernels", DEEP_EP_OPS=ops or root / "ops")
 
 
 class Twin:

@@ -3,9 +3,21 @@
 import ctypes
 from typing import Any
 
+import torch
+
 P = ctypes.c_void_p
 TEXT = ctypes.c_char_p
 _i32 = ctypes.c_int32
+
+DTYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.int8: 2,
+    torch.int32: 3,
+    torch.int64: 9,
+    torch.bfloat16: 27,
+}
+"""aclDataType, which is ge::DataType."""
 
 
 class DeepEpTensor(ctypes.Structure):
