@@ -28,6 +28,8 @@ Core::Core(Launch& launch, int index)
   std::memset(ub_, 0xa5, ub_bytes_);  // what a former kernel has left
   written_.resize(ub_bytes_);
   pages_.resize(adversarial_ ? ub_bytes_ / Page::kBytes + 1 : 0);
+  counters_.read.resize(launch.num_regions);
+  counters_.written.resize(launch.num_regions);
   issued_[S] = 1;
   // How late a pipe is depends on the seed: every fourth seed has all of them as late as possible. Every other seed has
   // what was issued last overtake the rest.
@@ -100,7 +102,7 @@ void Core::set_flag(Pipe from, Pipe to, int id, Site at) {
   flag.site = at;
   flag.snapshot = snapshot(from, to);
   if (from == S) ++issued_[S];
-  ++counters_.flags;
+  ++counters_.events;
   if (adversarial_) tick(false);
 }
 
@@ -125,8 +127,12 @@ void Core::barrier(Pipe pipe, Site at) {
 }
 
 void Core::barrier_all() {
-  check_stopped();
   ++counters_.barriers;
+  complete_all();
+}
+
+void Core::complete_all() {
+  check_stopped();
   Clock all;
   for (int p = 0; p < kPipes; ++p) all[p] = issued_[p];
   force(all);
@@ -140,7 +146,7 @@ void Core::sync_all(Site at) {
   if (!meets_)
     fail(at, S, "SyncAll waits for ever in a kernel of KERNEL_TYPE_AIV_ONLY: KERNEL_TYPE_MIX_AIV_1_0 has it");
   // Rule 5. On 3510 what is ordered is what MTE3 has done, and S itself.
-  if (arch() == 2201) barrier_all();
+  if (arch() == 2201) complete_all();
   Clock mine = snapshot(MTE3, MTE3);
   force(mine);
   after_[S].join(mine);
@@ -164,7 +170,7 @@ void Core::sync_all(void* workspace, Span own, int cores_used, Site at) {
   check_span({own.begin, static_cast<uint32_t>(bytes), own.limit}, kBlock, at, S);
   Memory* memory = memory_of(workspace, bytes, true, at, S);
   ++counters_.syncs;
-  barrier_all();
+  complete_all();
   // Each core counts its calls in its 32 bytes of the workspace.
   auto* slot = static_cast<uint8_t*>(workspace) + kBlock * index_;
   int32_t count;

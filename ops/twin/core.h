@@ -186,6 +186,7 @@ class Core {
   void wait_flag(Pipe from, Pipe to, int id, Site at);
   void barrier(Pipe pipe, Site at);
   void barrier_all();
+  void complete_all();  // the same, without a PipeBarrier of the program
   // Whether the hard SyncAll works: in a kernel of KERNEL_TYPE_AIV_ONLY nothing on the device serves it.
   void set_meets(bool meets) { meets_ = meets; }
   void sync_all(Site at);

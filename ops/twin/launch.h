@@ -73,6 +73,7 @@ class Launch {
 
   const Settings settings;
   const std::string kernel;
+  const size_t num_regions;
   GlobalAccesses accesses;
   Gate hard_gate;
 

@@ -185,11 +185,10 @@ void Core::transfer(Pipe pipe, Site at) {
   const bool polling = pipe == MTE2 && polled_ == segments_[0].gm;
   if (pipe == MTE3) idle_ = 0;
   if (pipe == MTE2) polled_ = segments_[0].gm;
-  for (const Segment& segment : segments_) {
-    auto& bytes = pipe == MTE2 ? counters_.read_bytes : counters_.written_bytes;
-    if (bytes.size() <= segment.memory->index) bytes.resize(segment.memory->index + 1);
-    if (segment.source == Segment::copy) bytes[segment.memory->index] += segment.bytes;
-  }
+  std::vector<Moved>& moved = pipe == MTE2 ? counters_.read : counters_.written;
+  ++moved[segments_[0].memory->index].transfers;
+  for (const Segment& segment : segments_)
+    if (segment.source == Segment::copy) moved[segment.memory->index].bytes += segment.bytes;
   if (!adversarial_) {
     ++counters_.operations[pipe];
     for (const Segment& segment : segments_) pipe == MTE2 ? move_in(segment, at) : move_out(segment, atomic_, at);

@@ -17,7 +17,7 @@ Shared process{};
 Core& Core::current() { return *this_core; }
 
 Launch::Launch(const Settings& settings, const std::string& kernel, const std::vector<Region>& regions)
-    : settings(settings), kernel(kernel), ended_(settings.cores) {
+    : settings(settings), kernel(kernel), num_regions(regions.size()), ended_(settings.cores) {
   report_.counters.resize(settings.cores);
   for (const Region& region : regions) {
     if (region.bytes == 0) continue;

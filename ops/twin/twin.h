@@ -45,13 +45,23 @@ struct Settings {
   Shared* shared = nullptr;  // nullptr: the process has no others
 };
 
+// Between the unified buffer and global memory. A transfer is one DataCopy or DataCopyPad, however many blocks it has;
+// padding is not counted.
+struct Moved {
+  uint64_t bytes = 0, transfers = 0;
+  void operator+=(const Moved& other) {
+    bytes += other.bytes;
+    transfers += other.transfers;
+  }
+};
+
 struct Counters {
   std::array<uint64_t, 5> operations{};  // of V, MTE2 and MTE3, at 1 to 3; of the link at 4, in adversarial mode
-  std::vector<uint64_t> read_bytes;      // by region: by MTE2
-  std::vector<uint64_t> written_bytes;   // by region: by MTE3
-  uint64_t barriers = 0;                 // PipeBarrier, and the one in SyncAll
-  uint64_t flags = 0;                    // SetFlag, those of queues included
-  uint64_t syncs = 0;                    // SyncAll, of each core
+  std::vector<Moved> read;               // by region: by MTE2. A transfer counts where it begins
+  std::vector<Moved> written;            // by region: by MTE3
+  uint64_t barriers = 0;                 // PipeBarrier
+  uint64_t syncs = 0;                    // SyncAll
+  uint64_t events = 0;                   // SetFlag, those of queues included
   uint64_t unified_buffer_peak = 0;      // bytes
 };
 

@@ -94,12 +94,56 @@ def test_names_are_those_of_the_library() -> None:
     assert sorted(names()) == sorted(rules())
 
 
+REGIONS = ("in", "out", "work", "window of rank 0", "window of rank 1", "sync")
+
+
+class Counted(NamedTuple):
+    vector: int
+    mte2: int
+    mte3: int
+    barriers: int
+    syncs: int
+    events: int
+    peak: int
+
+
+def count(name: str, arch: int, adversarial: bool, core: int = 0) -> tuple[Counted, dict[str, list[int]]]:
+    """What a core has done; and by region that it has touched: bytes and transfers read, and written."""
+    size = len(Counted._fields)
+    counts = (ctypes.c_uint64 * (size + 4 * len(REGIONS)))()
+    library().twin_count(rules()[name].index, arch, adversarial, core, counts)
+    by_region = {region: counts[size + 4 * i : size + 4 * i + 4] for i, region in enumerate(REGIONS)}
+    return Counted(*counts[:size]), {region: moved for region, moved in by_region.items() if any(moved)}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("adversarial", [False, True])
-def test_counters(adversarial: bool) -> None:
-    counts = (ctypes.c_uint64 * 7)()
-    library().twin_count(rules()["rule3_queues_keep"].index, adversarial, counts)
+def test_counters(adversarial: bool, arch: int) -> None:
     # 4 rounds of 256 bytes, in four buffers; EnQue and FreeTensor of both queues.
-    assert list(counts) == [4, 4, 4, 1024, 1024, 16, 1024]
+    assert count("rule3_queues_keep", arch, adversarial) == (
+        Counted(vector=4, mte2=4, mte3=4, barriers=0, syncs=0, events=16, peak=1024),
+        {"in": [1024, 4, 0, 0], "out": [0, 0, 1024, 4]},
+    )
+    # SyncAll is no PipeBarrier, although it has one on 2201.
+    assert count("rule5_many_cores_keep", arch, adversarial, core=7) == (
+        Counted(vector=1, mte2=0, mte3=20, barriers=1, syncs=20, events=0, peak=3072),
+        {"work": [0, 0, 20 * 32, 20]},
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_counters_by_region(adversarial: bool, arch: int) -> None:
+    for core, blocks in ((0, 2), (1, 3)):
+        counted, by_region = count("counted_by_region_keeps", arch, adversarial, core)
+        # A transfer is one, however many blocks of 20 bytes it has and whatever pads them.
+        assert by_region == {
+            "in": [20 * blocks, 1, 0, 0],
+            "work": [0, 0, 20 * blocks, 1],
+            "window of rank 0": [64, 2, 0, 0],
+            "window of rank 1": [0, 0, 1024 + 64, 2],
+        }
+        assert counted == Counted(vector=1, mte2=3, mte3=3, barriers=2, syncs=1, events=1, peak=3072)
 
 
 # ---- Numbers.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -13,6 +14,7 @@
 #include "npu/kernel_library.h"
 #include "register/op_def_registry.h"
 #include "registry.h"
+#include "report.h"
 #include "twin.h"
 #include "windows.h"
 
@@ -42,18 +44,14 @@ Arch facts_of(int arch) {
   return arch == 3510 ? Arch{248 << 10, 1'000'000'000} : Arch{(192 << 10) - 256 - 8192, 50'000'000};
 }
 
-// What MTE2 and MTE3 have moved: over links, and in all by each core.
-struct Traffic {
-  uint64_t link_read = 0, link_written = 0;
-  std::vector<uint64_t> read, written;
-};
+constexpr size_t kMostReports = 1000;
 
 struct State {
   std::mutex mutex;
   Settings settings{2201, 8, false, 0, facts_of(2201).unified_buffer_bytes, facts_of(2201).clock_hz};
   std::map<std::string, std::shared_ptr<Windows>> windows;  // by group
   std::vector<std::string> violations;
-  Traffic traffic;
+  std::deque<std::string> reports;  // of the newest launches
 };
 
 State& state() {
@@ -135,8 +133,6 @@ std::unique_ptr<Plan> plan(const DeepEpCall& call) {
   return plan;
 }
 
-std::string name_of(int rank) { return str("window of rank ", rank); }
-
 Report execute(Plan& plan) {
   std::shared_ptr<Windows> windows;
   if (!plan.group.empty()) {
@@ -145,15 +141,12 @@ Report execute(Plan& plan) {
     if (found == state().windows.end()) throw Error(str("the windows of group ", plan.group, " have been closed"));
     windows = found->second;
   }
-  std::vector<Region> regions = plan.regions;
-  const auto add = [&](void* base, uint64_t bytes, const std::string& name, bool initialised, int rank, bool writable) {
-    regions.push_back({base, bytes, name, initialised, rank, writable});
-  };
-  for (int rank = 0; windows && rank < windows->size(); ++rank)
-    add(windows->window(rank), windows->bytes(), name_of(rank), true, rank, true);
-  add(plan.workspace + kSystemWorkspaceBytes, plan.workspace_bytes - kSystemWorkspaceBytes, "workspace", false, -1,
-      true);
-  add(plan.tiling.data(), plan.tiling.size() * sizeof(uint64_t), "tiling", true, -1, false);
+  std::vector<Region> regions;
+  if (windows) regions = windows->regions();  // first, as `describe` has them
+  regions.insert(regions.end(), plan.regions.begin(), plan.regions.end());
+  regions.push_back({plan.workspace + kSystemWorkspaceBytes, plan.workspace_bytes - kSystemWorkspaceBytes, "workspace",
+                     false, -1, true});
+  regions.push_back({plan.tiling.data(), plan.tiling.size() * sizeof(uint64_t), "tiling", true, -1, false});
   plan.settings.shared = windows ? windows->shared() : nullptr;
 
   std::vector<uint8_t*> arguments = plan.arguments;
@@ -162,19 +155,8 @@ Report execute(Plan& plan) {
   Report report = run(plan.settings, plan.kernel->op, regions, [&] { plan.kernel->call(arguments.data()); });
 
   std::lock_guard lock(state().mutex);
-  Traffic& traffic = state().traffic;
-  traffic.read.resize(std::max(traffic.read.size(), report.counters.size()));
-  traffic.written.resize(traffic.read.size());
-  for (size_t core = 0; core < report.counters.size(); ++core) {
-    const Counters& counters = report.counters[core];
-    for (size_t i = 0; i < counters.read_bytes.size(); ++i) {
-      const bool by_link = regions[i].rank >= 0 && regions[i].rank != windows->rank();
-      traffic.read[core] += counters.read_bytes[i];
-      traffic.written[core] += counters.written_bytes[i];
-      traffic.link_read += by_link ? counters.read_bytes[i] : 0;
-      traffic.link_written += by_link ? counters.written_bytes[i] : 0;
-    }
-  }
+  state().reports.push_back(describe(plan.kernel->op, plan.settings, windows.get(), report));
+  if (state().reports.size() > kMostReports) state().reports.pop_front();
   for (std::string& violation : report.violations) {
     if (windows) violation = str("rank ", windows->rank(), ": ", violation);
     std::fprintf(stderr, "%s\n", violation.c_str());
@@ -284,18 +266,12 @@ DEEP_EP_API const char* deep_ep_twin_take_violations() {
   return text.c_str();
 }
 
-// Bytes that launches have moved since the last call: link[2], read from and written to windows of other ranks;
-// cores[2 * n], what each of the first n cores has read and written in all.
-DEEP_EP_API void deep_ep_twin_take_traffic(uint64_t* link, uint64_t* cores, int32_t n) {
+// What launches have done since the last call, kMostReports of them at most, as a list in JSON: Launch of
+// python/deep_ep/twin/kernels.py. Valid until the next call.
+DEEP_EP_API const char* deep_ep_twin_take_report() {
+  static std::string text;
   std::lock_guard lock(state().mutex);
-  Traffic traffic;
-  std::swap(traffic, state().traffic);
-  traffic.read.resize(n);
-  traffic.written.resize(n);
-  link[0] = traffic.link_read;
-  link[1] = traffic.link_written;
-  for (int32_t core = 0; core < n; ++core) {
-    cores[2 * core] = traffic.read[core];
-    cores[2 * core + 1] = traffic.written[core];
-  }
+  text = '[' + joined(state().reports) + ']';
+  state().reports.clear();
+  return text.c_str();
 }

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
@@ -13,6 +14,7 @@
 #include <thread>
 
 #include "error.h"
+#include "window_map.h"
 
 namespace twin::kernels {
 namespace {
@@ -62,6 +64,22 @@ Windows::~Windows() { munmap(base_, mapped_bytes_); }
 
 uint8_t* Windows::window(int rank) const {
   return static_cast<uint8_t*>(base_) + pages(sizeof(Header)) + rank * pages(bytes_);
+}
+
+std::vector<Region> Windows::regions() const {
+  const deep_ep::WindowMap map{size_, static_cast<int64_t>(bytes_)};
+  const auto clip = [&](int64_t offset) { return std::min(static_cast<uint64_t>(offset), bytes_); };
+  const uint64_t flags = clip(deep_ep::WindowMap::kBlock), slots = clip(map.slots_begin());
+  std::vector<Region> regions;
+  const auto add = [&](const char* part, int rank, uint64_t begin, uint64_t end) {
+    regions.push_back({window(rank) + begin, end - begin, deep_ep::str(part, " of rank ", rank), true, rank, true});
+  };
+  for (int rank = 0; rank < size_; ++rank) {
+    add("control", rank, 0, flags);
+    add("flags", rank, flags, slots);
+    add("slots", rank, slots, bytes_);
+  }
+  return regions;
 }
 
 Shared* Windows::shared() const { return &static_cast<Header*>(base_)->shared; }

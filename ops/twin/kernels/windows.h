@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "twin.h"
 
@@ -23,6 +24,10 @@ class Windows {
   int size() const { return size_; }
   uint64_t bytes() const { return bytes_; }
   uint8_t* window(int rank) const;
+  // Of all ranks. A window is kParts regions, so that what goes to each is counted apart; part p of the window of rank
+  // r is region r * kParts + p.
+  enum Part { kControl, kFlags, kSlots, kParts };
+  std::vector<Region> regions() const;
   Shared* shared() const;
 
  private:

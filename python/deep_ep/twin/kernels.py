@@ -2,9 +2,10 @@
 
 import ctypes
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,6 +34,59 @@ class Setup(NamedTuple):
     """Bytes; 0: as much as the architecture has. With less, rows go in more tiles and tokens in more chunks."""
 
 
+class Moved(TypedDict):
+    """Between global memory, windows included, and unified buffers."""
+
+    bytes: int
+    """Without what pads a block in the unified buffer."""
+    transfers: int
+    """DataCopy and DataCopyPad, each of which is one, however many blocks it has."""
+
+
+class Link(TypedDict):
+    """Between a rank and the window of another one."""
+
+    peer: int
+    read: Moved
+    """By this rank, out of the peer's window."""
+    written: Moved
+    """By this rank, to the peer's window, with flags."""
+    flags: Moved
+    """Of what is written, that to where the peer's flags lie: a transfer of 64 bytes raises one flag."""
+
+
+class Work(TypedDict):
+    """Of a core; of a launch, the sum over its cores and the highest peak."""
+
+    mte2: Moved
+    """Into unified buffers, from anywhere."""
+    mte3: Moved
+    """Out of unified buffers, to anywhere."""
+    unified_buffer_peak: int
+    """Bytes that buffers of a core have taken at a time."""
+    barriers: int
+    """Calls of PipeBarrier."""
+    syncs: int
+    """Calls of SyncAll."""
+    events: int
+    """Calls of SetFlag, those in queues included."""
+
+
+class Launch(TypedDict):
+    """A launch on one rank, as the twin reports it: ops/twin/kernels/report.cpp."""
+
+    op: str
+    rank: int
+    """0 where the op has no group."""
+    arch: int
+    completed: bool
+    """False if it was ended because it, or one on another rank, had broken a rule."""
+    links: list[Link]
+    """By peer; none where the op has no group."""
+    total: Work
+    cores: list[Work]
+
+
 @functools.cache
 def build(ops: Path | None = None, name: str = "kernels") -> Path:
     """The library with the kernels that lie in `ops`, the checkout's without it, in a build folder of this name."""
@@ -47,6 +101,7 @@ class Twin:
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self._library.deep_ep_twin_take_violations.restype = TEXT
+        self._library.deep_ep_twin_take_report.restype = TEXT
         self.kernels = kernels_in(self._library)
 
     def configure(self, setup: Setup) -> None:
@@ -59,11 +114,20 @@ class Twin:
         """Chooses a fault, in a library of mutants."""
         self._library.deep_ep_twin_mutant(number)
 
+    def take_report(self) -> list[Launch]:
+        """What launches have done since the last call, the newest 1000 of them at most, in their order."""
+        return json.loads(self._library.deep_ep_twin_take_report())
+
     def take_traffic(self, cores: int = 0) -> tuple[list[int], list[tuple[int, int]]]:
-        """Bytes that launches have moved since the last call: read and written over links; and in all, by core."""
-        link, by_core = (ctypes.c_uint64 * 2)(), (ctypes.c_uint64 * 2 * cores)()
-        self._library.deep_ep_twin_take_traffic(link, by_core, cores)
-        return list(link), [(read, written) for read, written in by_core]
+        """Of that, bytes: read and written over links; and in all, by core."""
+        launches = self.take_report()
+        links = [link for launch in launches for link in launch["links"]]
+        over_links = [sum(link["read"]["bytes"] for link in links), sum(link["written"]["bytes"] for link in links)]
+        moved = [(0, 0)] * cores
+        for launch in launches:
+            for i, core in enumerate(launch["cores"][:cores]):
+                moved[i] = moved[i][0] + core["mte2"]["bytes"], moved[i][1] + core["mte3"]["bytes"]
+        return over_links, moved
 
     def take_violations(self) -> list[str]:
         return self._library.deep_ep_twin_take_violations().decode().splitlines()

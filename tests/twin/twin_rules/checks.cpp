@@ -323,5 +323,22 @@ RULE(scalar_accesses) {
   for (int i = 0; i < 50'000; ++i) a.SetValue(i * 7 % t.kCount, a.GetValue(i * 13 % t.kCount) + 1);
 }
 
+// ---- Counters.
+
+RULE(counted_by_region_keeps, .cores = 2) {
+  Tensors t;
+  const uint32_t core = GetBlockIdx();
+  const auto blocks = static_cast<uint16_t>(2 + core);
+  DataCopyPad(t.a, w.input(), {blocks, 20, 12, 0, 0}, {false, 0, 0, 0.0f});
+  DataCopy(t.b, w.window(0), 8);
+  DataCopy(t.b[8], w.window(0)[8], 8);
+  order<HardEvent::MTE2_MTE3>();
+  DataCopyPad(w.workspace()[core * 64], t.a, {blocks, 20, 0, 0, 0});
+  DataCopy(w.window(1)[core * 1024], t.c, 256);
+  DataCopy(w.window(1)[core * 1024 + 256], t.c, 16);
+  PipeBarrier<PIPE_ALL>();
+  SyncAll();
+}
+
 }  // namespace
 }  // namespace rules

@@ -62,19 +62,23 @@ const char* twin_run_rule(int index, int arch, bool adversarial, uint64_t seed) 
   return text.c_str();
 }
 
-// What the rule's kernel has done: operations of V, MTE2 and MTE3, bytes read from `in` and written to `out`, flags,
-// the most bytes of the unified buffer.
-void twin_count(int index, bool adversarial, uint64_t* counts) {
+// What a core has done in the rule's kernel: operations of V, MTE2 and MTE3, PipeBarrier, SyncAll, SetFlag, the peak of
+// the unified buffer; then for every region bytes and transfers read, bytes and transfers written.
+void twin_count(int index, int arch, bool adversarial, int core, uint64_t* counts) {
   const rules::Rule& rule = rules::all()[index];
   auto w = std::make_unique<rules::World>();
-  const twin::Counters counters =
-      twin::run({2201, rule.expected.cores, adversarial, 0, 192 * 1024, 50'000'000}, rule.name, regions_of(*w), [&] {
-        rule.kernel(*w);
-      }).counters.front();
-  const uint64_t found[] = {counters.operations[1],      counters.operations[2],    counters.operations[3],
-                            counters.read_bytes[0],      counters.written_bytes[1], counters.flags,
-                            counters.unified_buffer_peak};
-  std::copy(std::begin(found), std::end(found), counts);
+  const std::vector<twin::Region> regions = regions_of(*w);
+  const twin::Report report = twin::run({arch, rule.expected.cores, adversarial, 0, 192 * 1024, 50'000'000}, rule.name,
+                                        regions, [&] { rule.kernel(*w); });
+  const twin::Counters& counters = report.counters[core];
+  std::vector<uint64_t> found = {counters.operations[1],      counters.operations[2], counters.operations[3],
+                                 counters.barriers,           counters.syncs,         counters.events,
+                                 counters.unified_buffer_peak};
+  for (size_t i = 0; i < regions.size(); ++i) {
+    found.insert(found.end(), {counters.read[i].bytes, counters.read[i].transfers});
+    found.insert(found.end(), {counters.written[i].bytes, counters.written[i].transfers});
+  }
+  std::copy(found.begin(), found.end(), counts);
 }
 
 // Casts `count` elements of 16-bit or 32-bit types; by name as in the twin's headers.

@@ -127,7 +127,7 @@ class TPipe {
   void Reset(Site at = Site::here()) { Core::current().reset_buffers(at, false); }
   void Destroy(Site at = Site::here()) {
     Core::current().reset_buffers(at, true);
-    Core::current().barrier_all();
+    Core::current().complete_all();
     Core::current().pipe_object = nullptr;
   }
 
