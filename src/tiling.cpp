@@ -37,19 +37,28 @@ std::string check(const Work& work, const Soc& soc) {
 
 bool is_quantised(const Work& work) { return work.sent_bytes < work.element_bytes; }
 
-// Tiles besides the buffers. Sums: results, and two of fp32. Quantised rows: three of fp32 or int32, one of fp16, two
-// of results, and the buffers of arrived rows, both of int8.
+// Tiles besides the buffers. Arithmetic: results, and two of fp32. Quantised rows: three of fp32 or int32, one of fp16,
+// results, and the buffers of arrived rows, both of int8. Where rows are copied besides, buffers for that.
 int64_t other_tiles(const Work& work) {
-  if (is_quantised(work)) return (3 * 4 + 2 + Tiling::kSums + kMaxBuffers) / work.element_bytes;
-  return work.arithmetic ? Tiling::kSums + 2 * 4 / work.element_bytes : 0;
+  if (is_quantised(work)) return (3 * 4 + 2 + Tiling::kResults + kMaxBuffers) / work.element_bytes;
+  if (!work.arithmetic) return 0;
+  return Tiling::kResults + 2 * 4 / work.element_bytes + (work.copied ? kMaxBuffers : 0);
+}
+
+// Tables besides those of Numbers: the dispatches' three; for answers, where each rank's are.
+int64_t other_tables(const Work& work) {
+  if (work.hidden == 0) return 0;
+  return work.arithmetic ? work.answers : 3;
 }
 
 // What goes with one token of a chunk: ids, weights and rows per k; a record; a place per (token, k) and their number,
-// twice; 32 bytes per k for what is known of a row, and as many for its scale. For the layout, a word per rank.
+// twice; per k kWordsPerPair times 32 bytes for what is known of a row, a word of an answer, and a word of the result.
+// For the layout, a word per rank.
 int64_t chunk_bytes_per_token(const Work& work, int64_t record_bytes) {
+  constexpr int64_t kWordsPerPair = 3;
   const auto words = [](int64_t bytes, int64_t count) { return align(bytes * count, Tiling::kAlignment); };
-  return words(8, work.top_k) + 2 * words(4, work.top_k) + record_bytes + words(8, 2 * work.top_k + 1) +
-         Tiling::kAlignment * work.top_k * (is_quantised(work) ? 2 : 1) + (work.nodes > 0 ? words(4, work.ranks) : 0);
+  return words(8, work.top_k) + 4 * words(4, work.top_k) + record_bytes + words(8, 2 * work.top_k + 1) +
+         kWordsPerPair * Tiling::kAlignment * work.top_k + (work.nodes > 0 ? words(4, work.ranks) : 0);
 }
 
 }  // namespace
@@ -70,7 +79,8 @@ std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling) {
   const int64_t other_tiles = deep_ep::other_tiles(work);
   const int64_t smallest_tiles = work.hidden == 0 ? 0 : Tiling::kBlockBytes * (kMinBuffers + other_tiles);
   const int64_t words = Tiling::kStatusBytes * (2 + soc.vector_cores);
-  const int64_t free = soc.unified_buffer_bytes - words - Tiling::kTables * t.table_bytes - smallest_tiles;
+  const int64_t free =
+      soc.unified_buffer_bytes - words - (Tiling::kTables + other_tables(work)) * t.table_bytes - smallest_tiles;
   if (free < per_token)
     return str("num_experts = ", work.experts, " with ", work.top_k, " ids per token needs ", per_token - free,
                " bytes more than the unified buffer has: ", soc.unified_buffer_bytes);
@@ -80,7 +90,8 @@ std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling) {
     const int64_t for_tiles = smallest_tiles + free - t.chunk_tokens * per_token;
     const int64_t largest = for_tiles / (kMinBuffers + other_tiles) / Tiling::kBlockBytes * Tiling::kBlockBytes;
     t.row_bytes = work.hidden * work.element_bytes;
-    t.row_stride = align(work.hidden * work.sent_bytes, Tiling::kBlockBytes);
+    t.answer = align(work.hidden * work.sent_bytes, Tiling::kAlignment);
+    t.row_stride = align(t.answer + (work.answers ? 4 * work.top_k : 0), Tiling::kBlockBytes);
     t.tile_bytes = align(divide_up(t.row_bytes, divide_up(t.row_bytes, largest)), Tiling::kBlockBytes);
     t.tiles = divide_up(t.row_bytes, t.tile_bytes);
     t.last_tile_bytes = t.row_bytes - (t.tiles - 1) * t.tile_bytes;
@@ -88,7 +99,7 @@ std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling) {
   }
 
   t.count_stride = align(4 * t.table_words, Tiling::kBlockBytes);
-  t.failures = t.blocks * t.count_stride;
+  t.failures = 2 * t.blocks * t.count_stride;
   t.workspace_bytes = t.failures + align(2 * t.blocks * Tiling::kStatusBytes, Tiling::kBlockBytes);
   return {};
 }

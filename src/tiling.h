@@ -36,7 +36,9 @@ struct Work {
   int64_t rows;           // N; in exact mode the most that may arrive
   int64_t element_bytes;  // of a row's elements: 2 or 4
   int64_t sent_bytes;     // of the same on their way: 1 if they are quantised
-  int64_t arithmetic;     // 1: rows are weighted or summed up in fp32, 0: they are copied or quantised
+  int64_t copied;         // 1: rows are copied as they are
+  int64_t arithmetic;     // 1: rows are weighted, summed up or multiplied in fp32
+  int64_t answers;        // 1: each record is answered with up to K words
 };
 
 // Items 0..n-1 in consecutive parts, one per block, that differ by at most one item; the longer ones come first.
@@ -55,15 +57,13 @@ struct Split {
 // tile_bytes; the last piece has last_tile_bytes.
 //
 //   unified buffer: [ a flag, and the status of each block | tables | what goes with a chunk of tokens |
-//                     buffers x tile |
-//                     with arithmetic: kSums x tile, and fp32 tiles of the term and of the sum;
-//                     quantised: as it says in tiling.cpp ]
-//   workspace:      [ counts of each block | status of each block, twice ]
+//                     buffers x tile | more tiles and tables, as it says in tiling.cpp ]
+//   workspace:      [ counts of each block, twice | status of each block, twice ]
 struct Tiling {
   static constexpr int64_t kBlockBytes = 512;  // the unit in which remote writes arrive, and what is fast to move
   static constexpr int64_t kAlignment = 32;    // of everything in the unified buffer
   static constexpr int64_t kTables = 6;        // int32 [E], then [R] each, or int64 [L]
-  static constexpr int64_t kSums = 2;          // tiles of results: one is filled while another is sent
+  static constexpr int64_t kResults = 2;       // tiles: one is filled while another is sent
   static constexpr int64_t kStatusBytes = 32;  // what a block says if it fails
 
   Work work;
@@ -71,7 +71,8 @@ struct Tiling {
   Split tokens;  // over blocks
 
   int64_t row_bytes;        // H elements, without padding
-  int64_t row_stride;       // of rows in slots: a multiple of kBlockBytes
+  int64_t row_stride;       // of rows in slots, with what answers them: a multiple of kBlockBytes
+  int64_t answer;           // where in it the answer begins: a multiple of kAlignment
   int64_t tile_bytes;       // a multiple of kBlockBytes
   int64_t last_tile_bytes;  // without padding
   int64_t tiles;

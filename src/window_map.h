@@ -51,7 +51,7 @@ struct WindowMap {
 
 // A slot: what one rank sends to another in an epoch. It has the same size on all ranks.
 //
-//   [ counts: int32 [E] | records | rows ]
+//   [ counts: int32 [E] | records | rows, each with room for the words that answer it ]
 //
 // Records say what goes with the rows: one per token and rank that it goes to.
 struct SlotMap {
@@ -94,6 +94,7 @@ enum class Failure : int32_t {
   bad_row,    // a peer asks for a row that x does not have
   too_small,  // the window has no room for the slots of this launch
   aborted,    // the launch before has not come to its end on this rank
+  no_room,    // more rows arrive at a rank than it has memory for, and it may drop none
 };
 
 // The status line, int32. It stays as it is, and later launches of the group end at once.
@@ -111,6 +112,8 @@ enum FlagWord {
   kMaxTokens,
   kElementBytes,
   kMore,  // whether the rank has tokens for a further round
+  kRows,  // N of the rank, which differs from rank to rank
+  kFits,  // whether it may drop none
   kFlagWords = 16
 };
 

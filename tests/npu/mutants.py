@@ -19,7 +19,11 @@ KERNELS = (
     "low_latency_dispatch",
     "low_latency_dispatch_int8",
     "low_latency_combine",
+    "dispatch",
+    "dispatch_exact",
     "combine",
+    "dispatch_backward",
+    "combine_backward",
 )
 
 
@@ -56,7 +60,7 @@ _LEFT_OUT = {
     r"agree\(\)": "!has_failed()",
     r"exchange_\.all_raised\(\w+\)": "!exchange_.has_failed()",
     r"wait\(phase, source\)": "true",
-    r"exchange_\.next_round\(kAsked\)": "false",
+    r"exchange_\.next_round\(\w+\)": "false",
     r"has_more\(\)": "false",
     r"told\(phase, source, kMore\) != 0": "false",
     r"matches\(flag, \w+, [\w.]+, phase, source\)": "true",
@@ -163,7 +167,8 @@ def sources() -> Iterator[tuple[Path, str]]:
     for path in sorted((OPS / "common" / "op_kernel").glob("*.h")):
         yield path, f"common/op_kernel/{path.name}"
     for name in KERNELS:
-        yield OPS / name / "op_kernel" / f"{name}.cpp", f"{name}/op_kernel/{name}.cpp"
+        path = next(OPS.glob(f"*/op_kernel/{name}.cpp"))
+        yield path, str(path.relative_to(OPS))
     yield native.root() / "src" / "window_map.h", "common/op_kernel/window_map.h"
 
 

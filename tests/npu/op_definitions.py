@@ -52,7 +52,7 @@ class Work(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             *("tokens", "max_tokens", "hidden", "top_k", "experts", "ranks", "nodes"),
-            *("rows", "element_bytes", "sent_bytes", "arithmetic"),
+            *("rows", "element_bytes", "sent_bytes", "copied", "arithmetic", "answers"),
         )
     ]
 
@@ -67,7 +67,7 @@ class Tiling(ctypes.Structure):
         *[
             (name, ctypes.c_int64)
             for name in (
-                *("row_bytes", "row_stride", "tile_bytes", "last_tile_bytes", "tiles", "buffers"),
+                *("row_bytes", "row_stride", "answer", "tile_bytes", "last_tile_bytes", "tiles", "buffers"),
                 *("table_ranks", "table_words", "table_bytes", "chunk_tokens", "record_bytes"),
                 *("count_stride", "failures", "workspace_bytes"),
             )

@@ -6,11 +6,12 @@ import ctypes
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cases import Case, assert_close, assert_same, expert_outputs, make_inputs
+from cases import Case, assert_close, assert_dispatched, assert_same, expert_outputs, make_inputs
 from ranks import RankContext
 from torch import Tensor
 
@@ -20,7 +21,8 @@ from deep_ep.twin.kernels import POISON, Failed, Group, Setup, Twin, get_dispatc
 NAMES = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")
 DISPATCH, COMBINE, NOTIFY = 5, 6, 7  # enum Op of src/op.h
 FLAG = 64  # bytes
-LATE, AHEAD, DIFFERENT, REFUSED, BAD_ID, BAD_ROW, TOO_SMALL, ABORTED = range(1, 9)  # enum Failure of src/window_map.h
+# enum Failure of src/window_map.h
+LATE, AHEAD, DIFFERENT, REFUSED, BAD_ID, BAD_ROW, TOO_SMALL, ABORTED, NO_ROOM = range(1, 10)
 
 
 class Expected(NamedTuple):
@@ -71,13 +73,16 @@ def _combined(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """What the experts give, what comes back to the tokens, and how far off it may be."""
     ys = [expert_outputs(d.recv_x, d.recv_src_idx) for d in received]
-    src = [d.recv_src_idx for d in received]
+    return ys, *_sums(case, ys, weights, [d.recv_src_idx for d in received])
+
+
+def _sums(case: Case, ys: list[Tensor], weights: list[Tensor], src: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     exact = reference.combine([y.double() for y in ys], weights, src)
     size = reference.combine([y.double().abs() for y in ys], [w.abs() for w in weights], src)
     # A rank's rows are summed up in fp32 and rounded to the dtype; then so are the sums of all ranks.
     epsilon = torch.finfo(case.dtype).eps + case.K * torch.finfo(torch.float32).eps
     tolerances = [2 * epsilon * s.double() + 2 * torch.finfo(case.dtype).tiny for s in size]
-    return ys, [e.to(case.dtype) for e in exact], tolerances
+    return [e.to(case.dtype) for e in exact], tolerances
 
 
 def _with_rows_of_note(x: Tensor) -> Tensor:
@@ -147,29 +152,160 @@ def check_round(group: Group, case: Case, M: int, rank: int) -> None:
     assert group.status() == [0] * 8, f"status {group.status()}"
 
 
-def combine(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int, setup: Setup) -> None:
-    """The combine of normal mode, twice, in rounds of slot_tokens tokens, and what goes over links."""
-    twin.configure(setup)
-    r, row = ctx.rank, case.H * torch.finfo(case.dtype).bits // 8
+def tokens_per_round(case: Case, num_bytes: int, answers: bool) -> int:
+    """How many tokens a slot of windows of num_bytes has room for in normal mode: src/window_map.h."""
+    record = align(4 * (1 + 3 * case.K), 32)
+    row = align(_row_bytes(case), 32) + 4 * case.K if answers else _row_bytes(case)
+    room = (num_bytes - 512 - align(2 * 2 * case.R * FLAG, 512)) // 2 // 512 * 512 // case.R // 512 * 512
+    return (room - align(4 * case.E, 512) - 512) // (record + align(row, 512))
+
+
+def _row_bytes(case: Case) -> int:
+    return case.H * torch.finfo(case.dtype).bits // 8
+
+
+class Normal(NamedTuple):
+    """What the ops of normal mode must do. Lists are by rank; experts as in Expected."""
+
+    xs: list[Tensor]
+    ids: list[Tensor]
+    weights: list[Tensor]
+    received: list[reference.DispatchResult]
+    asked: Tensor
+    """[from, to]: tokens of a rank that have an expert of another one."""
+    kept: Tensor
+    """The same without what was dropped."""
+    words: Tensor
+    """The same, counting every (token, k)."""
+    ys: list[Tensor]
+    combined: list[Tensor]
+    tolerances: list[Tensor]
+    grad_rows: list[Tensor]
+    """Gradients of recv_x."""
+    grad_row_weights: list[Tensor]
+    grad_xs: list[Tensor]
+    grad_x_tolerances: list[Tensor]
+    grad_weights: list[Tensor]
+    """Of dispatch's topk_weights."""
+    grad_outs: list[Tensor]
+    """Gradients of combine's results."""
+    grad_ys: list[Tensor]
+    grad_factors: list[Tensor]
+    """Of combine's topk_weights."""
+    grad_factor_tolerances: list[Tensor]
+
+
+@functools.lru_cache(maxsize=64)
+def expect_normal(case: Case) -> Normal:
     xs, ids, weights, num_worst_tokens = make_inputs(case)
     received = reference.dispatch(xs, ids, weights, case.E, num_worst_tokens)
+    src = [d.recv_src_idx for d in received]
     ys, combined, tolerances = _combined(case, weights, received)
-    handle = received[r].recv_src_idx, received[r].send_head
-    # Dropped rows are not asked for.
-    pairs = _pairs(case, [i.where(d.send_head >= 0, -1) for i, d in zip(ids, received, strict=True)])
-    rounds = max(1, *(-(-T // slot_tokens) for T in case.tokens))
-    records, flags = pairs[r].sum().item() * 4 * (1 + 3 * case.K), rounds * (case.R - 1) * 2 * FLAG
-    wanted = records + flags + pairs[:, r].sum().item() * row
+    kept = [i.where(d.send_head >= 0, -1) for i, d in zip(ids, received, strict=True)]
+    ranks = [torch.bincount(i[i >= 0] // case.local_experts, minlength=case.R) for i in kept]
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    ones = [torch.ones_like(w) for w in weights]
+    grad_rows = [
+        expert_outputs(torch.randn(*y.shape, generator=generator).to(y.dtype), s) for y, s in zip(ys, src, strict=True)
+    ]
+    grad_row_weights = [torch.randn(*d.recv_topk_weights.shape, generator=generator) for d in received]
+    _, grad_weights = reference.dispatch_backward(grad_rows, grad_row_weights, src, list(case.tokens))
+    grad_xs, grad_x_tolerances = _sums(case, grad_rows, ones, src)
+    grad_outs = [torch.randn(T, case.H, generator=generator).to(case.dtype) for T in case.tokens]
+    grad_ys, grad_factors = reference.combine_backward(grad_outs, ys, weights, src)
+    _, sizes = reference.combine_backward([g.abs() for g in grad_outs], [y.abs() for y in ys], weights, src)
+    return Normal(
+        *(xs, ids, weights, received, _pairs(case, ids), _pairs(case, kept), torch.stack(ranks).fill_diagonal_(0)),
+        *(ys, combined, tolerances),
+        *(grad_rows, grad_row_weights, grad_xs, grad_x_tolerances, grad_weights),
+        *(grad_outs, grad_ys, grad_factors, [64 * torch.finfo(torch.float32).eps * s for s in sizes]),
+    )
+
+
+def normal(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int, setup: Setup, times: int = 2) -> None:
+    """The ops of normal mode, in rounds of slot_tokens tokens or somewhat fewer, and what goes over links."""
+    twin.configure(setup)
+    expected, r, row, E = expect_normal(case), ctx.rank, _row_bytes(case), case.E
     # To the byte what so many tokens need, but for what aligns the records.
-    with Group(twin, key, r, ctx.size, window_bytes(case, slot_tokens) + 1024 * case.R, timeout_ms=5000) as group:
-        for launch in (1, 2):
-            twin.take_traffic()
-            out = group.combine(ys[r], ids[r], weights[r], handle, case.E)
-            (read, written), _ = twin.take_traffic()
-            assert_close("combined_x", out, combined[r], tolerances[r])
-            assert group.status() == [0] * 8, f"status {group.status()}"
-            assert (read, written) == (0, wanted), f"{read} bytes read, {written} written over links, expected {wanted}"
-            assert list(_control(group)) == [launch * rounds] * 2
+    num_bytes = window_bytes(case, slot_tokens) + 1024 * case.R
+    x, ids, weights, y = (t[r] for t in (expected.xs, expected.ids, expected.weights, expected.ys))
+    handle = expected.received[r].recv_src_idx, expected.received[r].send_head
+    N = expected.received[r].recv_x.shape[0]
+    asked, kept = (t[r].sum().item() for t in (expected.asked, expected.kept))
+    kept_here, words_here = (t[:, r].sum().item() for t in (expected.kept, expected.words))
+    epoch = 0
+
+    def check(op: str, launch: Callable[[], Any], over_links: int, phases: int, answers: bool = False) -> Any:
+        nonlocal epoch
+        per_round = tokens_per_round(case, num_bytes, answers)
+        rounds = max(1, *(-(-T // max(1, per_round)) for T in case.tokens))
+        epoch += rounds
+        twin.take_traffic()
+        out = launch()
+        (read, written), _ = twin.take_traffic()
+        wanted = over_links + rounds * phases * (case.R - 1) * FLAG
+        assert group.status() == [0] * 8, f"{op}: status {group.status()}"
+        assert (read, written) == (0, wanted), f"{op}: {read} bytes read, {written} written over links, not {wanted}"
+        assert list(_control(group)) == [epoch] * 2, f"{op}: epoch {list(_control(group))}, expected {epoch}"
+        return out
+
+    with Group(twin, key, r, ctx.size, num_bytes, timeout_ms=5000) as group:
+        for _ in range(times):
+            counts, record, row_only = (case.R - 1) * 4 * E, 4 * (1 + 3 * case.K), 4 * (1 + 2 * case.K)
+            out = check(
+                "dispatch", lambda: group.dispatch(x, ids, weights, N, E), counts + asked * (record + row), phases=1
+            )
+            assert_dispatched(tuple(out), expected.received[r])
+            out = check(
+                "combine",
+                lambda: group.combine(y, ids, weights, handle, E),
+                kept * record + kept_here * row,
+                phases=2,
+            )
+            assert_close("combined_x", out, expected.combined[r], expected.tolerances[r])
+            grads = expected.grad_rows[r], expected.grad_row_weights[r]
+            grad_x, grad_weights = check(
+                "dispatch_backward",
+                lambda grads=grads: group.dispatch_backward(*grads, ids, handle, E),
+                kept * row_only + kept_here * row + words_here * 4,
+                phases=2,
+                answers=True,
+            )
+            assert_close("grad_x", grad_x, expected.grad_xs[r], expected.grad_x_tolerances[r])
+            assert_same("grad_topk_weights", grad_weights, expected.grad_weights[r])
+            grad_y, grad_factors = check(
+                "combine_backward",
+                lambda: group.combine_backward(expected.grad_outs[r], y, ids, weights, handle, E),
+                kept * (record + row) + words_here * 4,
+                phases=2,
+                answers=True,
+            )
+            assert_same("grad_y", grad_y + 0, expected.grad_ys[r] + 0)  # without signs of zeros
+            assert_close("grad_weights", grad_factors, expected.grad_factors[r], expected.grad_factor_tolerances[r])
+
+
+def exact(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int, setup: Setup) -> None:
+    """dispatch as graphs have it in exact mode: with memory for more rows, and for too few on one rank."""
+    twin.configure(setup)
+    expected, r = expect_normal(case), ctx.rank
+    x, ids, weights, wanted = (t[r] for t in (expected.xs, expected.ids, expected.weights, expected.received))
+    N = wanted.recv_x.shape[0]
+    num_bytes = window_bytes(case, slot_tokens) + 1024 * case.R
+    with Group(twin, key, r, ctx.size, num_bytes, timeout_ms=5000) as group:
+        for room in (N + 5, N, N - 1 if r == 1 else N + r):
+            shapes = torch.full((4, 9), -9)
+            out = group.dispatch(x, ids, weights, room, case.E, shapes)
+            if any(s > 0 for s in group.status()):
+                assert room == (N - 1 if r == 1 else N + r)
+                rows = expected.received[1].recv_x.shape[0]
+                _check_status(group, [NO_ROOM, None, 1, 0, rows - 1, rows, 0])
+                assert shapes[:, :3].tolist() == [[2**31 + 2, 0, size] for size in (case.H, case.K, case.K, 3)]
+                return
+            sizes = [2**31 + 2, N], [0] * 6
+            assert shapes.tolist() == [[*sizes[0], size, *sizes[1]] for size in (case.H, case.K, case.K, 3)]
+            rows_of = (True, True, True, False, False, False, False, False, True, False)
+            assert_dispatched(tuple(t[:N] if has_rows else t for t, has_rows in zip(out, rows_of, strict=True)), wanted)
+        raise AssertionError("rows that there is no memory for have been taken")
 
 
 def layout(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
@@ -389,20 +525,23 @@ _NORMAL = Case(
     (13, 0, 9, 5), H=600, K=3, local_experts=2, dtype=torch.float16, absent=0.1, capacity=(1.0, 0.7, 1.0, 0.5), seed=3
 )
 
+_EXACT = replace(_NORMAL, capacity=None, dtype=torch.float32)
+
 
 def probes(seeds: range = range(6)) -> list[Probe]:
     from deep_ep.twin.kernels import A2, A5, ARCHS
 
     fast: list[Probe] = [(layout, (Setup(arch, 3),)) for arch in ARCHS]
     fast += [(rounds, (_CASES, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]
-    fast += [(combine, (_NORMAL, 4, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]
+    fast += [(normal, (_NORMAL, 4, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]
+    fast += [(exact, (_EXACT, 5, Setup(arch, 2))) for arch in ARCHS]
     fast += [(different, (what,)) for what in ("op", "hidden", "top_k", "experts", "max_tokens", "element_bytes")]
     fast += [(probe, (Setup(A2, 2),)) for probe in (bad_id, bad_row, late, lost, wrapped, aborted, too_small, begun)]
     slow: list[Probe] = []
     for seed in seeds:
         for arch in ARCHS:
             slow.append((layout, (Setup(arch, 4, seed, _SMALL if seed % 2 else 0),)))
-            slow.append((combine, (_NORMAL, 3, Setup(arch, 2 + seed % 3, seed, 0 if seed % 2 else _SMALL))))
+            slow.append((normal, (_NORMAL, 3, Setup(arch, 2 + seed % 3, seed, 0 if seed % 2 else _SMALL))))
             slow.append((rounds, (_CASES, Setup(arch, 2 + seed % 3, seed, 0 if seed % 2 else _SMALL))))
         slow += [(probe, (Setup(A5 if seed % 2 else A2, 2, seed),)) for probe in (bad_id, bad_row, aborted, begun)]
     return fast + slow

@@ -114,8 +114,8 @@ def normal_runs(draw: st.DrawFn) -> tuple[Case, int, Setup]:
 
 @pytest.mark.timeout(0)
 @given(run=normal_runs())
-def test_combine(ranks: RankPool, run: tuple[Case, int, Setup]) -> None:
-    run_probe(ranks, (probes.combine, run), run[0].R)
+def test_normal_mode(ranks: RankPool, run: tuple[Case, int, Setup]) -> None:
+    run_probe(ranks, (probes.normal, (*run, 1)), run[0].R)
 
 
 LARGE = [
@@ -205,7 +205,7 @@ def test_an_op_without_a_kernel() -> None:
     twin = Twin(twin_kernels.build())
     x = torch.zeros(1, 1)
     with pytest.raises(twin_kernels.Failed, match="there is no AscendC kernel for this op yet"):
-        twin.launch("dispatch", "", [x], [], [x])
+        twin.launch("fused_deep_moe", "", [x], [], [x])
 
 
 def test_windows_that_a_rank_does_not_open() -> None:

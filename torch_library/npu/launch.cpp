@@ -129,6 +129,8 @@ const char* text_of(Failure failure) {
       return "the windows are too small for this launch: bytes needed, bytes there; ask for more with num_bytes";
     case Failure::aborted:
       return "a launch before did not come to its end: the newest one that has ended, the newest one that has begun";
+    case Failure::no_room:
+      return "more rows arrive there than there is memory for, and none may be dropped: rows that fit, rows";
     default:
       return "of an unknown kind";
   }

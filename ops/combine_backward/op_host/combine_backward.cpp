@@ -10,15 +10,17 @@ class DeepEpCombineBackward : public Operator<DeepEpCombineBackward> {
   using Operator::Operator;
 
   static Signature signature() {
-    return communicating({Rows::summed,
-                          {{"grad_out", Elements::rows, "TH"},
-                           {"x", Elements::rows, "NH"},
-                           kTopkIdx,
-                           kTopkWeights,
-                           kRecvSrcIdx,
-                           kSendHead},
-                          {{"grad_x", Elements::rows, "NH"}, {"grad_topk_weights", Elements::f32, "TK"}},
-                          {}});
+    Signature signature = communicating({Rows::multiplied,
+                                         {{"grad_out", Elements::rows, "TH"},
+                                          {"x", Elements::rows, "NH"},
+                                          kTopkIdx,
+                                          kTopkWeights,
+                                          kRecvSrcIdx,
+                                          kSendHead},
+                                         {{"grad_x", Elements::rows, "NH"}, {"grad_topk_weights", Elements::f32, "TK"}},
+                                         {}});
+    signature.answers = true;
+    return signature;
   }
 };
 

@@ -156,7 +156,9 @@ ge::graphStatus tile(gert::TilingContext* context) {
     work.rows = sizes['N'];
     work.element_bytes = context->GetInputDesc(0)->GetDataType() == ge::DT_FLOAT ? 4 : 2;
     work.sent_bytes = signature.rows == Rows::quantised ? 1 : work.element_bytes;
-    work.arithmetic = signature.rows == Rows::summed;
+    work.copied = signature.rows == Rows::copied || signature.rows == Rows::multiplied;
+    work.arithmetic = signature.rows == Rows::summed || signature.rows == Rows::multiplied;
+    work.answers = signature.answers;
   }
 
   static_assert(sizeof(Tiling) <= 2048, "CANN reserves that much");

@@ -35,8 +35,9 @@ struct AttrDef {
   char symbol;  // of the size that it gives; 0: it is a string
 };
 
-// What the kernel does with rows; sums are in fp32, with weights or without.
-enum class Rows { copied, quantised, summed, none };
+// What the kernel does with rows. Sums are in fp32, with weights or without; rows that are multiplied with others are
+// copied first.
+enum class Rows { copied, quantised, summed, multiplied, none };
 
 struct Signature {
   Rows rows;
@@ -49,6 +50,8 @@ struct Signature {
   int64_t (*most_rows)(const Sizes& sizes) = nullptr;
   // For kernels that send rows into slots for as many tokens: M.
   int64_t (*max_tokens)(const Sizes& sizes) = nullptr;
+  // Whether each (token, k) brings back a number besides rows.
+  bool answers = false;
 };
 
 // An operator in which ranks talk to each other. The window table is an ordinary input, built once per group. The other

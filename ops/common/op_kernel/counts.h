@@ -29,8 +29,10 @@ class Counts {
   __aicore__ int32_t expert(int64_t i, int64_t k) {
     return has_rows_ && row(i, k) < 0 ? -1 : static_cast<int32_t>(ids_.get(i, k));
   }
-  // The row at the expert's rank, if there is send_head.
-  __aicore__ int32_t row(int64_t i, int64_t k) { return rows_.get(i, k); }
+  // The row at the expert's rank, if there is send_head; else the number of the next row for the expert.
+  __aicore__ int32_t row_for(int32_t expert, int64_t i, int64_t k) {
+    return has_rows_ ? row(i, k) : numbers_.of_expert(expert);
+  }
 
   // Counts what this block's tokens have for experts and ranks, and that of all blocks. False if the launch has failed.
   __aicore__ bool count(Exchange& exchange, Chunk chunk) {
@@ -57,17 +59,20 @@ class Counts {
       store(exchange.slot(to, exchange.rank()), numbers_.total().tensor(), tiling_->work.experts);
   }
 
-  // The counts of all ranks have arrived: their sums by expert are in numbers().total(), and numbers().before() has
-  // grown by those of the ranks before this one.
+  // The counts of all ranks have arrived: their sums by expert are in numbers().total() from now on.
   __aicore__ void receive(Exchange& exchange) {
     clear(numbers_.total(), tiling_->work.experts);
-    for (int64_t source = 0; source < exchange.ranks(); ++source)
-      numbers_.reader().add(exchange.slot(exchange.rank(), source), tiling_->work.experts, numbers_.total(),
-                            source < exchange.rank() ? &numbers_.before() : nullptr);
+    for (int64_t source = 0; source < exchange.ranks(); ++source) add(exchange, source, numbers_.total());
     order<HardEvent::V_S>();
+  }
+  // Adds those of one rank.
+  __aicore__ void add(Exchange& exchange, int64_t source, Table& table) {
+    numbers_.reader().add(exchange.slot(exchange.rank(), source), tiling_->work.experts, table);
   }
 
  private:
+  __aicore__ int32_t row(int64_t i, int64_t k) { return rows_.get(i, k); }
+
   __aicore__ void count(int64_t id, Exchange& exchange) {
     if (id < -1 || id >= tiling_->work.experts)
       exchange.fail(Failure::bad_id, exchange.rank(), 0, tiling_->work.experts, id);

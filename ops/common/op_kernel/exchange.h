@@ -8,8 +8,11 @@ namespace deep_ep {
 
 class Exchange {
  public:
-  __aicore__ void init(TPipe& pipe, const Tiling& tiling, GM_ADDR table, GM_ADDR workspace, Op op) {
+  // must_fit: whether rows of this rank must not be dropped.
+  __aicore__ void init(TPipe& pipe, const Tiling& tiling, GM_ADDR table, GM_ADDR workspace, Op op,
+                       bool must_fit = false) {
     tiling_ = &tiling;
+    must_fit_ = must_fit;
     failures_ = workspace + tiling.failures;
     table_ = global<int64_t>(table);
     rank_ = table_.GetValue(WindowMap::kRank);
@@ -34,16 +37,23 @@ class Exchange {
     return slot + slots_.records + number * tiling_->record_bytes;
   }
   __aicore__ GM_ADDR row(GM_ADDR slot, int64_t number) { return slot + slots_.rows + number * tiling_->row_stride; }
+  // What answers a record.
+  __aicore__ GM_ADDR answer(GM_ADDR slot, int64_t number) { return row(slot, number) + tiling_->answer; }
 
-  // This block's tokens of the round.
+  // This block's tokens of the launch, and of the round.
+  __aicore__ Chunk all_tokens() const { return deep_ep::own_tokens(*tiling_, 0, tiling_->tokens); }
   __aicore__ Chunk own_tokens() const {
     const int64_t left = tiling_->work.tokens - first_;
     const int64_t count = left < slots_.tokens ? (left > 0 ? left : 0) : slots_.tokens;
     return deep_ep::own_tokens(*tiling_, first_, Split::of(count, GetBlockNum()));
   }
 
+  // Whether a round has all of this rank's tokens.
+  __aicore__ bool is_whole() const { return tiling_->work.tokens <= slots_.tokens; }
+
   // Goes on to the next round if any rank has tokens left. The same on all ranks and blocks, after all_raised(phase).
   __aicore__ bool next_round(int64_t phase) {
+    if (tiling_->work.max_tokens > 0) return false;  // slots have room for all
     bool more = false;
     for (int64_t source = 0; source < map_.ranks && !more; ++source) more = told(phase, source, kMore) != 0;
     if (!more) return false;
@@ -111,6 +121,8 @@ class Exchange {
     flag_.set(kMaxTokens, static_cast<int32_t>(work.max_tokens));
     flag_.set(kElementBytes, static_cast<int32_t>(work.element_bytes));
     flag_.set(kMore, has_more());
+    flag_.set(kRows, static_cast<int32_t>(work.rows));
+    flag_.set(kFits, must_fit_);
     order<HardEvent::S_MTE3>();
     DataCopy(global<int32_t>(window(to) + map_.flag(epoch_, phase, rank_)), flag_.tensor(), kFlagWords);
     order<HardEvent::MTE3_S>();  // the next flag is made in its place
@@ -129,7 +141,7 @@ class Exchange {
     for (int64_t to = GetBlockIdx(); to < map_.ranks; to += GetBlockNum()) raise(phase, to, numbers.tokens_for(to));
   }
 
-  // A word of the flag of `source`, after all_raised: kEntries or kMore.
+  // A word of the flag of `source`, after all_raised: one of those that may differ from rank to rank.
   __aicore__ int64_t told(int64_t phase, int64_t source, FlagWord word) {
     GlobalTensor<int32_t> flag = own_flag(phase, source);
     refresh(flag);
@@ -217,6 +229,7 @@ class Exchange {
   int64_t first_ = 0;  // token of the round
   int64_t rank_ = 0, epoch_ = 0, rounds_ = 0;
   int32_t op_ = 0;
+  bool must_fit_ = false;
   GM_ADDR failures_ = nullptr;  // of all blocks
   Array<int32_t> flag_, failure_, all_failures_;
 };

@@ -182,6 +182,7 @@ class Places {
   }
   // What was added with the place.
   __aicore__ int64_t with(int64_t item, int64_t i) { return values_.get(item * words_ + 2 + 2 * i); }
+  __aicore__ void set_with(int64_t item, int64_t i, int64_t with) { values_.set(item * words_ + 2 + 2 * i, with); }
 
  private:
   int64_t words_ = 0;
@@ -231,8 +232,10 @@ class Numbers {
 
   // After a pass that has counted.
   __aicore__ void publish() {
+    // The next pass has another place: some blocks may still be gathering from this one.
+    published_ = workspace_ + passes_++ % 2 * GetBlockNum() * tiling_->count_stride;
     order<HardEvent::S_MTE3>();
-    store(workspace_ + GetBlockIdx() * tiling_->count_stride, next_.tensor(), words_);
+    store(published_ + GetBlockIdx() * tiling_->count_stride, next_.tensor(), words_);
   }
 
   // Once all blocks have published.
@@ -240,7 +243,7 @@ class Numbers {
     clear(before_, words_);
     clear(total_, words_);
     for (int64_t block = 0; block < GetBlockNum(); ++block)
-      reader_.add(workspace_ + block * tiling_->count_stride, words_, total_,
+      reader_.add(published_ + block * tiling_->count_stride, words_, total_,
                   block < GetBlockIdx() ? &before_ : nullptr);
     order<HardEvent::V_S>();
   }
@@ -268,7 +271,8 @@ class Numbers {
 
   const Tiling* tiling_ = nullptr;
   GM_ADDR workspace_ = nullptr;
-  int64_t ranks_ = 0, words_ = 0;
+  GM_ADDR published_ = nullptr;
+  int64_t ranks_ = 0, words_ = 0, passes_ = 0;
   int32_t local_experts_ = 1, token_ = 0;
   Table next_, before_, total_;
   Table seen_;  // by place: the newest token that was there

@@ -55,6 +55,36 @@ class RowCopier {
   TQueBind<QuePosition::VECIN, QuePosition::VECOUT, 1> queue_;
 };
 
+// Tiles of rows of T, read as fp32.
+template <typename T>
+class RowReader {
+ public:
+  __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
+    tiling_ = &tiling;
+    pipe.InitBuffer(queue_, static_cast<uint8_t>(tiling.buffers), static_cast<uint32_t>(tiling.tile_bytes));
+  }
+
+  // Elements of the tile.
+  __aicore__ int32_t read(GM_ADDR row, int64_t tile, Array<float>& to) {
+    const int32_t count = static_cast<int32_t>(tile_size(*tiling_, tile) / sizeof(T));
+    LocalTensor<T> piece = queue_.AllocTensor<T>();
+    load(piece, row + tile * tiling_->tile_bytes, count);
+    queue_.EnQue(piece);
+    piece = queue_.DeQue<T>();
+    if constexpr (sizeof(T) == sizeof(float))
+      Adds(to.tensor(), piece, 0.0f, count);
+    else
+      Cast(to.tensor(), piece, RoundMode::CAST_NONE, count);
+    PipeBarrier<PIPE_V>();
+    queue_.FreeTensor(piece);
+    return count;
+  }
+
+ private:
+  const Tiling* tiling_ = nullptr;
+  TQue<QuePosition::VECIN, 1> queue_;
+};
+
 // Rows that are sent as they are.
 class PlainRows : public RowCopier {
  public:
@@ -78,8 +108,8 @@ class Int8Rows : public RowCopier {
     RowCopier::init(pipe, tiling);
     tiling_ = &tiling;
     const int64_t size = tiling.tile_bytes / sizeof(T);
-    pipe.InitBuffer(terms_, static_cast<uint8_t>(tiling.buffers), static_cast<uint32_t>(tiling.tile_bytes));
-    pipe.InitBuffer(results_, static_cast<uint8_t>(Tiling::kSums), static_cast<uint32_t>(size));
+    reader_.init(pipe, tiling);
+    pipe.InitBuffer(results_, static_cast<uint8_t>(Tiling::kResults), static_cast<uint32_t>(size));
     values_.init(pipe, size);
     integers_.init(pipe, size);
     largest_.init(pipe, size);
@@ -96,7 +126,7 @@ class Int8Rows : public RowCopier {
     const float s = (bits_of(quotient) & kMagnitude) < kInfinity ? quotient : 1.0f;
     for (int64_t tile = 0; tile < tiling_->tiles; ++tile) {
       const int64_t first = tile * tiling_->tile_bytes / sizeof(T);
-      const int32_t size = load_tile(from, tile);
+      const int32_t size = reader_.read(from, tile, values_);
       LocalTensor<int8_t> result = results_.AllocTensor<int8_t>();
       quantise(result, s, is_finite, size);
       results_.EnQue(result);
@@ -111,22 +141,6 @@ class Int8Rows : public RowCopier {
   static constexpr int32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000, kNaN = 0x7fc00000;
   static constexpr int32_t kLane = Tiling::kAlignment / sizeof(int32_t);
 
-  // A tile of a row to values_, in fp32; its number of elements.
-  __aicore__ int32_t load_tile(GM_ADDR from, int64_t tile) {
-    const int32_t size = static_cast<int32_t>(tile_size(*tiling_, tile) / sizeof(T));
-    LocalTensor<T> row = terms_.AllocTensor<T>();
-    load(row, from + tile * tiling_->tile_bytes, size);
-    terms_.EnQue(row);
-    row = terms_.DeQue<T>();
-    if constexpr (sizeof(T) == sizeof(float))
-      Adds(values_.tensor(), row, 0.0f, size);
-    else
-      Cast(values_.tensor(), row, RoundMode::CAST_NONE, size);
-    PipeBarrier<PIPE_V>();
-    terms_.FreeTensor(row);
-    return size;
-  }
-
   // The bits of the row's largest |x|. Bits of numbers without a sign are ordered as the numbers are, and then come Inf
   // and NaN.
   __aicore__ int32_t find_absmax(GM_ADDR from) {
@@ -135,7 +149,7 @@ class Int8Rows : public RowCopier {
     order<HardEvent::S_V>();
     Duplicate(largest, 0, size);
     for (int64_t tile = 0; tile < tiling_->tiles; ++tile) {
-      const int32_t count = load_tile(from, tile);  // and what V has done before is done
+      const int32_t count = reader_.read(from, tile, values_);  // and what V has done before is done
       LocalTensor<uint32_t> bits = values_.tensor().template ReinterpretCast<uint32_t>();
       ShiftLeft(bits, bits, 1u, count);
       PipeBarrier<PIPE_V>();
@@ -176,70 +190,104 @@ class Int8Rows : public RowCopier {
   }
 
   const Tiling* tiling_ = nullptr;
-  TQue<QuePosition::VECIN, 1> terms_;
+  RowReader<T> reader_;
   TQue<QuePosition::VECOUT, 1> results_;
   Array<float> values_;
   Array<int32_t> integers_, largest_;
   Array<half> halves_;
 };
 
-// Weighted sums of rows of T, in fp32.
+// Arithmetic with rows of T, in fp32.
 template <typename T>
-class RowSummer {
+class RowMath {
  public:
   __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
     tiling_ = &tiling;
-    const uint32_t bytes = static_cast<uint32_t>(tiling.tile_bytes);
-    pipe.InitBuffer(terms_, static_cast<uint8_t>(tiling.buffers), bytes);
-    pipe.InitBuffer(sums_, static_cast<uint8_t>(Tiling::kSums), bytes);
+    reader_.init(pipe, tiling);
+    pipe.InitBuffer(results_, static_cast<uint8_t>(Tiling::kResults), static_cast<uint32_t>(tiling.tile_bytes));
     term_.init(pipe, tiling.tile_bytes / sizeof(T));
-    sum_.init(pipe, tiling.tile_bytes / sizeof(T));
+    other_.init(pipe, tiling.tile_bytes / sizeof(T));
   }
 
   // Sums up the rows at the places of an item, each times the weight whose bits are with it.
+  template <bool kHasWeights>
   __aicore__ void sum(Places& from, int64_t item, GM_ADDR to) {
-    const int64_t places = from.count(item);
+    Array<float>& sum = other_;
     for (int64_t tile = 0; tile < tiling_->tiles; ++tile) {
-      const int64_t begin = tile * tiling_->tile_bytes, bytes = tile_size(*tiling_, tile);
-      const int32_t count = static_cast<int32_t>(bytes / sizeof(T));
-      Duplicate(sum_.tensor(), 0.0f, count);
+      const int32_t count = static_cast<int32_t>(tile_size(*tiling_, tile) / sizeof(T));
+      Duplicate(sum.tensor(), 0.0f, count);
       PipeBarrier<PIPE_V>();
-      for (int64_t i = 0; i < places; ++i)
-        add(from.place(item, i) + begin, float_of(static_cast<int32_t>(from.with(item, i))), count);
-      LocalTensor<T> sum = sums_.AllocTensor<T>();
-      if constexpr (sizeof(T) == sizeof(float))
-        Adds(sum, sum_.tensor(), 0.0f, count);
-      else
-        Cast(sum, sum_.tensor(), RoundMode::CAST_RINT, count);
-      PipeBarrier<PIPE_V>();  // the next tile's sum
-      sums_.EnQue(sum);
-      sum = sums_.DeQue<T>();
-      store(to + begin, sum, count);
-      sums_.FreeTensor(sum);
+      for (int64_t i = 0; i < from.count(item); ++i) {
+        reader_.read(from.place(item, i), tile, term_);
+        if constexpr (kHasWeights)
+          Axpy(sum.tensor(), term_.tensor(), float_of(static_cast<int32_t>(from.with(item, i))), count);
+        else
+          Add(sum.tensor(), sum.tensor(), term_.tensor(), count);
+        PipeBarrier<PIPE_V>();
+      }
+      write(sum, tile, to, count);
     }
   }
 
- private:
-  __aicore__ void add(GM_ADDR from, float weight, int32_t count) {
-    LocalTensor<T> row = terms_.AllocTensor<T>();
-    load(row, from, count);
-    terms_.EnQue(row);
-    row = terms_.DeQue<T>();
-    if constexpr (sizeof(T) == sizeof(float)) {
-      Axpy(sum_.tensor(), row, weight, count);
-    } else {
-      Cast(term_.tensor(), row, RoundMode::CAST_NONE, count);
-      PipeBarrier<PIPE_V>();
-      Axpy(sum_.tensor(), term_.tensor(), weight, count);
+  // Writes `row` to where the places of an item have their results, `to` + offset, each times the weight whose bits are
+  // with it, and gives its products with the rows at `from` + offset: product i is the sum of the kLane words from
+  // products[i * kLane] on.
+  __aicore__ void multiply(GM_ADDR row, Places& offsets, int64_t item, GM_ADDR from, GM_ADDR to,
+                           Array<float>& products) {
+    const int64_t places = offsets.count(item);
+    if (places == 0) return;
+    order<HardEvent::S_V>();  // products have been read
+    Duplicate(products.tensor(), 0.0f, static_cast<int32_t>(places * kLane));
+    for (int64_t tile = 0; tile < tiling_->tiles; ++tile) {
+      const int32_t count = reader_.read(row, tile, other_);
+      for (int64_t i = 0; i < places; ++i) {
+        const int64_t offset = reinterpret_cast<int64_t>(offsets.place(item, i));
+        reader_.read(from + offset, tile, term_);
+        Mul(term_.tensor(), term_.tensor(), other_.tensor(), count);
+        PipeBarrier<PIPE_V>();
+        LocalTensor<float> product = products.tensor()[static_cast<uint32_t>(i * kLane)];
+        const int32_t lanes = fold(count);
+        Add(product, product, term_.tensor(), lanes);
+        PipeBarrier<PIPE_V>();
+        Muls(term_.tensor(), other_.tensor(), float_of(static_cast<int32_t>(offsets.with(item, i))), count);
+        PipeBarrier<PIPE_V>();
+        write(term_, tile, to + offset, count);
+      }
     }
-    PipeBarrier<PIPE_V>();
-    terms_.FreeTensor(row);
+  }
+
+  static constexpr int32_t kLane = Tiling::kAlignment / sizeof(float);
+
+ private:
+  // Adds up term_ to its first words, no more than a lane: how many.
+  __aicore__ int32_t fold(int32_t size) {
+    LocalTensor<float> term = term_.tensor();
+    while (size > kLane) {
+      const int32_t half = (size / 2 + kLane - 1) / kLane * kLane;
+      Add(term, term, term[static_cast<uint32_t>(half)], size - half);
+      PipeBarrier<PIPE_V>();
+      size = half;
+    }
+    return size;
+  }
+
+  __aicore__ void write(Array<float>& from, int64_t tile, GM_ADDR row, int32_t count) {
+    LocalTensor<T> result = results_.AllocTensor<T>();
+    if constexpr (sizeof(T) == sizeof(float))
+      Adds(result, from.tensor(), 0.0f, count);
+    else
+      Cast(result, from.tensor(), RoundMode::CAST_RINT, count);
+    PipeBarrier<PIPE_V>();  // `from` is free
+    results_.EnQue(result);
+    result = results_.DeQue<T>();
+    store(row + tile * tiling_->tile_bytes, result, count);
+    results_.FreeTensor(result);
   }
 
   const Tiling* tiling_ = nullptr;
-  TQue<QuePosition::VECIN, 1> terms_;
-  TQue<QuePosition::VECOUT, 1> sums_;
-  Array<float> term_, sum_;
+  RowReader<T> reader_;
+  TQue<QuePosition::VECOUT, 1> results_;
+  Array<float> term_, other_;
 };
 
 }  // namespace deep_ep

@@ -10,14 +10,16 @@ class DeepEpDispatchBackward : public Operator<DeepEpDispatchBackward> {
   using Operator::Operator;
 
   static Signature signature() {
-    return communicating({Rows::summed,
-                          {{"grad_recv_x", Elements::rows, "NH"},
-                           {"grad_recv_topk_weights", Elements::f32, "NK"},
-                           kRecvSrcIdx,
-                           kTopkIdx,
-                           kSendHead},
-                          {{"grad_x", Elements::rows, "TH"}, {"grad_topk_weights", Elements::f32, "TK"}},
-                          {}});
+    Signature signature = communicating({Rows::summed,
+                                         {{"grad_recv_x", Elements::rows, "NH"},
+                                          {"grad_recv_topk_weights", Elements::f32, "NK"},
+                                          kRecvSrcIdx,
+                                          kTopkIdx,
+                                          kSendHead},
+                                         {{"grad_x", Elements::rows, "TH"}, {"grad_topk_weights", Elements::f32, "TK"}},
+                                         {}});
+    signature.answers = true;
+    return signature;
   }
 };
 

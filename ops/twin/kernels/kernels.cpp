@@ -85,6 +85,7 @@ struct Plan {
   std::string group;
   std::vector<uint8_t*> arguments;  // without workspace and tiling
   std::vector<Region> regions;      // of the arguments
+  int64_t value = 0;                // of the input that is a number
   std::vector<uint64_t> tiling;
   uint64_t workspace_bytes = 0;
   Settings settings{};
@@ -108,16 +109,23 @@ std::unique_ptr<Plan> plan(const DeepEpCall& call) {
   }
 
   gert::Node node{definition_name(call.op), {}, {}, {}};
-  for (int32_t i = 0; i < call.num_inputs; ++i) {
-    node.inputs.push_back(describe(call.inputs[i]));
-    plan->add(call.inputs[i], definition.inputs()[i].name().c_str(), false);
+  int32_t given = 0, num_integers = call.num_integers;
+  for (const ops::OpParamDef& input : definition.inputs()) {
+    const bool is_number = input.value_depend() != ops::IGNORE;
+    if (is_number) plan->value = call.integers[--num_integers];
+    if (!is_number && given == call.num_inputs) throw Error(str(call.op, " needs more inputs than ", given));
+    const DeepEpTensor tensor = is_number ? DeepEpTensor{&plan->value, ge::DT_INT64, 0, {}} : call.inputs[given++];
+    node.inputs.push_back(describe(tensor));
+    plan->add(tensor, input.name().c_str(), false);
   }
+  // Where a shape depends on the computation, one more output tells.
   for (int32_t i = 0; i < call.num_outputs; ++i) {
-    node.outputs.push_back(describe(call.outputs[i]));
-    plan->add(call.outputs[i], definition.outputs()[i].name().c_str(), true);
+    const bool is_shapes = static_cast<size_t>(i) == definition.outputs().size();
+    if (!is_shapes) node.outputs.push_back(describe(call.outputs[i]));
+    plan->add(call.outputs[i], is_shapes ? "shapes" : definition.outputs()[i].name().c_str(), true);
   }
   if (!plan->group.empty()) node.attrs.values().emplace_back(plan->group);
-  for (int32_t i = 0; i < call.num_integers; ++i) node.attrs.values().emplace_back(call.integers[i]);
+  for (int32_t i = 0; i < num_integers; ++i) node.attrs.values().emplace_back(call.integers[i]);
 
   fe::PlatFormInfos platform{static_cast<uint32_t>(plan->settings.cores), plan->settings.unified_buffer_bytes};
   gert::TilingContext context(&node, &platform);

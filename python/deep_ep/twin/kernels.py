@@ -243,6 +243,64 @@ class Group:
         self.launch(op, [y, topk_idx, topk_weights, *handle], [num_experts, self.size], [combined])
         return combined
 
+    def dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        num_rows: int,
+        num_experts: int,
+        shapes: Tensor | None = None,
+    ) -> list[Tensor]:
+        """`num_rows`: N. With `shapes`, int64 [4, 9], exact mode of graphs, which fills it."""
+        (T, K), R, L, N = topk_idx.shape, self.size, num_experts // self.size, num_rows
+        outputs = [
+            _poisoned(N, x.shape[1], dtype=x.dtype),
+            _poisoned(N, K, dtype=torch.int64),
+            _poisoned(N, K, dtype=torch.float32),
+            _poisoned(L, dtype=torch.int64),
+            _poisoned(dtype=torch.int64),
+            _poisoned(R, R, dtype=torch.int32),
+            _poisoned(R, L, dtype=torch.int32),
+            _poisoned(L, R, dtype=torch.int32),
+            _poisoned(N, 3, dtype=torch.int32),
+            _poisoned(T, K, dtype=torch.int32),
+        ]
+        inputs = [x, topk_idx, topk_weights]
+        if shapes is None:
+            self.launch("dispatch", inputs, [num_experts, R, N], outputs)
+        else:
+            self.launch("dispatch_exact", inputs, [num_experts, R], [*outputs, shapes])
+        return outputs
+
+    def dispatch_backward(
+        self, grad_x: Tensor, grad_weights: Tensor, topk_idx: Tensor, handle: Sequence[Tensor], num_experts: int
+    ) -> list[Tensor]:
+        """The gradients of recv_x and recv_topk_weights to those of x and topk_weights. `handle` as for combine."""
+        src_idx, send_head = handle
+        outputs = [
+            _poisoned(topk_idx.shape[0], grad_x.shape[1], dtype=grad_x.dtype),
+            _poisoned(*topk_idx.shape, dtype=torch.float32),
+        ]
+        inputs = [grad_x, grad_weights, src_idx, topk_idx, send_head]
+        self.launch("dispatch_backward", inputs, [num_experts, self.size], outputs)
+        return outputs
+
+    def combine_backward(
+        self,
+        grad_out: Tensor,
+        y: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: Sequence[Tensor],
+        num_experts: int,
+    ) -> list[Tensor]:
+        """The gradient of combine's result to those of y and topk_weights. `handle` as for combine."""
+        outputs = [_poisoned(*y.shape, dtype=y.dtype), _poisoned(*topk_idx.shape, dtype=torch.float32)]
+        inputs = [grad_out, y, topk_idx, topk_weights, *handle]
+        self.launch("combine_backward", inputs, [num_experts, self.size], outputs)
+        return outputs
+
 
 def _poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, float("nan") if dtype.is_floating_point else POISON[dtype], dtype=dtype)

@@ -1,0 +1,323 @@
+// The dispatches: a token's row goes once to every rank of its experts, with a record of what it is for; the receiver
+// copies it to the row of each expert. The record's numbers count the rows of this source for the expert, over all
+// rounds.
+#pragma once
+
+#include "messages.h"
+#include "rows.h"
+
+namespace deep_ep {
+
+// What a dispatch writes. nullptr: it has no such output.
+struct DispatchOutputs {
+  GM_ADDR recv_x;
+  GM_ADDR recv_scales;
+  GM_ADDR recv_topk_idx;
+  GM_ADDR recv_topk_weights;
+  GM_ADDR recv_count;
+  GM_ADDR num_dropped;
+  GM_ADDR rank_prefix;
+  GM_ADDR channel_prefix;
+  GM_ADDR recv_channel_prefix;  // layout_range in low latency
+  GM_ADDR recv_src_idx;
+  GM_ADDR send_head;
+  GM_ADDR shapes;  // of what has N rows, where N is not known before; then no row may be dropped
+};
+
+// Rows: PlainRows or Int8Rows. kIsNormal: with all outputs but scales.
+template <typename Rows, bool kIsNormal>
+class Dispatch {
+ public:
+  __aicore__ void init(Op op, GM_ADDR x, GM_ADDR topk_idx, GM_ADDR topk_weights, GM_ADDR windows,
+                       const DispatchOutputs& outputs, GM_ADDR workspace, const Tiling& tiling) {
+    tiling_ = &tiling;
+    x_ = x;
+    out_ = outputs;
+    recv_row_bytes_ = tiling.work.hidden * tiling.work.sent_bytes;
+    exchange_.init(pipe_, tiling, windows, workspace, op, outputs.shapes != nullptr);
+    counts_.init(pipe_, tiling, workspace, topk_idx);
+    send_head_.init(pipe_, tiling, outputs.send_head);
+    messages_.init(pipe_, tiling, exchange_, counts_, topk_weights);
+    known_.init(pipe_, tiling.chunk_tokens * tiling.work.top_k * kKnownWords);
+    const int64_t words = tiling.table_bytes / sizeof(int32_t);
+    sent_.init(pipe_, words);
+    first_.init(pipe_, words);
+    ends_.init(pipe_, words);
+    rows_.init(pipe_, tiling);
+    local_experts_ = tiling.work.experts / tiling.work.ranks;
+    first_expert_ = exchange_.rank() * local_experts_;
+  }
+
+  __aicore__ void process() {
+    if (!exchange_.has_failed_before()) exchange();
+    if (out_.shapes != nullptr && GetBlockIdx() == 0) write_shapes();
+  }
+
+ private:
+  // Words of known_ per row: its source; then, each aligned, its scale, or its expert and weight.
+  static constexpr int64_t kUnit = Tiling::kAlignment / sizeof(int32_t);
+  static constexpr int64_t kScale = kUnit, kExpert = kUnit, kWeight = 2 * kUnit, kKnownWords = 3 * kUnit;
+  static constexpr int64_t kSourceBytes = 3 * sizeof(int32_t);
+
+  __aicore__ void exchange() {
+    exchange_.begin();
+    clear(sent_, tiling_->table_words);
+    if constexpr (kIsNormal) clear_columns();
+    if (counts_.count(exchange_, exchange_.all_tokens())) {
+      counts_.send(exchange_);
+      if constexpr (kIsNormal) describe_sent();
+    }
+    bool is_first = true;
+    do {
+      round(is_first);
+      is_first = false;
+    } while (!exchange_.has_failed() && exchange_.next_round(0));
+    if (!exchange_.has_failed() && out_.shapes == nullptr) clear_rest();
+    exchange_.finish();
+  }
+
+  __aicore__ void round(bool is_first) {
+    // What has been counted of the launch is right for its only round.
+    const bool is_counted = is_first && exchange_.is_whole();
+    if (is_counted ? !exchange_.has_failed() : counts_.count(exchange_, exchange_.own_tokens())) send();
+    exchange_.raise_all(0, counts_.numbers());
+    if (!exchange_.all_raised(0)) return;
+    if (is_first) arrange();
+    if (exchange_.has_failed()) return;
+    answer();
+    for (Share share(exchange_, *tiling_, 0); share.any(); share.next())
+      for (Chunk chunk = share.chunk(); chunk.any(); chunk.next()) expand(share.source(), chunk);
+  }
+
+  // Rows and records of this block's tokens, to the ranks of their experts.
+  __aicore__ void send() {
+    Numbers& numbers = counts_.numbers();
+    const int32_t experts = static_cast<int32_t>(tiling_->work.experts);
+    Add(numbers.before().tensor(), numbers.before().tensor(), sent_.tensor(), experts);
+    PipeBarrier<PIPE_V>();
+    Add(sent_.tensor(), sent_.tensor(), numbers.total().tensor(), experts);
+    PipeBarrier<PIPE_V>();
+    numbers.begin_again();
+    for (Chunk chunk = exchange_.own_tokens(); chunk.any(); chunk.next()) {
+      messages_.make(chunk);
+      for (int64_t i = 0; i < chunk.count(); ++i) {
+        const int32_t scale = rows_.send(x_ + (chunk.first + i) * tiling_->row_bytes, messages_.places(), i);
+        if constexpr (Rows::kHasScales) messages_.set_extra(i, scale);
+      }
+      messages_.send(chunk);
+    }
+  }
+
+  // The counts of all ranks have arrived, and with them where rows go: first_ becomes the first row of this rank for
+  // each expert, and how many rows each rank has memory for; ends_, for each of this rank's experts and each source,
+  // where the rows of that source end.
+  __aicore__ void arrange() {
+    Table& base = counts_.numbers().total();
+    Table& next = counts_.numbers().next();
+    counts_.receive(exchange_);
+    for (int64_t rank = 0; rank < exchange_.ranks(); ++rank) first_row_of_experts(base, rank);
+    if (exchange_.has_failed()) return;
+    order<HardEvent::S_V>();
+    const int32_t experts = static_cast<int32_t>(tiling_->work.experts);
+    Adds(next.tensor(), base.tensor(), 0, experts);
+    PipeBarrier<PIPE_V>();
+    for (int64_t source = 0; source < exchange_.ranks(); ++source) {
+      if (source == exchange_.rank()) Adds(first_.tensor(), next.tensor(), 0, experts);
+      PipeBarrier<PIPE_V>();
+      counts_.add(exchange_, source, next);
+      order<HardEvent::V_S>();
+      for (int64_t l = 0; l < local_experts_; ++l)
+        ends_.set(l * exchange_.ranks() + source, next.get(first_expert_ + l));
+      if constexpr (kIsNormal)
+        if (source % GetBlockNum() == GetBlockIdx()) describe_delivered(source, base, next);
+      order<HardEvent::S_V>();
+    }
+    if (GetBlockIdx() + 1 == GetBlockNum()) describe_received();
+  }
+
+  // From rows per expert to the first row of each expert, of the experts of one rank.
+  __aicore__ void first_row_of_experts(Table& table, int64_t rank) {
+    int32_t row = 0;
+    for (int64_t expert = rank * local_experts_; expert < (rank + 1) * local_experts_; ++expert) {
+      const int32_t count = table.get(expert);
+      table.set(expert, row);
+      row += count;
+    }
+    const int32_t room = exchange_.told(0, rank, kRows);
+    first_.set(tiling_->table_ranks + rank, room);
+    if (rank == exchange_.rank()) delivered_ = clip(row, rank);
+    if (row > room && exchange_.told(0, rank, kFits) != 0) exchange_.fail(Failure::no_room, rank, 0, room, row);
+  }
+
+  // Rows that `rank` has no memory for are dropped.
+  __aicore__ int32_t room(int64_t rank) { return first_.get(tiling_->table_ranks + rank); }
+  __aicore__ int32_t clip(int32_t row, int64_t rank) { return row < room(rank) ? row : room(rank); }
+
+  // Which row each (token, k) has got, if it was not one too many.
+  __aicore__ void answer() {
+    Numbers& numbers = counts_.numbers();
+    Add(numbers.next().tensor(), numbers.before().tensor(), first_.tensor(),
+        static_cast<int32_t>(tiling_->work.experts));
+    order<HardEvent::V_S>();
+    for (Chunk chunk = exchange_.own_tokens(); chunk.any(); chunk.next()) {
+      counts_.read(chunk);
+      order<HardEvent::MTE2_S>();
+      for (int64_t i = 0; i < chunk.count(); ++i)
+        for (int64_t k = 0; k < tiling_->work.top_k; ++k) {
+          const int32_t expert = counts_.expert(i, k);
+          const int32_t row = expert < 0 ? -1 : numbers.of_expert(expert);
+          send_head_.set(i, k, expert >= 0 && row < room(numbers.rank_of(expert)) ? row : -1);
+        }
+      order<HardEvent::S_MTE3>();
+      send_head_.store(chunk);
+      order<HardEvent::MTE3_S>();
+    }
+  }
+
+  __aicore__ void expand(int64_t source, const Chunk& chunk) {
+    messages_.load(source, chunk);
+    Places& places = messages_.places();
+    for (int64_t i = 0; i < chunk.count(); ++i) {
+      places.clear(i);
+      for (int64_t k = 0; k < tiling_->work.top_k; ++k) {
+        const int64_t l = messages_.local_expert(i, k);
+        if (l < 0) continue;
+        const int64_t at = l * exchange_.ranks() + source, row = (at > 0 ? ends_.get(at - 1) : 0) + messages_.row(i, k);
+        if (row >= tiling_->work.rows) continue;
+        const int64_t words = known_of(i, places.count(i));
+        known_.set(words, static_cast<int32_t>(source));
+        known_.set(words + 1, messages_.token(i));
+        known_.set(words + 2, static_cast<int32_t>(k));
+        if constexpr (Rows::kHasScales) known_.set(words + kScale, messages_.extra(i));
+        if constexpr (kIsNormal) {
+          known_.set(words + kExpert, static_cast<int32_t>(l));
+          known_.set(words + kExpert + 1, 0);  // of int64
+          known_.set(words + kWeight, messages_.weight(i, k));
+        }
+        places.add(i, out_.recv_x + row * recv_row_bytes_, row);
+      }
+    }
+    order<HardEvent::S_MTE3>();
+    for (int64_t i = 0; i < chunk.count(); ++i) {
+      for (int64_t n = 0; n < places.count(i); ++n) describe_row(places.with(i, n), known_of(i, n));
+      rows_.copy(exchange_.row(exchange_.slot(exchange_.rank(), source), chunk.first + i), places, i);
+    }
+    order<HardEvent::MTE3_S>();
+  }
+
+  __aicore__ int64_t known_of(int64_t i, int64_t n) const { return (i * tiling_->work.top_k + n) * kKnownWords; }
+  __aicore__ LocalTensor<int32_t> known(int64_t words) { return known_.tensor()[static_cast<uint32_t>(words)]; }
+
+  __aicore__ void describe_row(int64_t row, int64_t words) {
+    store(out_.recv_src_idx + row * kSourceBytes, known(words), 3);
+    if constexpr (Rows::kHasScales) store(out_.recv_scales + row * sizeof(float), known(words + kScale), 1);
+    if constexpr (kIsNormal) {
+      const int64_t at = row * tiling_->work.top_k + known_.get(words + 2);
+      store(out_.recv_topk_idx + at * sizeof(int64_t), known(words + kExpert), 2);
+      store(out_.recv_topk_weights + at * sizeof(float), known(words + kWeight), 1);
+    }
+  }
+
+  // Before rows are described: no expert and no weight in any column. All blocks meet in between.
+  __aicore__ void clear_columns() {
+    const Split split = Split::of(tiling_->work.rows, GetBlockNum());
+    const int64_t first = split.begin(GetBlockIdx()) * tiling_->work.top_k;
+    const int64_t count = split.end(GetBlockIdx()) * tiling_->work.top_k - first;
+    rows_.fill(out_.recv_topk_idx + first * sizeof(int64_t), count * sizeof(int64_t), -1);
+    rows_.fill(out_.recv_topk_weights + first * sizeof(float), count * sizeof(float), 0);
+  }
+
+  // Rows that hold nothing, each block its share of them.
+  __aicore__ void clear_rest() {
+    const Split split = Split::of(tiling_->work.rows - delivered_, GetBlockNum());
+    const int64_t first = delivered_ + split.begin(GetBlockIdx());
+    const int64_t count = split.end(GetBlockIdx()) - split.begin(GetBlockIdx());
+    rows_.fill(out_.recv_x + first * recv_row_bytes_, count * recv_row_bytes_, 0);
+    rows_.fill(out_.recv_src_idx + first * kSourceBytes, count * kSourceBytes, -1);
+    if constexpr (Rows::kHasScales) rows_.fill(out_.recv_scales + first * sizeof(float), count * sizeof(float), 0);
+  }
+
+  // channel_prefix_matrix: rows of this rank for the experts of each rank, running.
+  __aicore__ void describe_sent() {
+    if (GetBlockIdx() != 0) return;
+    Table& sums = counts_.numbers().next();
+    int32_t sum = 0;
+    for (int64_t expert = 0; expert < tiling_->work.experts; ++expert) {
+      sum = (expert % local_experts_ == 0 ? 0 : sum) + counts_.numbers().total().get(expert);
+      sums.set(expert, sum);
+    }
+    write(out_.channel_prefix, sums.tensor(), tiling_->work.experts);
+  }
+
+  // A row of rank_prefix_matrix: rows that ranks up to `source` deliver to each rank, of which those for an expert
+  // begin at `base` and end at `next`.
+  __aicore__ void describe_delivered(int64_t source, Table& base, Table& next) {
+    const int64_t sums = tiling_->table_ranks;
+    for (int64_t rank = 0; rank < exchange_.ranks(); ++rank) {
+      int32_t sum = 0;
+      for (int64_t expert = rank * local_experts_; expert < (rank + 1) * local_experts_; ++expert)
+        sum += clip(next.get(expert), rank) - clip(base.get(expert), rank);
+      ends_.set(sums + rank, sum);
+    }
+    GM_ADDR row = out_.rank_prefix + source * exchange_.ranks() * sizeof(int32_t);
+    write(row, ends_.tensor()[static_cast<uint32_t>(sums)], exchange_.ranks());
+  }
+
+  // recv_channel_prefix_matrix or layout_range, the rows of each expert, and how many were dropped.
+  __aicore__ void describe_received() {
+    const int64_t R = exchange_.ranks();
+    LocalTensor<int64_t> counts = counts_.numbers().next().tensor().ReinterpretCast<int64_t>();
+    int64_t begin = 0;
+    for (int64_t l = 0; l < local_experts_; ++l) {
+      const int64_t end = clip(ends_.get((l + 1) * R - 1), exchange_.rank());
+      counts.SetValue(static_cast<uint32_t>(l), end - begin);
+      begin = end;
+    }
+    write(out_.recv_channel_prefix, ends_.tensor(), local_experts_ * R);
+    write(out_.recv_count, counts, local_experts_);
+    if constexpr (kIsNormal) {
+      counts.SetValue(0, ends_.get(local_experts_ * R - 1) - delivered_);
+      write(out_.num_dropped, counts, 1);
+    }
+  }
+
+  // As CANN reads them: for each output the number of dimensions, of 64 bits, and 8 sizes.
+  __aicore__ void write_shapes() {
+    constexpr int64_t kDims = 0x80000000 | 2, kWords = 9;
+    const int64_t sizes[] = {tiling_->work.hidden, tiling_->work.top_k, tiling_->work.top_k, 3};
+    LocalTensor<int64_t> shape = known_.tensor().ReinterpretCast<int64_t>();
+    for (uint32_t i = 0; i < kWords; ++i) shape.SetValue(i, 0);
+    shape.SetValue(0, kDims);
+    shape.SetValue(1, exchange_.has_failed() ? 0 : delivered_);
+    for (int64_t i = 0; i < 4; ++i) {
+      shape.SetValue(2, sizes[i]);
+      write(out_.shapes + i * kWords * sizeof(int64_t), shape, kWords);
+    }
+  }
+
+  // What S has written; it may write there again.
+  template <typename T>
+  __aicore__ void write(GM_ADDR to, const LocalTensor<T>& from, int64_t count) {
+    order<HardEvent::S_MTE3>();
+    store(to, from, count);
+    order<HardEvent::MTE3_S>();
+  }
+
+  const Tiling* tiling_ = nullptr;
+  GM_ADDR x_ = nullptr;
+  DispatchOutputs out_{};
+  int64_t recv_row_bytes_ = 0;
+  int64_t local_experts_ = 1, first_expert_ = 0, delivered_ = 0;
+  TPipe pipe_;
+  Exchange exchange_;
+  Counts counts_;
+  TokenValues<int32_t> send_head_;
+  Messages<kIsNormal, Rows::kHasScales> messages_;
+  Array<int32_t> known_;
+  Table sent_;   // by expert: rows of this rank in earlier rounds, and of this one
+  Table first_;  // by expert: the first row of this rank; by rank: rows that it has memory for
+  Table ends_;   // by this rank's experts and the sources: the end of their rows
+  Rows rows_;
+};
+
+}  // namespace deep_ep
