@@ -201,9 +201,9 @@ def test_the_table() -> None:
     options = {"ranks": 2, "tokens": 1, "hidden": 2, "top_k": 3, "experts": 4, "dtype": "float32", "arch": "A3"}
     made: Any = {"options": {**options, "routing": "uniform", "cores": 9}, "launches": launches}
     assert [" ".join(line.split()) for line in report.table(made).splitlines()] == [
-        "2 ranks, T=1 H=2 K=3 E=4 float32, uniform; A3, 9 cores",
+        "2 ranks, T=1 H=2 K=3 E=4 float32, uniform; A3, cores: 9",
         "",
-        "combine, 2 cores",
+        "combine, cores: 2",
         "bytes number",
         "mean of ranks most mean most",
         "written over links 4,000 6,000 7 7",

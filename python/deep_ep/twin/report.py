@@ -177,7 +177,7 @@ def table(report: Report) -> str:
     """For people: a block per op."""
     ops = dict.fromkeys(launch["op"] for launch in report["launches"])
     options = report["options"]
-    head = "{ranks} ranks, T={tokens} H={hidden} K={top_k} E={experts} {dtype}, {routing}; {arch}, {cores} cores"
+    head = "{ranks} ranks, T={tokens} H={hidden} K={top_k} E={experts} {dtype}, {routing}; {arch}, cores: {cores}"
     blocks = [_block([launch for launch in report["launches"] if launch["op"] == op]) for op in ops]
     return "\n\n".join([head.format(**options), *blocks])
 
@@ -209,7 +209,7 @@ def _block(launches: list[Launch]) -> str:
         "SetFlag, of a core": lambda launch: (None, max(core["events"] for core in launch["cores"])),
     }
     lines = [
-        f"{launches[0]['op']}, {len(launches[0]['cores'])} cores",
+        f"{launches[0]['op']}, cores: {len(launches[0]['cores'])}",
         f"  {'':22}{'bytes':>15}{'':15}{'number':>12}",
         f"  {'':22}{'mean of ranks':>15}{'most':>15}{'mean':>12}{'most':>12}",
     ]
