@@ -1,0 +1,721 @@
+"""A model of time: what the kernels of ops/op_kernel move, over published figures of the SoCs. docs/time_model.md says
+what it is worth.
+
+    python -m deep_ep.twin.model                 # the tables
+    python -m deep_ep.twin.model --write docs    # into docs/time_model.md, and the plot docs/time_model.svg
+
+T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N rows of recv_x · B blocks, one per
+vector core. Bytes and seconds, but µs in what is published and printed.
+"""
+
+import argparse
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+US = 1e-6
+FLAG, STATUS, LINE = 64, 32, 512  # bytes of a flag, of what a block says of itself, and of what slots are aligned to
+
+
+def _align(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+# What a launch moves. The twin counts the same: tests/npu/test_time_model.py.
+
+
+class Routing(NamedTuple):
+    """What a rank has to send and gets. A record is one token at one rank, whatever number of experts it has there."""
+
+    sent: float
+    sent_far: float  # to other ranks
+    arrived: float
+    arrived_far: float
+    rows: float  # (token, k) that have arrived
+
+
+@dataclass(frozen=True)
+class Sizes:
+    R: int
+    T: int
+    H: int
+    K: int
+    E: int
+    element_bytes: int = 2
+    cores: int = 48
+    M: int = 0
+    """num_max_dispatch_tokens_per_rank of low latency; 0 is T."""
+    slot_tokens: int = 0
+    """Tokens that a slot has room for in normal mode; 0: as many as there are."""
+    chunk_tokens: int = 32
+
+    @property
+    def L(self) -> int:
+        return self.E // self.R
+
+    @property
+    def row(self) -> int:
+        return self.H * self.element_bytes
+
+    @property
+    def blocks(self) -> int:
+        return min(max(1, self.T, self.low_latency_rows), self.cores)
+
+    @property
+    def low_latency_rows(self) -> int:
+        return self.R * (self.M or self.T) * min(self.K, self.L)
+
+    @property
+    def rounds(self) -> int:
+        return max(1, -(-self.T // self.slot_tokens)) if self.slot_tokens else 1
+
+    @property
+    def record(self) -> int:
+        """Bytes of a record in a slot."""
+        return _align(4 * (1 + 3 * self.K), 32)
+
+    @property
+    def table(self) -> int:
+        """Bytes of the counts by expert and rank."""
+        return _align(4 * self.E, 32) + 4 * self.R
+
+    def uniform(self) -> Routing:
+        """Every token has K experts, all sets of K alike."""
+        hit = 1 - math.comb(self.E - self.L, self.K) / math.comb(self.E, self.K)
+        to_all, far = self.T * self.R * hit, self.T * (self.R - 1) * hit
+        return Routing(to_all, far, to_all, far, self.T * self.K)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What runs side by side. Bytes are those of the whole rank: from and to global memory, and over links."""
+
+    name: str
+    load: float = 0
+    store: float = 0
+    link: float = 0
+    stalls: float = 0
+    """Transfers that the slowest block waits for with nothing else under way."""
+    items: float = 0
+    """What is split over the blocks; 0: all blocks do the same."""
+    serial: bool = False
+    """A block's loads and stores do not overlap."""
+    meetings: int = 0
+    """Of all blocks."""
+    waits: int = 0
+    """For the flags of all ranks."""
+
+
+def _agree(s: Sizes, times: int = 1) -> Stage:
+    B = s.blocks
+    return Stage("agree", times * STATUS * B * B, times * STATUS * B, stalls=2 * times, meetings=times)
+
+
+def _flags(s: Sizes, n: int) -> list[Stage]:
+    """All blocks meet, raise the flags of a phase, wait for them, and agree."""
+    raised = Stage("flags", 0, n * FLAG * s.R, n * FLAG * (s.R - 1), n * math.ceil(s.R / s.blocks), meetings=n)
+    waited = Stage("wait", stalls=n * math.ceil(s.R / s.blocks), waits=n)
+    return [raised, waited, _agree(s, n)]
+
+
+def _count(s: Sizes, per_token: int, n: int) -> list[Stage]:
+    """Counts by expert and rank of each block, which all blocks read; two such reads are under way at a time."""
+    B, chunks = s.blocks, math.ceil(s.T / n / s.blocks / s.chunk_tokens)
+    tables = Stage("count", per_token * s.T + n * B * B * s.table, n * B * s.table, stalls=n * (chunks + B / 2))
+    return [tables, _agree(s, n)]
+
+
+def _walk(s: Sizes, n: int, more: float) -> Stage:
+    """A block reads how much each source has sent, up to its own share; `more` stalls for each of them."""
+    return Stage("walk", stalls=n * s.R * (2 + more))
+
+
+def _dispatch(s: Sizes, r: Routing, sent_row: int, words: int, scale: int, row_outputs: int, N: float) -> list[Stage]:
+    """`words` per k and `scale` bytes in a record; `row_outputs` bytes beside each of the N rows of recv_x."""
+    ids, n, B = 8 * s.K, s.rounds, s.blocks
+    record, quantised = 4 * (1 + words * s.K) + scale, scale > 0
+    weights = 4 * s.K * (words == 3)
+    chunks = n * math.ceil(s.T / n / B / s.chunk_tokens)
+    passed = sum(math.ceil(s.R * (b + 1) / B) for b in range(B))  # sources that the blocks pass, all together
+    rest = N - r.rows
+    return [
+        *_count(s, ids, n),
+        Stage("counts", 0, 4 * s.E * s.R, 4 * s.E * (s.R - 1)),
+        Stage(
+            "send",
+            s.T * (s.row * (2 if quantised else 1) + ids + weights),
+            r.sent * (sent_row + record),
+            r.sent_far * (sent_row + record),
+            stalls=2 * chunks + (2 * math.ceil(s.T / B) if quantised else 1),
+            items=s.T / n,
+        ),
+        *_flags(s, n),
+        Stage("add up", 4 * s.E * s.R * B, stalls=s.R / 2),
+        Stage("answer", ids * s.T, 4 * s.K * s.T, stalls=2 * chunks, items=s.T / n),
+        _walk(s, n, 1),
+        Stage(
+            "expand",
+            r.arrived * (s.record + sent_row) + 4 * s.L * passed,
+            r.rows * (sent_row + row_outputs),
+            stalls=2 * chunks,
+            items=r.arrived / n,
+        ),
+        Stage("describe", 0, 4 * s.E + 8 * s.L, stalls=1),
+        Stage("clear", 0, rest * (sent_row + row_outputs)),
+    ]
+
+
+def low_latency_dispatch(s: Sizes, r: Routing) -> list[Stage]:
+    return _dispatch(s, r, s.row, 2, 0, 12, s.low_latency_rows)
+
+
+def low_latency_dispatch_int8(s: Sizes, r: Routing) -> list[Stage]:
+    return _dispatch(s, r, s.H, 2, 4, 16, s.low_latency_rows)
+
+
+def dispatch(s: Sizes, r: Routing) -> list[Stage]:
+    return _dispatch(s, r, s.row, 3, 0, 12 + 12 * s.K, r.rows)
+
+
+def _combine(s: Sizes, r: Routing, answer: int = 0) -> list[Stage]:
+    """`answer` bytes go back with each row."""
+    ids, n, B = 12 * s.K, s.rounds, s.blocks
+    record, chunks = 4 * (1 + 3 * s.K), n * math.ceil(s.T / n / B / s.chunk_tokens)
+    return [
+        *_count(s, ids, n),
+        Stage(
+            "ask",
+            (ids + 4 * s.K) * s.T,
+            r.sent * record,
+            r.sent_far * record,
+            stalls=2 * chunks,
+            items=s.T / n,
+        ),
+        *_flags(s, n),
+        _walk(s, n, 0),
+        Stage(
+            "sum",
+            r.arrived * s.record + r.rows * s.row,
+            r.arrived * (s.row + answer),
+            r.arrived_far * (s.row + answer),
+            stalls=2 * chunks,
+            items=r.arrived / n,
+        ),
+        _agree(s, n),
+        *_flags(s, n),
+        Stage(
+            "gather",
+            ids * s.T + r.sent * (s.row + answer),
+            s.T * (s.row + (4 * s.K if answer else 0)),
+            stalls=2 * chunks,
+            items=s.T / n,
+        ),
+        Stage("next", stalls=n * s.R),
+    ]
+
+
+def combine(s: Sizes, r: Routing) -> list[Stage]:
+    return _combine(s, r)
+
+
+def dispatch_backward(s: Sizes, r: Routing) -> list[Stage]:
+    """The gradients of x and of the weights: combine, with K weights to each row that goes back."""
+    return _combine(s, r, 4 * s.K)
+
+
+def combine_backward(s: Sizes, r: Routing) -> list[Stage]:
+    """The gradients of the rows and of the weights: a token's gradient goes to its ranks, as rows of dispatch do, is
+    multiplied there with its rows, and K products go back."""
+    ids, n, B = 12 * s.K, s.rounds, s.blocks
+    record, chunks = 4 * (1 + 3 * s.K), n * math.ceil(s.T / n / B / s.chunk_tokens)
+    return [
+        *_count(s, ids, n),
+        Stage(
+            "send",
+            (ids + 4 * s.K + s.row) * s.T,
+            r.sent * (s.row + record),
+            r.sent_far * (s.row + record),
+            stalls=2 * chunks,
+            items=s.T / n,
+        ),
+        *_flags(s, n),
+        _walk(s, n, 0),
+        Stage(
+            "multiply",
+            r.arrived * (s.record + s.row) + r.rows * s.row,
+            r.rows * s.row + r.arrived * 4 * s.K,
+            r.arrived_far * 4 * s.K,
+            stalls=2 * chunks,
+            items=r.arrived / n,
+        ),
+        _agree(s, n),
+        *_flags(s, n),
+        Stage("gather", ids * s.T + r.sent * 4 * s.K, s.T * 4 * s.K, stalls=2 * chunks, items=s.T / n),
+        Stage("next", stalls=n * s.R),
+    ]
+
+
+Op = Callable[[Sizes, Routing], list[Stage]]
+OPS: dict[str, Op] = {
+    "low_latency_dispatch": low_latency_dispatch,
+    "low_latency_dispatch_int8": low_latency_dispatch_int8,
+    "low_latency_combine": combine,
+    "dispatch": dispatch,
+    "combine": combine,
+    "dispatch_backward": dispatch_backward,
+    "combine_backward": combine_backward,
+}
+
+
+class Counters(NamedTuple):
+    link: float
+    load: float
+    store: float
+
+
+def counters(stages: Iterable[Stage]) -> Counters:
+    """What the twin counts of a launch: bytes over links, and through the unified buffers of all cores."""
+    stages = list(stages)
+    return Counters(*(sum(getattr(stage, name) for stage in stages) for name in ("link", "load", "store")))
+
+
+def slot_tokens(s: Sizes, window_bytes: int) -> int:
+    """Tokens of a round: src/window_map.h."""
+    room = (window_bytes - LINE - _align(4 * s.R * FLAG, LINE)) // 2 // LINE * LINE // s.R // LINE * LINE
+    return max(1, (room - _align(4 * s.E, LINE) - LINE) // (s.record + _align(s.row, LINE)))
+
+
+# What DeepEP-Ascend's kernels move, from their sources of 2025-09-26, when its figures were published: a row for each
+# (token, expert). A block waits for each row that it quantises, twice, and for each row of a combine.
+
+
+class Peer(NamedTuple):
+    stages: Callable[[Sizes, bool], list[Stage]]
+    launches: int
+    host: bool
+    """Its host counts rows before the launch, for each rank."""
+    scans: bool
+    """Each of its blocks goes through all ids."""
+
+
+def _sent_row(s: Sizes, is_int8: bool) -> int:
+    return (s.H if is_int8 else s.row) + 44  # the scale, or nothing, in 32 bytes, and three words
+
+
+def _pull(s: Sizes, is_int8: bool) -> list[Stage]:
+    rows, row = s.T * s.K, _sent_row(s, is_int8)
+    far, stalls = rows * (s.R - 1) / s.R, 2 * math.ceil(rows / s.cores) if is_int8 else 0
+    return [
+        Stage("send", rows * s.row, rows * row, stalls=stalls, items=rows, serial=True),
+        Stage("fetch", rows * row, rows * row, far * row, items=rows),
+    ]
+
+
+def _push(s: Sizes, is_int8: bool) -> list[Stage]:
+    rows, row = s.T * s.K, _sent_row(s, is_int8)
+    far, stalls = rows * (s.R - 1) / s.R, 2 * math.ceil(rows / s.cores) if is_int8 else 0
+    return [
+        Stage("send", rows * s.row, rows * row, far * row, stalls, items=rows, serial=True),
+        Stage("expand", rows * row, rows * row, items=rows),
+    ]
+
+
+def _return(s: Sizes, _: bool) -> list[Stage]:
+    rows, far = s.T * s.K, s.T * s.K * (s.R - 1) / s.R
+    return [
+        Stage("send", rows * s.row, rows * s.row, far * s.row, items=rows, serial=True),
+        Stage("sum", rows * s.row, s.T * s.row, items=s.T, serial=True),
+    ]
+
+
+PEER = {
+    "dispatch": Peer(_pull, 2, True, False),
+    "combine": Peer(_return, 1, False, False),
+    "low_latency_dispatch": Peer(_push, 1, False, True),
+    "low_latency_combine": Peer(_return, 1, False, False),
+}
+
+
+# Published figures of the SoCs, of one rank: an A2 or A5 NPU, and one of the two dies of an A3 NPU.
+
+
+class Tier(NamedTuple):
+    """Links of a rank to those of its group of `outer` ranks that are not of its group of `inner`, 0: all."""
+
+    inner: int
+    outer: int
+    bandwidth: float  # in one direction
+
+
+class Soc(NamedTuple):
+    cores: int
+    core_bandwidth: float  # between a core's unified buffer and memory, in one direction
+    memory_bandwidth: float
+    tiers: tuple[Tier, ...]
+    latencies: tuple[tuple[int, float], ...]  # of the links inside a group of so many ranks
+    launch: float
+    most_ranks: int
+
+
+SOCS = {
+    "A2": Soc(48, 32 * 1.8e9, 1.6e12, (Tier(1, 8, 196e9),), ((8, 0.5 * US),), 10 * US, 8),
+    "A3": Soc(
+        48,
+        32 * 1.8e9,
+        1.6e12,
+        (Tier(1, 2, 224e9), Tier(2, 0, 196e9)),
+        ((2, 0.2 * US), (16, 0.5 * US), (768, 5.5 * US)),
+        10 * US,
+        768,
+    ),
+    "A5": Soc(
+        64,
+        27 * 1.65e9,
+        4.0e12,
+        (Tier(1, 0, 840e9), Tier(8, 0, 448e9), Tier(64, 0, 224e9)),
+        ((8, 2.3 * US), (1024, 4.5 * US)),
+        5 * US,
+        1024,
+    ),
+}
+EPS = (8, 16, 32, 64, 128, 256, 384)
+MEETING = 1 * US
+"""SyncAll. Assumed: no figure is published, and no result depends on it by more than a few µs."""
+
+_MSMODELING = "Ascend/msmodeling, tensor_cast/device.py"
+SOURCES = {
+    "core": "CANN runtime, src/platform/platform_config: ddr_rate and cube_freq of Ascend910B2C.ini (taken for A3 too) "
+    "and Ascend950PR_957bx.ini",
+    "cores": "the same; A5: cann/ops-transformer, issue 5487 (950PR; there are bins of 56 and 72)",
+    "memory": f"{_MSMODELING}: memory_bandwidth_bytes_ps, in 10^12 bytes (A5: 950DT; 950PR has 1.6)",
+    "links": f"{_MSMODELING}: ATLAS_800.A2_INTERCONNECT, A3_INTERCONNECT, A5.Interconnect.POD_1K. A3: arXiv 2506.12708 "
+    "has 392 GB/s for two dies. A5: Huawei's keynote of 2025-09-18 has 2 TB/s, both directions together",
+    "latency": f"{_MSMODELING}, the same",
+    "launch": f"{_MSMODELING}: StaticCost.comm_op_cost_s, which its authors want to confirm",
+}
+
+
+# Published points: µs.
+
+
+class Point(NamedTuple):
+    soc: str
+    op: str
+    R: int
+    T: int
+    is_int8: bool
+    us: float
+    source: str
+    has_host: bool = True  # as far as the op has it at all
+
+
+H, K, EXPERTS = 7168, 8, 256
+_README = "sgl-kernel-npu, README"
+_PAPER = "arXiv 2506.12708"
+
+
+def _of_bandwidth(gbps: float) -> float:
+    """The peer's figures of normal mode: 2·H bytes for each (token, expert), quantised or not, by the time."""
+    return 4096 * K * 2 * H / gbps / 1e3
+
+
+FITTED = [
+    *(Point("A3", "dispatch", R, 4096, True, _of_bandwidth(b), _README) for R, b in ((8, 146), (16, 107), (32, 102))),
+    *(Point("A3", "combine", R, 4096, False, _of_bandwidth(b), _README) for R, b in ((8, 125), (16, 103), (32, 95))),
+    *(Point("A3", "low_latency_dispatch", R, 128, True, t, _README) for R, t in ((8, 132), (16, 139), (32, 153))),
+    *(Point("A3", "low_latency_combine", R, 128, False, t, _README) for R, t in ((8, 126), (16, 135), (32, 151))),
+]
+HELD_OUT = [
+    *(Point("A3", "dispatch", R, 4096, True, _of_bandwidth(b), _README) for R, b in ((64, 81), (128, 57))),
+    *(Point("A3", "combine", R, 4096, False, _of_bandwidth(b), _README) for R, b in ((64, 91), (128, 81))),
+    *(Point("A3", "low_latency_dispatch", R, 128, True, t, _PAPER) for R, t in ((8, 116), (256, 152))),
+    *(Point("A3", "low_latency_combine", R, 128, False, t, _PAPER) for R, t in ((8, 118), (256, 149))),
+    Point("A3", "dispatch", 16, 4096, True, 4036, "sgl-kernel-npu, #177, before"),
+    Point("A3", "dispatch", 16, 4096, True, 3508, "sgl-kernel-npu, #177, after: counts on the device", False),
+    Point("A3", "combine", 16, 4096, False, 4619, "sgl-kernel-npu, #177, after"),
+    Point("A2", "low_latency_dispatch", 8, 256, True, 308, "sgl-kernel-npu, #176"),
+    Point("A2", "low_latency_combine", 8, 256, False, 449, "sgl-kernel-npu, #176"),
+    Point("A2", "dispatch", 8, 4096, False, 6723, "sgl-kernel-npu, #211, after: counts on the device", False),
+    Point("A2", "combine", 8, 4096, False, 5852, "sgl-kernel-npu, #211, after"),
+]
+
+
+# Time.
+
+
+class Parameters(NamedTuple):
+    efficiency: float
+    """What is reached of the bandwidth of links."""
+    stall: float
+    """A transfer that nothing hides."""
+    scan: float
+    """Of the peer's low-latency dispatch: every block reads all ids, for each (token, k)."""
+    host: float
+    """Of the peer's normal dispatch, on its host: for each rank."""
+
+
+def link_time(soc: Soc, R: int, link: float, efficiency: float) -> float:
+    """`link` bytes to R - 1 ranks alike; neighbours have neighbouring numbers."""
+    times = [0.0]
+    for tier in soc.tiers:
+        reached = max(0, (min(R, tier.outer) if tier.outer else R) - min(R, tier.inner))
+        times.append(link * reached / max(1, R - 1) / (efficiency * tier.bandwidth))
+    return max(times)
+
+
+def latency(soc: Soc, R: int) -> float:
+    return next(seconds for ranks, seconds in soc.latencies if ranks >= R)
+
+
+def stage_time(stage: Stage, soc: Soc, s: Sizes, p: Parameters) -> float:
+    """The slowest of: a block, memory, and the links. Then what blocks wait for."""
+    share = math.ceil(stage.items / s.blocks) / stage.items if stage.items > 0 else 1 / s.blocks
+    both = stage.load, stage.store
+    block = (sum(both) if stage.serial else max(both)) * share / soc.core_bandwidth + stage.stalls * p.stall
+    times = block, sum(both) / soc.memory_bandwidth, link_time(soc, s.R, stage.link, p.efficiency)
+    return max(times) + stage.meetings * MEETING + stage.waits * latency(soc, s.R)
+
+
+def op_time(op: str, soc: Soc, s: Sizes, p: Parameters) -> float:
+    return soc.launch + sum(stage_time(stage, soc, s, p) for stage in OPS[op](s, s.uniform()))
+
+
+def roof(op: str, soc: Soc, s: Sizes) -> float:
+    """Bytes over links at their published bandwidth, or through memory at its own, and nothing else."""
+    moved = counters(OPS[op](s, s.uniform()))
+    return max(link_time(soc, s.R, moved.link, 1.0), (moved.load + moved.store) / soc.memory_bandwidth)
+
+
+def peer_time(point: Point, p: Parameters) -> float:
+    soc, peer = SOCS[point.soc], PEER[point.op]
+    s = Sizes(point.R, point.T, H, K, experts_of(point.R), cores=soc.cores)
+    seconds = sum(stage_time(stage, soc, s, p) for stage in peer.stages(s, point.is_int8))
+    seconds += peer.launches * soc.launch + peer.scans * p.scan * s.T * s.K
+    return seconds + (p.host * s.R if peer.host and point.has_host else 0)
+
+
+def experts_of(R: int) -> int:
+    return EXPERTS if EXPERTS % R == 0 else R
+
+
+def error(point: Point, p: Parameters) -> float:
+    return peer_time(point, p) / (point.us * US) - 1
+
+
+def _loss(p: Parameters) -> float:
+    return sum(math.log1p(error(point, p)) ** 2 for point in FITTED)
+
+
+@functools.cache
+def fit() -> Parameters:
+    """Least squares of the logarithms over FITTED, by steps along one parameter at a time."""
+    best, steps = Parameters(0.5, 1 * US, 0.05 * US, 30 * US), [0.5] * 4
+    while max(steps) > 1e-4:
+        for i, name in enumerate(Parameters._fields):
+            factors = 1 + steps[i], 1 / (1 + steps[i])
+            nearest = min((best._replace(**{name: getattr(best, name) * f}) for f in factors), key=_loss)
+            if _loss(nearest) < _loss(best):
+                best = nearest
+            else:
+                steps[i] /= 2
+    return best
+
+
+# Predictions, tables and the plot.
+
+WINDOW = 256 << 20
+"""Bytes of a window by default (python/deep_ep/windows.py)."""
+NORMAL = ("dispatch", "combine", "dispatch_backward", "combine_backward")
+LOW_LATENCY = ("low_latency_dispatch", "low_latency_dispatch_int8", "low_latency_combine")
+
+
+def sizes(op: str, soc: Soc, R: int) -> Sizes:
+    return Sizes(R, 4096 if op in NORMAL else 128, H, K, experts_of(R), cores=soc.cores)
+
+
+def bandwidth(op: str, seconds: float) -> float:
+    """GB/s as the peer counts: rows of all (token, expert), those that stay on the rank too. In low latency, int8 rows
+    have H + H/32 + 16 bytes, in normal mode 2·H."""
+    row = H + H // 32 + 16 if op == "low_latency_dispatch_int8" else 2 * H
+    return (4096 if op in NORMAL else 128) * K * row / seconds / 1e9
+
+
+def in_default_window(op: str, soc: Soc, R: int, p: Parameters) -> tuple[int, float]:
+    """Rounds, and seconds."""
+    s = sizes(op, soc, R)
+    s = replace(s, slot_tokens=slot_tokens(s, WINDOW))
+    return s.rounds, op_time(op, soc, s, p)
+
+
+def published(op: str, soc: str, R: int) -> list[float]:
+    """µs of DeepEP-Ascend's op, or of Huawei's that is like it."""
+    points = [p for p in FITTED + HELD_OUT if (p.soc, p.op, p.R) == (soc, op.removesuffix("_int8"), R)]
+    is_own = op != "low_latency_dispatch" and not op.endswith("backward")
+    return [p.us for p in points if is_own and p.T == sizes(op, SOCS[soc], R).T and "before" not in p.source]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def figures() -> str:
+    def links(soc: Soc) -> str:
+        ends = [f"beyond {t.inner}" if t.inner > 1 else f"to {t.outer or 'all'}" for t in soc.tiers]
+        return ", ".join(f"{t.bandwidth / 1e9:.0f} {end}" for t, end in zip(soc.tiers, ends, strict=True))
+
+    def latencies(soc: Soc) -> str:
+        return ", ".join(f"{seconds / US:.1f} in {ranks}" for ranks, seconds in soc.latencies)
+
+    rows: dict[str, tuple[str, Callable[[Soc], object]]] = {
+        "core": ("a core to memory, GB/s", lambda soc: f"{soc.core_bandwidth / 1e9:.1f}"),
+        "cores": ("vector cores", lambda soc: soc.cores),
+        "memory": ("memory, GB/s", lambda soc: f"{soc.memory_bandwidth / 1e9:.0f}"),
+        "links": ("links of a rank in one direction, GB/s", links),
+        "latency": ("latency in a group of so many ranks, µs", latencies),
+        "launch": ("launch, µs", lambda soc: f"{soc.launch / US:.0f}"),
+    }
+    lines = [(name, *(value(soc) for soc in SOCS.values()), SOURCES[key]) for key, (name, value) in rows.items()]
+    return _table(("of a rank", *SOCS, "source"), lines)
+
+
+def parameters() -> str:
+    p = fit()
+    rows = [
+        ("`efficiency`", f"{p.efficiency:.2f}", "part of the links' bandwidth that is reached", "all"),
+        ("`stall`", f"{p.stall / US:.2f} µs", "a transfer that nothing hides", "all"),
+        ("`scan`", f"{p.scan / US:.3f} µs", "a block reads all ids, for each (token, k)", "its low-latency dispatch"),
+        ("`host`", f"{p.host / US:.0f} µs", "the host counts, for each rank", "its normal dispatch of 2025-09"),
+    ]
+    return _table(("parameter", "fitted", "what it is", "ops of DeepEP-Ascend that have it"), rows)
+
+
+def check(points: Sequence[Point]) -> str:
+    rows = []
+    for p in points:
+        modelled = f"{peer_time(p, fit()) / US:.0f}"
+        rows.append((p.soc, f"`{p.op}`", p.R, p.T, f"{p.us:.0f}", modelled, f"{error(p, fit()):+.0%}", p.source))
+    return _table(("SoC", "op", "EP", "T", "published, µs", "model, µs", "error", "source"), rows)
+
+
+def _cell(op: str, seconds: float) -> str:
+    return f"{seconds / US:.0f} ({bandwidth(op, seconds):.0f})"
+
+
+def predictions(ops: Sequence[str]) -> str:
+    rows: list[Sequence[object]] = []
+    for op in ops:
+        for name, soc in SOCS.items():
+            sized = [sizes(op, soc, R) if soc.most_ranks >= R else None for R in EPS]
+            own = [_cell(op, op_time(op, soc, s, fit())) if s else "" for s in sized]
+            rows.append((f"`{op}`" if name == "A2" else "", f"{name}, model", *own))
+            rows.append(("", f"{name}, roof", *(_cell(op, roof(op, soc, s)) if s else "" for s in sized)))
+            peers = [" / ".join(_cell(op, us * US) for us in published(op, name, R)) for R in EPS]
+            if any(peers):
+                rows.append(("", f"{name}, published", *peers))
+    return _table(("op", "", *(f"EP{R}" for R in EPS)), rows)
+
+
+def rounds() -> str:
+    """Normal mode on A3 with windows of the default size."""
+    found = {op: [in_default_window(op, SOCS["A3"], R, fit()) for R in EPS] for op in ("dispatch", "combine")}
+    rows: list[Sequence[object]] = [("rounds", *(n for n, _ in found["dispatch"]))]
+    rows += [(f"`{op}`, µs", *(f"{seconds / US:.0f}" for _, seconds in times)) for op, times in found.items()]
+    return _table(("A3, 256 MiB", *(f"EP{R}" for R in EPS)), rows)
+
+
+def parts() -> str:
+    """Where the time of some launches goes, and what it would be with other parameters."""
+    rows = []
+    p, soc = fit(), SOCS["A3"]
+    for op in ("low_latency_dispatch_int8", "low_latency_combine", "dispatch", "combine"):
+        for R in (8, 128):
+            s = sizes(op, soc, R)
+            times: dict[str, float] = {"launch": soc.launch}
+            for stage in OPS[op](s, s.uniform()):
+                times[stage.name] = times.get(stage.name, 0) + stage_time(stage, soc, s, p)
+            largest = sorted(times.items(), key=lambda item: -item[1])[:5]
+            others = p._replace(stall=p.stall / 2), p._replace(efficiency=0.7)
+            row = [f"`{op}`", R, f"{op_time(op, soc, s, p) / US:.0f}"]
+            row += [", ".join(f"{name} {t / US:.0f}" for name, t in largest)]
+            rows.append([*row, *(f"{op_time(op, soc, s, other) / US:.0f}" for other in others)])
+    return _table(("A3", "EP", "µs", "the largest parts", "`stall` halved", "`efficiency` 0.7"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "figures": figures,
+    "parameters": parameters,
+    "fitted": lambda: check(FITTED),
+    "held out": lambda: check(HELD_OUT),
+    "low latency": lambda: predictions(LOW_LATENCY),
+    "normal": lambda: predictions(NORMAL),
+    "rounds": rounds,
+    "parts": parts,
+}
+
+
+def with_tables(text: str) -> str:
+    """`text`, with each table between its markers as it is now."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"there is no place for the table '{name}': {begin!r} to {end!r}")
+        before, rest = text.split(begin, 1)
+        text = before + begin + table() + end + rest.split(end, 1)[1]
+    return text
+
+
+def plot(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.hashsalt": "deep_ep", "svg.fonttype": "none"}
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True)
+    panels = (("low_latency_dispatch_int8", "low_latency_combine"), ("dispatch", "combine"))
+    for axis, op in zip(axes.flat, (op for row in panels for op in row), strict=True):
+        _panel(axis, op)
+    figure.suptitle("Model of time, H = 7168, top-8: 128 tokens (above), 4096 tokens in one round (below)")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=8)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _panel(axis: Any, op: str) -> None:
+    peer = op.removesuffix("_int8")
+    for (name, soc), colour in zip(SOCS.items(), ("C2", "C0", "C1"), strict=True):
+        eps = [R for R in EPS if soc.most_ranks >= R]
+        times = [op_time(op, soc, sizes(op, soc, R), fit()) / US for R in eps]
+        axis.plot(eps, times, "o-" if len(eps) > 1 else "o", color=colour, label=f"{name}, this library: model")
+        axis.plot(eps, [roof(op, soc, sizes(op, soc, R)) / US for R in eps], ":", color=colour, label=f"{name}, roof")
+    points = [p for p in FITTED + HELD_OUT if p.op == peer and p.soc == "A3" and p.source in (_README, _PAPER)]
+    peer_points = [p._replace(R=R) for p in points[:1] for R in EPS]
+    modelled = [peer_time(p, fit()) / US for p in peer_points]
+    axis.plot([p.R for p in peer_points], modelled, "--", color="0.5", label="A3, DeepEP-Ascend: model")
+    for chosen, marker, label in ((FITTED, "s", "fitted"), (HELD_OUT, "x", "held out")):
+        some = [p for p in points if p in chosen]
+        axis.plot([p.R for p in some], [p.us for p in some], marker, color="k", label=f"A3, published: {label}")
+    axis.set(title=op, xscale="log", yscale="log", xticks=EPS, xticklabels=EPS, xlabel="EP", ylabel="µs")
+    axis.minorticks_off()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m deep_ep.twin.model", description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="the folder of time_model.md and time_model.svg")
+    folder = parser.parse_args().write
+    if folder is None:
+        print("\n\n".join(f"{name}:\n\n{table()}" for name, table in TABLES.items()))
+        return
+    page = folder / "time_model.md"
+    page.write_text(with_tables(page.read_text()))
+    plot(folder / "time_model.svg")
+
+
+if __name__ == "__main__":
+    main()
