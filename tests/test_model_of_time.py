@@ -1,0 +1,86 @@
+"""The model of time by itself: its page, its errors, and that it goes the right way."""
+
+import itertools
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deep_ep.twin import model
+from deep_ep.twin.model import FITTED, HELD_OUT, OPS, SOCS, Point, Sizes, error, fit, op_time
+
+DOCS = Path(__file__).parent.parent / "docs"
+SIZES = Sizes(8, 128, 7168, 8, 256)
+
+
+def test_page_has_the_tables() -> None:
+    page = (DOCS / "time_model.md").read_text()
+    assert model.with_tables(page) == page, "python -m deep_ep.twin.model --write docs"
+
+
+def test_plot(tmp_path: Path) -> None:
+    model.plot(tmp_path / "plot.svg")
+    texts = [
+        re.findall(r">([^<>]+)</text>", path.read_text()) for path in (tmp_path / "plot.svg", DOCS / "time_model.svg")
+    ]
+    assert texts[0] == texts[1]
+    assert {"low_latency_dispatch_int8", "low_latency_combine", "dispatch", "combine"} <= set(texts[0])
+
+
+def test_errors() -> None:
+    """What docs/time_model.md says of them, and that no point is on both sides."""
+    assert not set(FITTED) & set(HELD_OUT)
+
+    def largest(points: list[Point]) -> float:
+        return max(abs(error(point, fit())) for point in points)
+
+    assert largest(FITTED) < 0.09
+    assert largest([point for point in HELD_OUT if point.soc == "A3"]) == pytest.approx(0.16, abs=0.005)
+    a2 = [error(point, fit()) for point in HELD_OUT if point.soc == "A2"]
+    assert max(a2) < 0
+    assert min(a2) == pytest.approx(-0.37, abs=0.005)
+
+
+def test_fit_is_the_best_nearby() -> None:
+    for name, factor in itertools.product(fit()._fields, (0.98, 1.02)):
+        other = fit()._replace(**{name: getattr(fit(), name) * factor})
+        assert sum(math.log1p(error(point, other)) ** 2 for point in FITTED) > sum(
+            math.log1p(error(point, fit())) ** 2 for point in FITTED
+        ), name
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("soc", SOCS)
+def test_more_takes_longer(op: str, soc: str) -> None:
+    for name, values in {"T": (1, 47, 128, 129, 4096), "H": (256, 1024, 7168, 8192), "K": (1, 2, 8)}.items():
+        given = [replace(SIZES, cores=SOCS[soc].cores, **{name: value}) for value in values]
+        times = [op_time(op, SOCS[soc], s, fit()) for s in given]
+        assert times == sorted(times), name
+        assert all(time > model.roof(op, SOCS[soc], s) for time, s in zip(times, given, strict=True))
+
+
+def test_uniform_routing() -> None:
+    """By counting all sets of K experts."""
+    s = Sizes(4, 10, 8, 3, 8)
+    sets = list(itertools.combinations(range(s.E), s.K))
+    ranks = sum(len({expert // s.L for expert in chosen}) for chosen in sets) / len(sets)
+    far = sum(len({expert // s.L for expert in chosen} - {0}) for chosen in sets) / len(sets)
+    routing = s.uniform()
+    assert (routing.sent, routing.sent_far, routing.rows) == pytest.approx((s.T * ranks, s.T * far, s.T * s.K))
+
+
+def test_links() -> None:
+    a3, a5 = SOCS["A3"], SOCS["A5"]
+    assert model.link_time(a3, 2, 224e9, 1.0) == pytest.approx(1)  # the other die alone
+    assert model.link_time(a3, 8, 7 * 196e9, 0.5) == pytest.approx(12)  # 6 of 7 ranks are beyond it
+    assert model.link_time(a5, 8, 840e9, 1.0) == pytest.approx(1)
+    assert model.link_time(a5, 128, 127 * 224e9, 1.0) == pytest.approx(64)  # beyond 64 ranks
+
+
+def test_deep_ep_does_not_import_it() -> None:
+    program = "import sys, deep_ep; sys.exit('deep_ep.twin' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
