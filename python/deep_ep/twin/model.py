@@ -389,7 +389,7 @@ _MSMODELING = "Ascend/msmodeling, tensor_cast/device.py"
 SOURCES = {
     "core": "CANN runtime, src/platform/platform_config: ddr_rate and cube_freq of Ascend910B2C.ini (taken for A3 too) "
     "and Ascend950PR_957bx.ini",
-    "cores": "the same; A5: cann/ops-transformer, issue 5487 (950PR; there are bins of 56 and 72)",
+    "cores": "the same; A5: cann/ops-transformer, issue 5487, for 950PR (56 in the ini, 72 in reports of 950DT)",
     "memory": f"{_MSMODELING}: memory_bandwidth_bytes_ps, in 10^12 bytes (A5: 950DT; 950PR has 1.6)",
     "links": f"{_MSMODELING}: ATLAS_800.A2_INTERCONNECT, A3_INTERCONNECT, A5.Interconnect.POD_1K. A3: arXiv 2506.12708 "
     "has 392 GB/s for two dies. A5: Huawei's keynote of 2025-09-18 has 2 TB/s, both directions together",
