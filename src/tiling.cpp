@@ -78,13 +78,18 @@ std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling) {
   const int64_t per_token = chunk_bytes_per_token(work, t.record_bytes);
   const int64_t other_tiles = deep_ep::other_tiles(work);
   const int64_t smallest_tiles = work.hidden == 0 ? 0 : Tiling::kBlockBytes * (kMinBuffers + other_tiles);
-  const int64_t words = Tiling::kStatusBytes * (2 + soc.vector_cores);
-  const int64_t free =
-      soc.unified_buffer_bytes - words - (Tiling::kTables + other_tables(work)) * t.table_bytes - smallest_tiles;
+  const int64_t words =
+      Tiling::kStatusBytes * (3 + soc.vector_cores + Tiling::kFlags) + 2 * align(4 * work.ranks, Tiling::kAlignment);
+  // Two of them are for tables that are read.
+  const int64_t tables = Tiling::kTables + other_tables(work) + 2;
+  int64_t free = soc.unified_buffer_bytes - words - tables * t.table_bytes - smallest_tiles;
   if (free < per_token)
     return str("num_experts = ", work.experts, " with ", work.top_k, " ids per token needs ", per_token - free,
                " bytes more than the unified buffer has: ", soc.unified_buffer_bytes);
-  t.chunk_tokens = std::clamp(free / 8 / per_token, int64_t{1}, kMaxChunkTokens);
+  const int64_t more_tables = (free - per_token) / 16 / (2 * t.table_bytes);
+  t.table_batch = 1 + std::min(more_tables, std::max(work.ranks, t.blocks) - 1);
+  free -= 2 * (t.table_batch - 1) * t.table_bytes;
+  t.chunk_tokens = std::clamp(free / 10 / per_token, int64_t{1}, kMaxChunkTokens);
 
   if (work.hidden > 0) {
     const int64_t for_tiles = smallest_tiles + free - t.chunk_tokens * per_token;

@@ -56,15 +56,16 @@ struct Split {
 // What a kernel gets. A row of H elements goes through `buffers` buffers of the unified buffer in `tiles` pieces of
 // tile_bytes; the last piece has last_tile_bytes.
 //
-//   unified buffer: [ a flag, and the status of each block | tables | what goes with a chunk of tokens |
+//   unified buffer: [ a flag, the status of each block, what flags say | tables | what goes with a chunk of tokens |
 //                     buffers x tile | more tiles and tables, as it says in tiling.cpp ]
 //   workspace:      [ counts of each block, twice | status of each block, twice ]
 struct Tiling {
   static constexpr int64_t kBlockBytes = 512;  // the unit in which remote writes arrive, and what is fast to move
   static constexpr int64_t kAlignment = 32;    // of everything in the unified buffer
-  static constexpr int64_t kTables = 6;        // int32 [E], then [R] each, or int64 [L]
+  static constexpr int64_t kTables = 4;        // int32 [E], then [R] each, or int64 [L]
   static constexpr int64_t kResults = 2;       // tiles: one is filled while another is sent
   static constexpr int64_t kStatusBytes = 32;  // what a block says if it fails
+  static constexpr int64_t kFlags = 32;        // of peers that are read at a time
 
   Work work;
   int64_t blocks;
@@ -81,6 +82,7 @@ struct Tiling {
   int64_t table_ranks;   // where in a table the ranks begin: a multiple of kAlignment bytes
   int64_t table_words;   // experts and ranks
   int64_t table_bytes;   // of one table
+  int64_t table_batch;   // tables that are read at a time
   int64_t chunk_tokens;  // tokens whose ids, records and the like are in the unified buffer at a time
   int64_t record_bytes;  // int32: the token, and three words per k; a multiple of kAlignment
 

@@ -105,15 +105,15 @@ enum StatusWord { kFailure, kLaunch, kPeer, kPhase, kExpected, kGot, kOp, kStatu
 enum FlagWord {
   kEpoch,
   kEntries,
-  kFlagOp,
+  kMore,           // whether the rank has tokens for a further round
+  kRoom,           // N of the rank; -1-N: it may drop none
+  kPeerWords = 8,  // the first ones differ from rank to rank
+  kFlagOp = kPeerWords,
   kHidden,
   kTopK,
   kExperts,
   kMaxTokens,
   kElementBytes,
-  kMore,  // whether the rank has tokens for a further round
-  kRows,  // N of the rank, which differs from rank to rank
-  kFits,  // whether it may drop none
   kFlagWords = 16
 };
 

@@ -68,7 +68,7 @@ class Tiling(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 *("row_bytes", "row_stride", "answer", "tile_bytes", "last_tile_bytes", "tiles", "buffers"),
-                *("table_ranks", "table_words", "table_bytes", "chunk_tokens", "record_bytes"),
+                *("table_ranks", "table_words", "table_bytes", "table_batch", "chunk_tokens", "record_bytes"),
                 *("count_stride", "failures", "workspace_bytes"),
             )
         ],

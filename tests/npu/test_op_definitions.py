@@ -404,13 +404,18 @@ SLOTS = ("DeepEpLowLatencyDispatch", "DeepEpLowLatencyDispatchInt8", "DeepEpLowL
 
 
 def tables(t: Tiling) -> int:
-    """Six for counting; the dispatches have three more, the backward ops one."""
+    """Four for counting, and two batches that are read; the dispatches have three more, the backward ops one."""
     others = 0 if t.work.hidden == 0 else t.work.answers if t.work.arithmetic else 3
-    return 6 + others
+    return 4 + 2 * t.table_batch + others
 
 
 def align(size: int, unit: int = 32) -> int:
     return -(-size // unit) * unit
+
+
+def bytes_of_exchange(t: Tiling) -> int:
+    """A flag and a status, the status of each block, 32 flags of peers, and two words of each."""
+    return 32 * (3 + t.blocks + 32) + 2 * align(4 * t.work.ranks)
 
 
 def bytes_of_chunk(t: Tiling) -> int:
@@ -468,7 +473,9 @@ def test_tiling(soc: Soc, s: Sizes, rows: str, op_type: str) -> None:
     assert 1 <= t.chunk_tokens <= 64
     assert t.record_bytes == align(4 * (1 + 3 * s.K))
     assert t.table_bytes % 32 == t.tile_bytes % 512 == 0
-    used = 32 * (2 + t.blocks) + tables(t) * t.table_bytes + bytes_of_chunk(t)
+    assert 1 <= t.table_batch <= max(s.R, t.blocks)
+    assert t.table_batch == 1 or 2 * (t.table_batch - 1) * t.table_bytes <= soc.unified_buffer_bytes // 16
+    used = bytes_of_exchange(t) + tables(t) * t.table_bytes + bytes_of_chunk(t)
     if moves_rows:
         element = 4 if rows == "float32" else 2
         sent = 1 if op_type == "DeepEpLowLatencyDispatchInt8" else element
@@ -512,7 +519,8 @@ def test_a_tiling_in_full() -> None:
         "table_ranks": 256,
         "table_words": 264,
         "table_bytes": 1056,
-        "chunk_tokens": 17,
+        "table_batch": 6,
+        "chunk_tokens": 13,
         "record_bytes": 128,
         "count_stride": 1536,
         "failures": 2 * 48 * 1536,
@@ -560,7 +568,7 @@ def test_more_experts_than_fit(capfd: pytest.CaptureFixture[str]) -> None:
     """A2: six tables of int32 [E] and [R] have to fit the unified buffer, with eight tiles and a token at least."""
     soc = SOCS["ascend910b"]
     per_token = 32 + 4 * 32 + 32 + 64 + 3 * 64
-    free = soc.unified_buffer_bytes - 32 * 50 - 8 * 512 - per_token
+    free = soc.unified_buffer_bytes - 32 * (3 + 48 + 32) - 2 * 32 - 8 * 512 - per_token
     most = free // 6 // 32 * 32 // 8  # with one rank, a table has 8 bytes per expert
     s = Sizes(T=7, H=4096, K=2, L=most, R=1, N=9, S=1, M=7)
     assert launch("DeepEpCombine", s, "bfloat16", soc).tiling.tile_bytes >= 512
@@ -575,5 +583,5 @@ def test_more_experts_than_fit(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_layout_of_the_tiling() -> None:
     """The device reads it at these offsets: 64-bit fields without holes."""
-    assert ctypes.sizeof(Tiling) == 8 * (13 + 1 + 2 + 7 + 5 + 3)
+    assert ctypes.sizeof(Tiling) == 8 * (13 + 1 + 2 + 7 + 6 + 3)
     assert Tiling.row_bytes.offset == 8 * 16

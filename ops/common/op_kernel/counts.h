@@ -62,12 +62,18 @@ class Counts {
   // The counts of all ranks have arrived: their sums by expert are in numbers().total() from now on.
   __aicore__ void receive(Exchange& exchange) {
     clear(numbers_.total(), tiling_->work.experts);
-    for (int64_t source = 0; source < exchange.ranks(); ++source) add(exchange, source, numbers_.total());
+    for (TableReader& reader = from_all(exchange); reader.any(); reader.next()) add(reader, numbers_.total());
     order<HardEvent::V_S>();
   }
-  // Adds those of one rank.
-  __aicore__ void add(Exchange& exchange, int64_t source, Table& table) {
-    numbers_.reader().add(exchange.slot(exchange.rank(), source), tiling_->work.experts, table);
+  // Goes through them, by source.
+  __aicore__ TableReader& from_all(Exchange& exchange) {
+    numbers_.reader().begin(exchange.slot(exchange.rank(), 0), exchange.slot_bytes(), exchange.ranks(),
+                            tiling_->work.experts);
+    return numbers_.reader();
+  }
+  __aicore__ void add(TableReader& reader, Table& table) {
+    Add(table.tensor(), table.tensor(), reader.row(), static_cast<int32_t>(tiling_->work.experts));
+    PipeBarrier<PIPE_V>();
   }
 
  private:

@@ -71,7 +71,7 @@ class Dispatch {
     do {
       round(is_first);
       is_first = false;
-    } while (!exchange_.has_failed() && exchange_.next_round(0));
+    } while (!exchange_.has_failed() && exchange_.next_round());
     if (!exchange_.has_failed() && out_.shapes == nullptr) clear_rest();
     exchange_.finish();
   }
@@ -85,7 +85,7 @@ class Dispatch {
     if (is_first) arrange();
     if (exchange_.has_failed()) return;
     answer();
-    for (Share share(exchange_, *tiling_, 0); share.any(); share.next())
+    for (Share share(exchange_, *tiling_); share.any(); share.next())
       for (Chunk chunk = share.chunk(); chunk.any(); chunk.next()) expand(share.source(), chunk);
   }
 
@@ -109,8 +109,7 @@ class Dispatch {
   }
 
   // The counts of all ranks have arrived, and with them where rows go: first_ becomes the first row of this rank for
-  // each expert, and how many rows each rank has memory for; ends_, for each of this rank's experts and each source,
-  // where the rows of that source end.
+  // each expert; ends_, for each of this rank's experts and each source, where the rows of that source end.
   __aicore__ void arrange() {
     Table& base = counts_.numbers().total();
     Table& next = counts_.numbers().next();
@@ -121,10 +120,11 @@ class Dispatch {
     const int32_t experts = static_cast<int32_t>(tiling_->work.experts);
     Adds(next.tensor(), base.tensor(), 0, experts);
     PipeBarrier<PIPE_V>();
-    for (int64_t source = 0; source < exchange_.ranks(); ++source) {
+    for (TableReader& reader = counts_.from_all(exchange_); reader.any(); reader.next()) {
+      const int64_t source = reader.number();
       if (source == exchange_.rank()) Adds(first_.tensor(), next.tensor(), 0, experts);
       PipeBarrier<PIPE_V>();
-      counts_.add(exchange_, source, next);
+      counts_.add(reader, next);
       order<HardEvent::V_S>();
       for (int64_t l = 0; l < local_experts_; ++l)
         ends_.set(l * exchange_.ranks() + source, next.get(first_expert_ + l));
@@ -143,15 +143,16 @@ class Dispatch {
       table.set(expert, row);
       row += count;
     }
-    const int32_t room = exchange_.told(0, rank, kRows);
-    first_.set(tiling_->table_ranks + rank, room);
     if (rank == exchange_.rank()) delivered_ = clip(row, rank);
-    if (row > room && exchange_.told(0, rank, kFits) != 0) exchange_.fail(Failure::no_room, rank, 0, room, row);
+    if (row > exchange_.room(rank) && exchange_.must_fit(rank))
+      exchange_.fail(Failure::no_room, rank, 0, exchange_.room(rank), row);
   }
 
   // Rows that `rank` has no memory for are dropped.
-  __aicore__ int32_t room(int64_t rank) { return first_.get(tiling_->table_ranks + rank); }
-  __aicore__ int32_t clip(int32_t row, int64_t rank) { return row < room(rank) ? row : room(rank); }
+  __aicore__ int32_t clip(int32_t row, int64_t rank) {
+    const int32_t room = exchange_.room(rank);
+    return row < room ? row : room;
+  }
 
   // Which row each (token, k) has got, if it was not one too many.
   __aicore__ void answer() {
@@ -166,7 +167,7 @@ class Dispatch {
         for (int64_t k = 0; k < tiling_->work.top_k; ++k) {
           const int32_t expert = counts_.expert(i, k);
           const int32_t row = expert < 0 ? -1 : numbers.of_expert(expert);
-          send_head_.set(i, k, expert >= 0 && row < room(numbers.rank_of(expert)) ? row : -1);
+          send_head_.set(i, k, expert >= 0 && row < exchange_.room(numbers.rank_of(expert)) ? row : -1);
         }
       order<HardEvent::S_MTE3>();
       send_head_.store(chunk);
@@ -315,7 +316,7 @@ class Dispatch {
   Messages<kIsNormal, Rows::kHasScales> messages_;
   Array<int32_t> known_;
   Table sent_;   // by expert: rows of this rank in earlier rounds, and of this one
-  Table first_;  // by expert: the first row of this rank; by rank: rows that it has memory for
+  Table first_;  // by expert: the first row of this rank
   Table ends_;   // by this rank's experts and the sources: the end of their rows
   Rows rows_;
 };

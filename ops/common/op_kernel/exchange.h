@@ -19,6 +19,9 @@ class Exchange {
     map_ = WindowMap{table_.GetValue(WindowMap::kRanks), table_.GetValue(WindowMap::kBytes)};
     op_ = static_cast<int32_t>(op);
     flag_.init(pipe, kFlagWords);
+    flags_.init(pipe, Tiling::kFlags * kPeerWords);
+    entries_.init(pipe, map_.ranks);
+    rooms_.init(pipe, map_.ranks);
     failure_.init(pipe, kStatusWords);
     all_failures_.init(pipe, kStatusWords * GetBlockNum());
     for (int32_t i = 0; i < kFlagWords; ++i) flag_.set(i, 0);
@@ -40,6 +43,8 @@ class Exchange {
   // What answers a record.
   __aicore__ GM_ADDR answer(GM_ADDR slot, int64_t number) { return row(slot, number) + tiling_->answer; }
 
+  __aicore__ int64_t slot_bytes() const { return slots_.bytes; }
+
   // This block's tokens of the launch, and of the round.
   __aicore__ Chunk all_tokens() const { return deep_ep::own_tokens(*tiling_, 0, tiling_->tokens); }
   __aicore__ Chunk own_tokens() const {
@@ -51,12 +56,9 @@ class Exchange {
   // Whether a round has all of this rank's tokens.
   __aicore__ bool is_whole() const { return tiling_->work.tokens <= slots_.tokens; }
 
-  // Goes on to the next round if any rank has tokens left. The same on all ranks and blocks, after all_raised(phase).
-  __aicore__ bool next_round(int64_t phase) {
-    if (tiling_->work.max_tokens > 0) return false;  // slots have room for all
-    bool more = false;
-    for (int64_t source = 0; source < map_.ranks && !more; ++source) more = told(phase, source, kMore) != 0;
-    if (!more) return false;
+  // Goes on to the next round if any rank has tokens left. The same on all ranks and blocks.
+  __aicore__ bool next_round() {
+    if (!any_has_more_) return false;
     first_ += slots_.tokens;
     ++epoch_;
     return true;
@@ -121,8 +123,7 @@ class Exchange {
     flag_.set(kMaxTokens, static_cast<int32_t>(work.max_tokens));
     flag_.set(kElementBytes, static_cast<int32_t>(work.element_bytes));
     flag_.set(kMore, has_more());
-    flag_.set(kRows, static_cast<int32_t>(work.rows));
-    flag_.set(kFits, must_fit_);
+    flag_.set(kRoom, static_cast<int32_t>(must_fit_ ? -1 - work.rows : work.rows));
     order<HardEvent::S_MTE3>();
     DataCopy(global<int32_t>(window(to) + map_.flag(epoch_, phase, rank_)), flag_.tensor(), kFlagWords);
     order<HardEvent::MTE3_S>();  // the next flag is made in its place
@@ -132,20 +133,24 @@ class Exchange {
   __aicore__ bool all_raised(int64_t phase) {
     for (int64_t source = GetBlockIdx(); source < map_.ranks; source += GetBlockNum())
       if (!wait(phase, source)) break;
-    return agree();
+    if (!agree()) return false;
+    if (phase == 0) read_flags();
+    return true;
   }
+
+  // What the ranks have said with their first flags of the round: how many entries are in their slots, how many rows
+  // they have memory for, and whether they may drop none.
+  __aicore__ int64_t entries(int64_t source) { return entries_.get(source); }
+  __aicore__ int32_t room(int64_t source) {
+    const int32_t room = rooms_.get(source);
+    return room < 0 ? -1 - room : room;
+  }
+  __aicore__ bool must_fit(int64_t source) { return rooms_.get(source) < 0; }
 
   // All blocks have written what they have for their peers: each tells some of them, with what `of_rank` says.
   __aicore__ void raise_all(int64_t phase, Numbers& numbers) {
     all_blocks();
     for (int64_t to = GetBlockIdx(); to < map_.ranks; to += GetBlockNum()) raise(phase, to, numbers.tokens_for(to));
-  }
-
-  // A word of the flag of `source`, after all_raised: one of those that may differ from rank to rank.
-  __aicore__ int64_t told(int64_t phase, int64_t source, FlagWord word) {
-    GlobalTensor<int32_t> flag = own_flag(phase, source);
-    refresh(flag);
-    return flag.GetValue(word);
   }
 
   // The launch has come to its end, about which all blocks agree.
@@ -171,6 +176,22 @@ class Exchange {
 
   __aicore__ GM_ADDR window(int64_t rank) {
     return reinterpret_cast<GM_ADDR>(table_.GetValue(WindowMap::kHeader + rank));
+  }
+
+  // The first words of all flags, by MTE2: one after the other, each would have to be waited for.
+  __aicore__ void read_flags() {
+    any_has_more_ = false;
+    for (int64_t first = 0; first < map_.ranks; first += Tiling::kFlags) {
+      const int64_t rest = map_.ranks - first, count = rest < Tiling::kFlags ? rest : Tiling::kFlags;
+      order<HardEvent::S_MTE2>();
+      load_rows(flags_.tensor(), window(rank_) + map_.flag(epoch_, 0, first), WindowMap::kLine, count, kPeerWords);
+      order<HardEvent::MTE2_S>();
+      for (int64_t i = 0; i < count; ++i) {
+        entries_.set(first + i, flags_.get(i * kPeerWords + kEntries));
+        rooms_.set(first + i, flags_.get(i * kPeerWords + kRoom));
+        any_has_more_ = any_has_more_ || flags_.get(i * kPeerWords + kMore) != 0;
+      }
+    }
   }
 
   __aicore__ GlobalTensor<int32_t> own_flag(int64_t phase, int64_t source) {
@@ -229,9 +250,11 @@ class Exchange {
   int64_t first_ = 0;  // token of the round
   int64_t rank_ = 0, epoch_ = 0, rounds_ = 0;
   int32_t op_ = 0;
-  bool must_fit_ = false;
+  bool must_fit_ = false, any_has_more_ = false;
   GM_ADDR failures_ = nullptr;  // of all blocks
   Array<int32_t> flag_, failure_, all_failures_;
+  Array<int32_t> flags_;            // some at a time
+  Array<int32_t> entries_, rooms_;  // by rank
 };
 
 }  // namespace deep_ep

@@ -57,12 +57,21 @@ __aicore__ inline GlobalTensor<T> global(GM_ADDR address) {
   return tensor;
 }
 
-// Any number of elements, from or to any address: only the unified buffer's side is aligned.
+// To and from any address: only the unified buffer's side is aligned.
+
+// Rows of `count` elements, `stride` bytes from one to the next; each begins on an alignment in `to`.
 template <typename T>
-__aicore__ inline void load(const LocalTensor<T>& to, GM_ADDR from, int64_t count) {
-  const DataCopyExtParams params{1, static_cast<uint32_t>(count * sizeof(T)), 0, 0, 0};
+__aicore__ inline void load_rows(const LocalTensor<T>& to, GM_ADDR from, int64_t stride, int64_t rows, int64_t count) {
+  const uint32_t bytes = static_cast<uint32_t>(count * sizeof(T));
+  const DataCopyExtParams params{static_cast<uint16_t>(rows), bytes, static_cast<uint32_t>(stride - bytes), 0, 0};
   DataCopyPad(to.template ReinterpretCast<uint8_t>(), global<uint8_t>(from), params,
               DataCopyPadExtParams<uint8_t>{false, 0, 0, 0});
+}
+
+// Any number of elements.
+template <typename T>
+__aicore__ inline void load(const LocalTensor<T>& to, GM_ADDR from, int64_t count) {
+  load_rows(to, from, count * sizeof(T), 1, count);
 }
 
 template <typename T>
@@ -87,29 +96,58 @@ class Array {
 // Counts or numbers, by expert, and from Tiling::table_ranks on by rank.
 using Table = Array<int32_t>;
 
-// Adds up rows of int32 that lie in global memory, one transfer each, of which several are on their way at a time.
+// Goes through rows of int32 that lie in global memory, as many to a transfer as there is room for. The next transfer
+// is on its way while V is at work.
 class TableReader {
  public:
   __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
-    pipe.InitBuffer(queue_, kBuffers, static_cast<uint32_t>(tiling.table_bytes));
+    batch_ = tiling.table_batch;
+    pipe.InitBuffer(queue_, kBuffers, static_cast<uint32_t>(batch_ * tiling.table_bytes));
   }
 
-  // `words` words to `table`, and to `also` if there is one.
-  __aicore__ void add(GM_ADDR from, int64_t words, Table& table, Table* also = nullptr) {
-    LocalTensor<int32_t> row = queue_.AllocTensor<int32_t>();
-    load(row, from, words);
-    queue_.EnQue(row);
-    row = queue_.DeQue<int32_t>();
-    const int32_t count = static_cast<int32_t>(words);
-    Add(table.tensor(), table.tensor(), row, count);
-    if (also != nullptr) Add(also->tensor(), also->tensor(), row, count);
-    PipeBarrier<PIPE_V>();  // the next row is added to the sums
-    queue_.FreeTensor(row);
+  // `count` rows of `words` words, `stride` bytes from one to the next.
+  __aicore__ void begin(GM_ADDR from, int64_t stride, int64_t count, int64_t words) {
+    from_ = from;
+    stride_ = stride;
+    count_ = count;
+    words_ = words;
+    row_ = loaded_ = 0;
+    load_batch();
+    enter_batch();
+  }
+  __aicore__ bool any() const { return row_ < count_; }
+  // V is done with the row.
+  __aicore__ void next() {
+    ++row_;
+    if (row_ < count_ && row_ % batch_ != 0) return;
+    queue_.FreeTensor(rows_);
+    if (any()) enter_batch();
+  }
+  __aicore__ int64_t number() const { return row_; }
+  __aicore__ LocalTensor<int32_t> row() {
+    return rows_[static_cast<uint32_t>(row_ % batch_ * align(words_ * sizeof(int32_t)) / sizeof(int32_t))];
   }
 
  private:
   static constexpr int32_t kBuffers = 2;
-  TQue<QuePosition::VECIN, 1> queue_;
+
+  __aicore__ void load_batch() {
+    const int64_t rest = count_ - loaded_, rows = rest < batch_ ? rest : batch_;
+    if (rows <= 0) return;
+    LocalTensor<int32_t> piece = queue_.AllocTensor<int32_t>();
+    load_rows(piece, from_ + loaded_ * stride_, stride_, rows, words_);
+    queue_.EnQue(piece);
+    loaded_ += rows;
+  }
+  __aicore__ void enter_batch() {
+    load_batch();
+    rows_ = queue_.DeQue<int32_t>();
+  }
+
+  GM_ADDR from_ = nullptr;
+  int64_t stride_ = 0, count_ = 0, words_ = 0, row_ = 0, loaded_ = 0, batch_ = 1;
+  LocalTensor<int32_t> rows_;
+  TQue<QuePosition::VECIN, kBuffers> queue_;
 };
 
 // Sets words to 0. What the scalar unit has written to them is ordered before.
@@ -242,9 +280,12 @@ class Numbers {
   __aicore__ void gather() {
     clear(before_, words_);
     clear(total_, words_);
-    for (int64_t block = 0; block < GetBlockNum(); ++block)
-      reader_.add(published_ + block * tiling_->count_stride, words_, total_,
-                  block < GetBlockIdx() ? &before_ : nullptr);
+    const int32_t words = static_cast<int32_t>(words_);
+    for (reader_.begin(published_, tiling_->count_stride, GetBlockNum(), words_); reader_.any(); reader_.next()) {
+      Add(total_.tensor(), total_.tensor(), reader_.row(), words);
+      if (reader_.number() < GetBlockIdx()) Add(before_.tensor(), before_.tensor(), reader_.row(), words);
+      PipeBarrier<PIPE_V>();  // the next row is added to the sums
+    }
     order<HardEvent::V_S>();
   }
 

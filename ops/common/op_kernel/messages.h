@@ -104,10 +104,9 @@ class Messages {
 // they are from.
 class Share {
  public:
-  __aicore__ Share(Exchange& exchange, const Tiling& tiling, int64_t phase)
-      : exchange_(&exchange), phase_(phase), size_(tiling.chunk_tokens) {
+  __aicore__ Share(Exchange& exchange, const Tiling& tiling) : exchange_(&exchange), size_(tiling.chunk_tokens) {
     int64_t arrived = 0;
-    for (int64_t source = 0; source < exchange.ranks(); ++source) arrived += exchange.told(phase, source, kEntries);
+    for (int64_t source = 0; source < exchange.ranks(); ++source) arrived += exchange.entries(source);
     const Split split = Split::of(arrived, GetBlockNum());
     begin_ = split.begin(GetBlockIdx());
     end_ = split.end(GetBlockIdx());
@@ -127,10 +126,10 @@ class Share {
   }
 
  private:
-  __aicore__ void enter() { entries_ = source_ < exchange_->ranks() ? exchange_->told(phase_, source_, kEntries) : 0; }
+  __aicore__ void enter() { entries_ = source_ < exchange_->ranks() ? exchange_->entries(source_) : 0; }
 
   Exchange* exchange_;
-  int64_t phase_, size_;
+  int64_t size_;
   int64_t begin_ = 0, end_ = 0;
   int64_t source_ = 0, entries_ = 0, at_ = 0;  // at_: entries of the sources before
 };

@@ -56,7 +56,7 @@ class RoundTrip {
     exchange_.begin();
     if constexpr (kSendsRows) clear_unused();
     do round();
-    while (!exchange_.has_failed() && exchange_.next_round(kAsked));
+    while (!exchange_.has_failed() && exchange_.next_round());
     exchange_.finish();
   }
 
@@ -71,7 +71,7 @@ class RoundTrip {
     if (counts_.count(exchange_, exchange_.own_tokens())) ask();
     exchange_.raise_all(kAsked, counts_.numbers());
     if (exchange_.all_raised(kAsked))
-      for (Share share(exchange_, *tiling_, kAsked); share.any(); share.next())
+      for (Share share(exchange_, *tiling_); share.any(); share.next())
         for (Chunk chunk = share.chunk(); chunk.any(); chunk.next()) answer(share.source(), chunk);
     const bool agreed = exchange_.agree();
     exchange_.raise_all(kAnswered, counts_.numbers());
