@@ -16,8 +16,8 @@ from deep_ep import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # How a token's ids are drawn: independently, without repetition (as long as K <= E), one id K times, the same
-# id for all tokens, ids of one rank only, none at all.
-IDS = ("any", "distinct", "repeated", "one expert", "one rank", "none")
+# id for all tokens, ids of one rank only, expert k in column k (which is how rows="rank" uses the ops), none at all.
+IDS = ("any", "distinct", "repeated", "one expert", "one rank", "columns", "none")
 # T·K·H of the rank with the most tokens.
 MAX_ELEMENTS = 1 << 22
 
@@ -88,6 +88,8 @@ def _make_ids(case: Case, T: int, generator: torch.Generator) -> Tensor:
     elif case.ids == "one rank":
         first = torch.randint(case.R, (1,), generator=generator) * case.local_experts
         ids = first + torch.randint(case.local_experts, (T, K), generator=generator)
+    elif case.ids == "columns":
+        ids = (torch.arange(K) % E).repeat(T, 1)
     else:
         return torch.full((T, K), -1)
     ids[torch.rand(T, K, generator=generator) < case.absent] = -1

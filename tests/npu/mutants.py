@@ -60,9 +60,10 @@ _LEFT_OUT = {
     r"agree\(\)": "!has_failed()",
     r"exchange_\.all_raised\(\w+\)": "!exchange_.has_failed()",
     r"wait\(phase, source\)": "true",
-    r"exchange_\.next_round\(\w+\)": "false",
+    r"read_flags\(\)": "(void)0",
+    r"exchange_\.must_fit\(rank\)": "false",
+    r"exchange_\.next_round\(\)": "false",
     r"has_more\(\)": "false",
-    r"told\(phase, source, kMore\) != 0": "false",
     r"matches\(flag, \w+, [\w.]+, phase, source\)": "true",
     r"begun \+ 1 != epoch_": "false",
     r"bytes > map_\.room\(\)": "false",
@@ -76,7 +77,7 @@ _DEFINITION = re.compile(r"__aicore__ (inline )?(?!GM_ADDR round)[\w<>:]+ \w+\(|
 # What an index is multiplied with, in the offset of a slot, row, record or the like.
 _STRIDE = (
     r"(?:tiling_?(?:->|\.)(?:row_stride|row_bytes|record_bytes|count_stride|tile_bytes|work\.top_k)|stride_|top_k_"
-    r"|kWords|words_|kStatusBytes|kStatusWords|kSourceWords|kSourceBytes|kLine|room\(\)|slot_bytes|work\.ranks"
+    r"|kWords|words_|kStatusBytes|kStatusWords|kKnownWords|kSourceBytes|kLine|kLane|answer_words_|room\(\)|slot_bytes|work\.ranks"
     r"|exchange_\.ranks\(\)|sizeof\(int32_t\)|sizeof\(T\)|3|L|R)"
 )
 _CALL = r"(?:\([\w, ]*\))?"
@@ -84,7 +85,7 @@ _INDEX = rf"(?:\w+(?:\+\+)? % \w+|\([^()]*(?:\([^()]*\)[^()]*)*\)|[A-Za-z_][\w.]
 _PRODUCT = re.compile(rf"({_INDEX}) \* ({_STRIDE})(?!\w)")
 # Sizes, not offsets.
 _SIZE = re.compile(
-    r"count\(\)$|chunk_tokens|^count$|^kWords$|^words$|GetBlockNum|^size$|^tokens$|local_experts_$|^kParities|^kPhases"
+    r"count\(\)$|chunk_tokens|^count$|^kWords$|^words$|GetBlockNum|^size$|^places$|^tokens$|local_experts_$|^kParities|^kPhases"
 )
 # Whose window, slot or flag: the next rank's, or the other phase's.
 _ARGUMENT = r"((?:[^(),]|\([^()]*\))+)"
@@ -135,7 +136,7 @@ def _leave_out(line: str, number: int, add: Callable[[int, str], int]) -> str:
         return f"(deep_ep_mutant != {add(number, call)} ? {whole} : {value})"
 
     for pattern, value in _LEFT_OUT.items():
-        line = re.sub(rf"(?<![\w.:!]){pattern}(?!\w)", lambda match, value=value: instead(match, value), line)
+        line = re.sub(rf"(?<![\w.:]){pattern}(?!\w)", lambda match, value=value: instead(match, value), line)
     return line
 
 

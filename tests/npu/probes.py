@@ -6,6 +6,7 @@ import ctypes
 import functools
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from deep_ep import quantization, reference
 from deep_ep.twin.kernels import POISON, Failed, Group, Setup, Twin, get_dispatch_layout
 
 NAMES = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")
-DISPATCH, COMBINE, NOTIFY = 5, 6, 7  # enum Op of src/op.h
+# enum Op of src/op.h
+DISPATCH, COMBINE, DISPATCH_BACKWARD, COMBINE_BACKWARD, _, LOW_LATENCY_DISPATCH, LOW_LATENCY_COMBINE, NOTIFY = range(8)
 FLAG = 64  # bytes
 # enum Failure of src/window_map.h
 LATE, AHEAD, DIFFERENT, REFUSED, BAD_ID, BAD_ROW, TOO_SMALL, ABORTED, NO_ROOM = range(1, 10)
@@ -284,6 +286,31 @@ def normal(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int,
             assert_close("grad_weights", grad_factors, expected.grad_factors[r], expected.grad_factor_tolerances[r])
 
 
+def many_ranks(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
+    """More ranks than flags are read at a time, as threads of one process."""
+    if ctx.rank != 0:
+        return
+    twin.configure(setup)
+    R = 40
+    case = Case(tuple(r % 3 for r in range(R)), H=8, K=2, local_experts=1, ids="distinct", absent=0.1, seed=7)
+    expected, num_bytes = expect_normal(case), window_bytes(case, 2) + 1024 * R
+
+    def run(rank: int) -> None:
+        wanted = expected.received[rank]
+        given = expected.xs[rank], expected.ids[rank], expected.weights[rank]
+        with Group(twin, key, rank, R, num_bytes, timeout_ms=30_000, name=f"{key}-{rank}") as group:
+            for _ in range(2):
+                assert_dispatched(tuple(group.dispatch(*given, wanted.recv_x.shape[0], case.E)), wanted)
+                handle = wanted.recv_src_idx, wanted.send_head
+                out = group.combine(expected.ys[rank], *given[1:], handle, case.E)
+                assert_close("combined_x", out, expected.combined[rank], expected.tolerances[rank])
+
+    with ThreadPoolExecutor(R) as pool:
+        wrong = [text for done in [pool.submit(run, r) for r in range(R)] if (text := done.exception())]
+    if wrong:
+        raise wrong[0]
+
+
 def exact(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int, setup: Setup) -> None:
     """dispatch as graphs have it in exact mode: with memory for more rows, and for too few on one rank."""
     twin.configure(setup)
@@ -360,7 +387,7 @@ def different(ctx: RankContext, twin: Twin, key: str, what: str) -> None:
     r, ids, E = ctx.rank, expect(CASE, M).ids[ctx.rank], CASE.E
     is_other = r == 0
     own: dict[str, tuple[int, int]] = {
-        "op": (NOTIFY, DISPATCH),
+        "op": (NOTIFY, LOW_LATENCY_DISPATCH),
         "hidden": (16, 24),
         "top_k": (3, 2),
         "experts": (16, 8),
@@ -377,23 +404,26 @@ def different(ctx: RankContext, twin: Twin, key: str, what: str) -> None:
             x = torch.ones(len(ids), given["hidden"], dtype=dtype)
             group.low_latency_dispatch(x, ids, given["max_tokens"], given["experts"])
         mine, other = own[what] if is_other else own[what][::-1]
-        op = NOTIFY if is_other and what == "op" else DISPATCH
+        op = NOTIFY if is_other and what == "op" else LOW_LATENCY_DISPATCH
         _check_status(group, [DIFFERENT, 1, None if is_other else 0, 0, mine, other, op])
         _check_stays(group, r)
 
 
 def bad_id(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
+    """In rank 1's last token, which dispatch of normal mode would not send before its third round."""
     twin.configure(setup)
     expected, r = expect(CASE, M), ctx.rank
-    for op in (NOTIFY, DISPATCH):
-        with Group(twin, f"{key}-{op}", r, ctx.size, 1 << 20, timeout_ms=5000) as group:
-            ids = expected.ids[r].clone()
+    for op, num_bytes in ((NOTIFY, 1 << 20), (LOW_LATENCY_DISPATCH, 1 << 20), (DISPATCH, window_bytes(CASE, 1) + 4096)):
+        with Group(twin, f"{key}-{op}", r, ctx.size, num_bytes, timeout_ms=5000) as group:
+            x, ids, weights = expected.xs[r], expected.ids[r].clone(), expected.weights[r]
             if r == 1:
                 ids[2, 1] = CASE.E + 3
             if op == NOTIFY:
                 assert group.notify_dispatch(ids, CASE.E).item() == 0
+            elif op == LOW_LATENCY_DISPATCH:
+                group.low_latency_dispatch(x, ids, M, CASE.E)
             else:
-                group.low_latency_dispatch(expected.xs[r], ids, M, CASE.E)
+                group.dispatch(x, ids, weights, 9, CASE.E)
             own = [BAD_ID, 1, 1, 0, CASE.E, CASE.E + 3, op]
             _check_status(group, own if r == 1 else [REFUSED, 1, 1, 0, op, -1, op])
             _check_stays(group, r)
@@ -402,17 +432,27 @@ def bad_id(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
 def bad_row(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     """Rank 0 asks the rank of its first expert for a row that is not there."""
     twin.configure(setup)
-    expected, r = expect(CASE, M), ctx.rank
+    expected, r, E = expect(CASE, M), ctx.rank, CASE.E
+    x, ids, weights, y = (t[r] for t in (expected.xs, expected.ids, expected.weights, expected.ys))
     peer, N = int(expected.ids[0][0, 0]) // CASE.local_experts, expected.dispatched[0][0].shape[0]
-    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=5000) as group:
-        check_round(group, CASE, M, r)
-        handle = [t.clone() for t in expected.dispatched[r][2:]]
-        if r == 0:
-            handle[2][0, 0] = N + 5
-        group.low_latency_combine(expected.ys[r], expected.ids[r], expected.weights[r], handle, CASE.E)
-        own = [BAD_ROW, 5, 0, 0, N, N + 5, COMBINE]
-        _check_status(group, own if r == peer else [REFUSED, 5, peer, 1, COMBINE, -1, COMBINE])
-        _check_stays(group, r)
+    for op in (LOW_LATENCY_COMBINE, COMBINE, DISPATCH_BACKWARD, COMBINE_BACKWARD):
+        with Group(twin, f"{key}-{op}", r, ctx.size, 1 << 20, timeout_ms=5000) as group:
+            check_round(group, CASE, M, r)
+            src_idx, layout_range, send_head = (t.clone() for t in expected.dispatched[r][2:])
+            if r == 0:
+                send_head[0, 0] = N + 5
+            handle = src_idx, send_head
+            if op == LOW_LATENCY_COMBINE:
+                group.low_latency_combine(y, ids, weights, (src_idx, layout_range, send_head), E)
+            elif op == COMBINE:
+                group.combine(y, ids, weights, handle, E)
+            elif op == DISPATCH_BACKWARD:
+                group.dispatch_backward(y, torch.ones(N, CASE.K), ids, handle, E)
+            else:
+                group.combine_backward(x, y, ids, weights, handle, E)
+            own = [BAD_ROW, 5, 0, 0, N, N + 5, op]
+            _check_status(group, own if r == peer else [REFUSED, 5, peer, 1, op, -1, op])
+            _check_stays(group, r)
 
 
 def late(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
@@ -463,8 +503,8 @@ def aborted(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
             assert list(_control(group)) == [1, 1], "the launch has not been counted"
             _control(group)[1] = 2
         group.low_latency_dispatch(expected.xs[r], expected.ids[r], M, CASE.E)
-        own = [ABORTED, 2, 0, 0, 1, 2, DISPATCH]
-        _check_status(group, own if r == 0 else [REFUSED, 2, 0, 0, DISPATCH, -1, DISPATCH])
+        own = [ABORTED, 2, 0, 0, 1, 2, LOW_LATENCY_DISPATCH]
+        _check_status(group, own if r == 0 else [REFUSED, 2, 0, 0, LOW_LATENCY_DISPATCH, -1, LOW_LATENCY_DISPATCH])
         assert list(_control(group)) == [2, 2]
 
 
@@ -472,10 +512,10 @@ def too_small(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     """The windows lack 1024 bytes, a block of both parities."""
     twin.configure(setup)
     expected, r = expect(CASE, M), ctx.rank
-    for case, op in ((CASE, DISPATCH), (CASE, COMBINE)):
+    for case, op in ((CASE, LOW_LATENCY_DISPATCH), (CASE, LOW_LATENCY_COMBINE)):
         size = window_bytes(case, M) - 1024
         with Group(twin, f"{key}-{op}", r, ctx.size, size, timeout_ms=5000) as group:
-            if op == DISPATCH:
+            if op == LOW_LATENCY_DISPATCH:
                 group.low_latency_dispatch(expected.xs[r], expected.ids[r], M, case.E)
             else:
                 handle = expected.dispatched[r][2:]
@@ -522,10 +562,10 @@ _CASES = [
 
 
 _NORMAL = Case(
-    (13, 0, 9, 5), H=600, K=3, local_experts=2, dtype=torch.float16, absent=0.1, capacity=(1.0, 0.7, 1.0, 0.5), seed=3
+    (13, 0, 9, 5), H=600, K=3, local_experts=2, dtype=torch.float16, absent=0.1, capacity=(1.0, 0.7, 1.6, 0.5), seed=3
 )
 
-_EXACT = replace(_NORMAL, capacity=None, dtype=torch.float32)
+EXACT = replace(_NORMAL, capacity=None, dtype=torch.float32)
 
 
 def probes(seeds: range = range(6)) -> list[Probe]:
@@ -534,7 +574,8 @@ def probes(seeds: range = range(6)) -> list[Probe]:
     fast: list[Probe] = [(layout, (Setup(arch, 3),)) for arch in ARCHS]
     fast += [(rounds, (_CASES, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]
     fast += [(normal, (_NORMAL, 4, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]
-    fast += [(exact, (_EXACT, 5, Setup(arch, 2))) for arch in ARCHS]
+    fast += [(exact, (EXACT, 5, Setup(arch, 2))) for arch in ARCHS]
+    fast += [(many_ranks, (Setup(cores=1, seed=seed),)) for seed in (None, 0)]
     fast += [(different, (what,)) for what in ("op", "hidden", "top_k", "experts", "max_tokens", "element_bytes")]
     fast += [(probe, (Setup(A2, 2),)) for probe in (bad_id, bad_row, late, lost, wrapped, aborted, too_small, begun)]
     slow: list[Probe] = []

@@ -21,12 +21,14 @@ from ranks import RankContext, RankPool
 from torch import Tensor
 
 import deep_ep
+from deep_ep import quantization, reference
 from deep_ep.twin import kernels as twin_kernels
 from deep_ep.twin.kernels import A5, Setup, Twin
 
 SIZE = 2
 CASE, M = Case((5, 3), H=256, K=2, local_experts=4, dtype=torch.bfloat16, ids="distinct", absent=0.1), 7
 E = CASE.E
+NORMAL = Case((40, 23), H=1024, K=2, local_experts=4, dtype=torch.bfloat16, absent=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -96,22 +98,55 @@ def test_layout(npus: RankPool) -> None:
     npus.run(SIZE, check_layout)
 
 
-def check_combine(ctx: RankContext) -> None:
-    """Of normal mode: rows that were dispatched on the host, in the rounds that small windows make of it."""
-    case = Case((40, 23), H=1024, K=2, local_experts=4, dtype=torch.bfloat16, absent=0.1)
+def step(device: str, group: str, rank: int, worst: int) -> list[Tensor]:
+    """A dispatch and a combine, and the gradients of all that have some."""
+    given = make_inputs(NORMAL)
+    x, ids, weights, factors, grad_out = (given[i][rank].clone().to(device) for i in (0, 1, 2, 2, 0))
+    leaves = [x.requires_grad_(), weights.requires_grad_(), factors.requires_grad_()]
+    ops, sizes = torch.ops.deep_ep, (NORMAL.E, SIZE)
+    rows, recv_ids, recv_weights, *_, src_idx, send_head = ops.dispatch(x, ids, weights, *sizes, worst, group)
+    combined = ops.combine(rows, ids, factors, src_idx, send_head, *sizes, group)
+    torch.autograd.backward([combined, recv_weights], [grad_out, recv_weights.detach()])
+    return [rows.detach(), recv_ids, recv_weights.detach(), combined.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def check_normal(ctx: RankContext, worst: int) -> None:
+    """Launches of normal mode, several of them under way, in the rounds that small windows make of them."""
     group = make_group(ctx, num_bytes=1 << 16)
-    x, ids, weights, _ = (given[ctx.rank] for given in make_inputs(case))
-    out = deep_ep.dispatch(x, ids, weights, num_experts=case.E, group=group)
-    call = ids, weights, out.handle.recv_src_idx, out.handle.send_head
-    sizes = case.E, SIZE, group.group_name
-    combined = torch.ops.deep_ep.combine(out.recv_x.npu(), *(t.npu() for t in call), *sizes)
-    wanted = torch.ops.deep_ep.combine(out.recv_x, *call, *sizes)
-    torch.testing.assert_close(combined.cpu(), wanted, rtol=2e-2, atol=2e-2)
+    stand_in.clear_log()
+    on_npu = [step("npu", group.group_name, ctx.rank, worst) for _ in range(3)]
+    launched = {line.text for line in stand_in.log("launch") if line.text.startswith("deep_ep.")}
+    assert launched >= {f"deep_ep.{op}" for op in ("dispatch", "combine", "dispatch_backward", "combine_backward")}
+    assert ("deep_ep.notify_dispatch" in launched) == (worst == 0)
+    wanted = step("cpu", group.group_name, ctx.rank, worst)
+    for found in on_npu:
+        for actual, expected in zip(found[:3], wanted[:3], strict=True):
+            assert_same("dispatched", actual.cpu(), expected)
+        for actual, expected in zip(found[3:], wanted[3:], strict=True):
+            torch.testing.assert_close(actual.cpu(), expected, rtol=2e-2, atol=2e-2)
     deep_ep.npu.check(group)
 
 
-def test_combine(npus: RankPool) -> None:
-    npus.run(SIZE, check_combine)
+@pytest.mark.parametrize("worst", [0, 100, 30])
+def test_normal_mode(npus: RankPool, worst: int) -> None:
+    npus.run(SIZE, check_normal, worst)
+
+
+def check_int8(ctx: RankContext) -> None:
+    """Rows that hold int8 data and a scale, which the host has packed."""
+    group, given = make_group(ctx), make_inputs(NORMAL)
+    x, ids, weights = (tensors[ctx.rank] for tensors in given[:3])
+    data, scales = quantization.quantize(x, "int8")
+    packed = quantization.pack(data, scales)
+    arguments = NORMAL.E, SIZE, 0, group.group_name
+    rows = torch.ops.deep_ep.dispatch(packed.npu(), ids.npu(), weights.npu(), *arguments)[0].cpu()
+    wanted = quantization.quantize(reference.dispatch(*given[:3], NORMAL.E, [0, 0])[ctx.rank].recv_x, "int8")
+    for name, actual, expected in zip(("data", "scales"), quantization.unpack(rows, data, scales), wanted, strict=True):
+        assert_same(name, actual, expected)
+
+
+def test_int8_rows_of_normal_mode(npus: RankPool) -> None:
+    npus.run(SIZE, check_int8)
 
 
 def check_capture(ctx: RankContext) -> None:
@@ -197,14 +232,3 @@ def check_bad_id(ctx: RankContext) -> None:
 
 def test_an_id_that_is_no_experts(npus: RankPool) -> None:
     npus.run(SIZE, check_bad_id)
-
-
-def check_missing(ctx: RankContext) -> None:
-    expected, group = expect(CASE, M), make_group(ctx)
-    x, ids, weights = (t[ctx.rank].npu() for t in (expected.xs, expected.ids, expected.weights))
-    said = error_of(lambda: deep_ep.dispatch(x, ids, weights, num_experts=E, group=group, num_worst_tokens=9))
-    assert "there is no AscendC kernel for this op yet; the strategy alltoall needs none" in said
-
-
-def test_an_op_without_a_kernel(npus: RankPool) -> None:
-    npus.run(SIZE, check_missing)

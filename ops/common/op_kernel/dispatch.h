@@ -96,7 +96,6 @@ class Dispatch {
     Add(numbers.before().tensor(), numbers.before().tensor(), sent_.tensor(), experts);
     PipeBarrier<PIPE_V>();
     Add(sent_.tensor(), sent_.tensor(), numbers.total().tensor(), experts);
-    PipeBarrier<PIPE_V>();
     numbers.begin_again();
     for (Chunk chunk = exchange_.own_tokens(); chunk.any(); chunk.next()) {
       messages_.make(chunk);

@@ -96,8 +96,7 @@ class Array {
 // Counts or numbers, by expert, and from Tiling::table_ranks on by rank.
 using Table = Array<int32_t>;
 
-// Goes through rows of int32 that lie in global memory, as many to a transfer as there is room for. The next transfer
-// is on its way while V is at work.
+// Goes through rows of int32 that lie in global memory, as many to a transfer as there is room for.
 class TableReader {
  public:
   __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
@@ -111,43 +110,38 @@ class TableReader {
     stride_ = stride;
     count_ = count;
     words_ = words;
-    row_ = loaded_ = 0;
-    load_batch();
-    enter_batch();
+    number_ = 0;
+    read();
   }
-  __aicore__ bool any() const { return row_ < count_; }
-  // V is done with the row.
+  __aicore__ bool any() const { return number_ < count_; }
+  // V has been told all that it has to do with the row.
   __aicore__ void next() {
-    ++row_;
-    if (row_ < count_ && row_ % batch_ != 0) return;
+    ++number_;
+    if (any() && number_ % batch_ != 0) return;
     queue_.FreeTensor(rows_);
-    if (any()) enter_batch();
+    if (any()) read();
   }
-  __aicore__ int64_t number() const { return row_; }
+  __aicore__ int64_t number() const { return number_; }
   __aicore__ LocalTensor<int32_t> row() {
-    return rows_[static_cast<uint32_t>(row_ % batch_ * align(words_ * sizeof(int32_t)) / sizeof(int32_t))];
+    const int64_t words = align(words_ * sizeof(int32_t)) / sizeof(int32_t);
+    return rows_[static_cast<uint32_t>(number_ % batch_ * words)];
   }
 
  private:
   static constexpr int32_t kBuffers = 2;
 
-  __aicore__ void load_batch() {
-    const int64_t rest = count_ - loaded_, rows = rest < batch_ ? rest : batch_;
-    if (rows <= 0) return;
-    LocalTensor<int32_t> piece = queue_.AllocTensor<int32_t>();
-    load_rows(piece, from_ + loaded_ * stride_, stride_, rows, words_);
-    queue_.EnQue(piece);
-    loaded_ += rows;
-  }
-  __aicore__ void enter_batch() {
-    load_batch();
+  __aicore__ void read() {
+    const int64_t rest = count_ - number_, rows = rest < batch_ ? rest : batch_;
+    rows_ = queue_.AllocTensor<int32_t>();
+    load_rows(rows_, from_ + number_ * stride_, stride_, rows, words_);
+    queue_.EnQue(rows_);
     rows_ = queue_.DeQue<int32_t>();
   }
 
   GM_ADDR from_ = nullptr;
-  int64_t stride_ = 0, count_ = 0, words_ = 0, row_ = 0, loaded_ = 0, batch_ = 1;
+  int64_t stride_ = 0, count_ = 0, words_ = 0, number_ = 0, batch_ = 1;
   LocalTensor<int32_t> rows_;
-  TQue<QuePosition::VECIN, kBuffers> queue_;
+  TQue<QuePosition::VECIN, 1> queue_;
 };
 
 // Sets words to 0. What the scalar unit has written to them is ordered before.

@@ -170,12 +170,15 @@ def _tensors(tensors: Sequence[Tensor]) -> Any:
 class Group:
     """The windows of a rank's group on the twin, and calls of the ops on it. Collective."""
 
-    def __init__(self, twin: Twin, name: str, rank: int, size: int, num_bytes: int, timeout_ms: int) -> None:
-        self.twin, self.name, self.rank, self.size = twin, name, rank, size
+    def __init__(
+        self, twin: Twin, key: str, rank: int, size: int, num_bytes: int, timeout_ms: int, name: str | None = None
+    ) -> None:
+        """`key` is the same on all ranks. `name`: where a process has several of them, each needs one of its own."""
+        self.twin, self.name, self.rank, self.size = twin, name or key, rank, size
         self.table = torch.empty(8 + size, dtype=torch.int64)
         twin.checked(
             twin.kernels.open_windows,
-            *(name.encode(), name.encode(), rank, size, num_bytes, timeout_ms, self.table.data_ptr()),
+            *(self.name.encode(), key.encode(), rank, size, num_bytes, timeout_ms, self.table.data_ptr()),
         )
 
     def close(self) -> None:
