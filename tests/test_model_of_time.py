@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from deep_ep.twin import __main__ as command
 from deep_ep.twin import model
 from deep_ep.twin.model import FITTED, HELD_OUT, OPS, SOCS, Point, Sizes, error, fit, op_time
 
@@ -19,7 +20,18 @@ SIZES = Sizes(8, 128, 7168, 8, 256)
 
 def test_page_has_the_tables() -> None:
     page = (DOCS / "time_model.md").read_text()
-    assert model.with_tables(page) == page, "python -m deep_ep.twin.model --write docs"
+    assert model.with_tables(page) == page, "python -m deep_ep.twin model --write docs"
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["model"])
+    printed = capsys.readouterr().out
+    assert all(table() in printed for table in model.TABLES.values())
+    page = (DOCS / "time_model.md").read_text()
+    (tmp_path / "time_model.md").write_text(page.replace(model.parts(), "an old table"))
+    command.main(["model", "--write", str(tmp_path)])
+    assert (tmp_path / "time_model.md").read_text() == page
+    assert (tmp_path / "time_model.svg").exists()
 
 
 def test_plot(tmp_path: Path) -> None:

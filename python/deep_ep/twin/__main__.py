@@ -1,4 +1,6 @@
-"""python -m deep_ep.twin report --ops low_latency_dispatch low_latency_combine [--ranks 4 …] [--json FILE]"""
+"""python -m deep_ep.twin report --ops low_latency_dispatch low_latency_combine [--ranks 4 …] [--json FILE]
+python -m deep_ep.twin model [--write docs]
+"""
 
 import argparse
 import json
@@ -6,15 +8,20 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from . import report
+from . import model, report
 from .kernels import Failed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m deep_ep.twin", description="AscendC kernels on the twin")
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "report", help="what launches move and wait for: docs/kernels.md"
-    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_report(commands.add_parser("report", help="what launches move and wait for: docs/kernels.md"))
+    _add_model(commands.add_parser("model", help="how long launches may take on A2, A3 and A5: docs/time_model.md"))
+    given = parser.parse_args(arguments)
+    given.run(given)
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
     default = report.Options([])
     command.add_argument("--ops", nargs="+", required=True, metavar="OP", help=f"of {', '.join(report.OPS)}")
     for name, text in {
@@ -32,18 +39,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         value = getattr(default, name.replace("-", "_"))
         command.add_argument(f"--{name}", type=type(value), default=value, help=f"{text} (%(default)s)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write everything there as well")
-    given = parser.parse_args(arguments)
-    try:
-        options = report.Options(**{field.name: getattr(given, field.name) for field in fields(default)})
-    except ValueError as error:
-        command.error(str(error))
-    try:
-        made = report.make(options)
-    except (RuntimeError, Failed) as error:
-        command.exit(1, f"{command.prog}: {error}\n")
-    if given.json:
-        given.json.write_text(json.dumps(made, indent=1) + "\n")
-    print(report.table(made))
+
+    def run(given: argparse.Namespace) -> None:
+        try:
+            options = report.Options(**{field.name: getattr(given, field.name) for field in fields(default)})
+        except ValueError as error:
+            command.error(str(error))
+        try:
+            made = report.make(options)
+        except (RuntimeError, Failed) as error:
+            command.exit(1, f"{command.prog}: {error}\n")
+        if given.json:
+            given.json.write_text(json.dumps(made, indent=1) + "\n")
+        print(report.table(made))
+
+    command.set_defaults(run=run)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--write", type=Path, metavar="FOLDER", help="that of time_model.md and time_model.svg, instead of printing"
+    )
+    command.set_defaults(run=lambda given: model.write(given.write) if given.write else print(model.text()))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,10 @@
 """A model of time: what the kernels of ops/op_kernel move, over published figures of the SoCs. docs/time_model.md says
 what it is worth.
 
-    python -m deep_ep.twin.model                 # the tables
-    python -m deep_ep.twin.model --write docs    # into docs/time_model.md, and the plot docs/time_model.svg
-
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N rows of recv_x · B blocks, one per
 vector core. Bytes and seconds, but µs in what is published and printed.
 """
 
-import argparse
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -705,17 +701,12 @@ def _panel(axis: Any, op: str) -> None:
     axis.minorticks_off()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m deep_ep.twin.model", description=__doc__)
-    parser.add_argument("--write", type=Path, metavar="FOLDER", help="the folder of time_model.md and time_model.svg")
-    folder = parser.parse_args().write
-    if folder is None:
-        print("\n\n".join(f"{name}:\n\n{table()}" for name, table in TABLES.items()))
-        return
+def text() -> str:
+    return "\n\n".join(f"{name}:\n\n{table()}" for name, table in TABLES.items())
+
+
+def write(folder: Path) -> None:
+    """The tables into time_model.md, and time_model.svg."""
     page = folder / "time_model.md"
     page.write_text(with_tables(page.read_text()))
     plot(folder / "time_model.svg")
-
-
-if __name__ == "__main__":
-    main()
