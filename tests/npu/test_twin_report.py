@@ -15,7 +15,6 @@ import torch
 from op_definitions import Call, Input, Soc
 from probes import align
 
-from deep_ep import reference
 from deep_ep.twin import __main__ as command
 from deep_ep.twin import kernels, native, report
 from deep_ep.twin.kernels import A2, A5, Failed, Launch, Moved, Setup, Twin, get_dispatch_layout
@@ -26,6 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 NOTHING = Moved(bytes=0, transfers=0)
+DISPATCHES = ("dispatch", "low_latency_dispatch", "low_latency_dispatch_int8")
 
 
 def assert_conforms(value: Any, kind: Any, where: str = "report") -> None:
@@ -56,14 +56,16 @@ def test_a_known_launch(arch: int, seed: int | None) -> None:
     tiling = call.tile(Soc(2, room), [[R], [S], [E], [T, R]]).tiling
     get_dispatch_layout(twin, torch.arange(T * K).view(T, K) % E, E, R, S)
     results = 4 * (E + R + S)
+    # Ids, and words by token and rank, of a chunk; four tables of E + R words, and two batches; words by node.
+    chunk = sum(align(tiling.chunk_tokens * size, 32) for size in (K * 8, R * 4))
+    peak = chunk + (4 + 2 * tiling.table_batch) * 64 + 32
     cores = [
         {
             "mte2": {"bytes": T // 2 * K * 8, "transfers": 1},  # ids
             # What each core has counted is added to the results, which the first one clears; and whether its tokens
             # go to each rank.
             "mte3": {"bytes": (1 + clears) * results + T // 2 * R * 4, "transfers": (1 + clears) * 3 + 1},
-            # Ids, and words by token and rank, of a chunk; six tables of E + R words; words by node.
-            "unified_buffer_peak": sum(align(tiling.chunk_tokens * size, 32) for size in (K * 8, R * 4)) + 6 * 64 + 32,
+            "unified_buffer_peak": peak,
             "barriers": 5 + clears,
             "syncs": 1,
             "events": 7 + clears,
@@ -72,7 +74,7 @@ def test_a_known_launch(arch: int, seed: int | None) -> None:
     ]
     total = {key: sum(core[key] for core in cores) for key in ("barriers", "syncs", "events")}
     total |= {key: {what: sum(core[key][what] for core in cores) for what in NOTHING} for key in ("mte2", "mte3")}
-    total["unified_buffer_peak"] = cores[0]["unified_buffer_peak"]
+    total["unified_buffer_peak"] = peak
     assert twin.take_report() == [
         {
             **{"op": "get_dispatch_layout", "rank": 0, "arch": arch, "completed": True},
@@ -122,36 +124,46 @@ def test_links_carry_what_the_routing_implies() -> None:
         Options(tuple(report.OPS), 2, 9, 200, 2, 6, dtype="float32", arch="A5", cores=2, routing="skewed", seed=5),
     ):
         check_links(options)
+    check_links(Options(["combine_backward"], 2, 5, 7168, 2, 4, cores=2), tiles=2)
 
 
-def check_links(options: Options) -> None:
+def check_links(options: Options, tiles: int = 1) -> None:
+    """`tiles`: of a row that a token's rank sends."""
     made = json.loads(json.dumps(report.make(options)))
     assert_conforms(made, Report)
     R, K, E = options.ranks, options.top_k, options.experts
     launches: dict[tuple[str, int], Launch] = {(launch["op"], launch["rank"]): launch for launch in made["launches"]}
     assert list(launches) == [(op, rank) for op in options.ops for rank in range(R)]
-    # Tokens of a rank that have an expert of another one.
-    pairs = [reference.get_dispatch_layout(report.route(options, rank)[0], E, R, 1)[0].tolist() for rank in range(R)]
+    # Of each rank's tokens that have an expert of another one, how many of their experts are there.
+    shares = [
+        [[n for n in (report.route(options, rank)[0] // (E // R) == to).sum(1).tolist() if n > 0] for to in range(R)]
+        for rank in range(R)
+    ]
     row, flag = options.hidden * torch.finfo(getattr(torch, options.dtype)).bits // 8, 64
     for (op, rank), launch in launches.items():
-        # Blocks agree on ids and on flags, and meet before flags are raised; the combines once more before they sum up.
-        syncs = {"get_dispatch_layout": 1, "low_latency_combine": 6, "combine": 6}.get(op, 3)
+        # Blocks agree on what they send and on the flags, and meet before flags are raised.
+        phases = 1 if op in ("notify_dispatch", *DISPATCHES) else 2
+        syncs = 1 if op == "get_dispatch_layout" else 3 * phases
         assert {core["syncs"] for core in launch["cores"]} == {syncs}
         assert launch["completed"]
         others = [peer for peer in range(R) if peer != rank and op != "get_dispatch_layout"]
         assert [link["peer"] for link in launch["links"]] == others
         for link in launch["links"]:
-            to, back = pairs[rank][link["peer"]], pairs[link["peer"]][rank]
+            to, back = shares[rank][link["peer"]], shares[link["peer"]][rank]
+            record, row_only = 4 * (1 + 3 * K), 4 * (1 + 2 * K)
+            words = [4 * n for n in back]
             sizes = {
                 "notify_dispatch": [4 * E],
-                "low_latency_dispatch": [4 * E] + to * [4 * (1 + 2 * K), row],
-                "low_latency_dispatch_int8": [4 * E] + to * [4 * (2 + 2 * K), options.hidden],
-                "low_latency_combine": to * [4 * (1 + 3 * K)] + back * [row] + [flag],
-                "combine": to * [4 * (1 + 3 * K)] + back * [row] + [flag],
-            }[op] + [flag]
+                "low_latency_dispatch": [4 * E] + len(to) * [row_only, row],
+                "low_latency_dispatch_int8": [4 * E] + len(to) * [row_only + 4, options.hidden],
+                "low_latency_combine": len(to) * [record] + len(back) * [row],
+                "dispatch": [4 * E] + len(to) * [record, row],
+                "combine": len(to) * [record] + len(back) * [row],
+                "dispatch_backward": len(to) * [row_only] + len(back) * [row] + words,
+                "combine_backward": len(to) * [record, *tiles * [row // tiles]] + words,
+            }[op] + phases * [flag]
             assert link["read"] == NOTHING
             assert link["written"] == Moved(bytes=sum(sizes), transfers=len(sizes)), f"{op}, rank {rank}: {link}"
-            phases = 2 if "combine" in op else 1
             assert link["flags"] == Moved(bytes=phases * flag, transfers=phases)
 
 

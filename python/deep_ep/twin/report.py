@@ -122,7 +122,14 @@ OPS: dict[str, Callable[[Rank], object]] = {
     "low_latency_combine": lambda r: r.group.low_latency_combine(
         r.rows(r.N_low_latency), r.topk_idx, r.topk_weights, r.handle_low_latency, r.E
     ),
+    "dispatch": lambda r: r.group.dispatch(r.rows(r.T), r.topk_idx, r.topk_weights, r.N, r.E),
     "combine": lambda r: r.group.combine(r.rows(r.N), r.topk_idx, r.topk_weights, r.handle, r.E),
+    "dispatch_backward": lambda r: r.group.dispatch_backward(
+        r.rows(r.N), torch.zeros(r.N, r.options.top_k), r.topk_idx, r.handle, r.E
+    ),
+    "combine_backward": lambda r: r.group.combine_backward(
+        r.rows(r.T), r.rows(r.N), r.topk_idx, r.topk_weights, r.handle, r.E
+    ),
 }
 """One launch of each, of those in normal mode with exact shapes."""
 
