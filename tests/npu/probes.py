@@ -17,6 +17,7 @@ from ranks import RankContext
 from torch import Tensor
 
 from deep_ep import quantization, reference
+from deep_ep.twin import model
 from deep_ep.twin.kernels import POISON, Failed, Group, Setup, Twin, get_dispatch_layout
 
 NAMES = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")
@@ -154,14 +155,6 @@ def check_round(group: Group, case: Case, M: int, rank: int) -> None:
     assert group.status() == [0] * 8, f"status {group.status()}"
 
 
-def tokens_per_round(case: Case, num_bytes: int, answers: bool) -> int:
-    """How many tokens a slot of windows of num_bytes has room for in normal mode: src/window_map.h."""
-    record = align(4 * (1 + 3 * case.K), 32)
-    row = align(_row_bytes(case), 32) + 4 * case.K if answers else _row_bytes(case)
-    room = (num_bytes - 512 - align(2 * 2 * case.R * FLAG, 512)) // 2 // 512 * 512 // case.R // 512 * 512
-    return (room - align(4 * case.E, 512) - 512) // (record + align(row, 512))
-
-
 def _row_bytes(case: Case) -> int:
     return case.H * torch.finfo(case.dtype).bits // 8
 
@@ -233,14 +226,15 @@ def normal(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int,
     x, ids, weights, y = (t[r] for t in (expected.xs, expected.ids, expected.weights, expected.ys))
     handle = expected.received[r].recv_src_idx, expected.received[r].send_head
     N = expected.received[r].recv_x.shape[0]
+    sizes = model.Sizes(case.R, 0, case.H, case.K, E, case.dtype.itemsize)
     asked, kept = (t[r].sum().item() for t in (expected.asked, expected.kept))
     kept_here, words_here = (t[:, r].sum().item() for t in (expected.kept, expected.words))
     epoch = 0
 
-    def check(op: str, launch: Callable[[], Any], over_links: int, phases: int, answers: bool = False) -> Any:
+    def check(op: str, launch: Callable[[], Any], over_links: int, phases: int) -> Any:
         nonlocal epoch
-        per_round = tokens_per_round(case, num_bytes, answers)
-        rounds = max(1, *(-(-T // max(1, per_round)) for T in case.tokens))
+        per_round = model.slot_tokens(op, sizes, num_bytes)
+        rounds = max(1, *(-(-T // per_round) for T in case.tokens))
         epoch += rounds
         twin.take_traffic()
         out = launch()
@@ -271,7 +265,6 @@ def normal(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int,
                 lambda grads=grads: group.dispatch_backward(*grads, ids, handle, E),
                 kept * row_only + kept_here * row + words_here * 4,
                 phases=2,
-                answers=True,
             )
             assert_close("grad_x", grad_x, expected.grad_xs[r], expected.grad_x_tolerances[r])
             assert_same("grad_topk_weights", grad_weights, expected.grad_weights[r])
@@ -280,7 +273,6 @@ def normal(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int,
                 lambda: group.combine_backward(expected.grad_outs[r], y, ids, weights, handle, E),
                 kept * (record + row) + words_here * 4,
                 phases=2,
-                answers=True,
             )
             assert_same("grad_y", grad_y + 0, expected.grad_ys[r] + 0)  # without signs of zeros
             assert_close("grad_weights", grad_factors, expected.grad_factors[r], expected.grad_factor_tolerances[r])

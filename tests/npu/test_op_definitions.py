@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import deep_ep  # noqa: F401  (the torch ops)
-from deep_ep.twin import native
+from deep_ep.twin import model, native
 
 pytestmark = pytest.mark.skipif(
     native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"
@@ -528,6 +528,21 @@ def test_a_tiling_in_full() -> None:
     }
     assert {name: getattr(t, name) for name in expected} == expected
     assert (t.tokens.size, t.tokens.longer) == (2, 32)
+
+
+@pytest.mark.parametrize(("name", "cann"), [("A2", "ascend910b"), ("A3", "ascend910_93"), ("A5", "ascend950")])
+def test_the_model_of_time_has_the_tilings(name: str, cann: str) -> None:
+    soc = model.SOCS[name]
+    assert Soc(soc.cores, soc.unified_buffer) == SOCS[cann]
+    for op_type, op in TORCH_OPS.items():
+        for R in model.EPS if op in model.OPS else ():
+            of_model = model.sizes(op, soc, R)
+            s = Sizes(T=of_model.T, H=of_model.H, K=of_model.K, L=of_model.L, R=R, N=of_model.T * 8, S=1, M=of_model.T)
+            if op in model.LOW_LATENCY:
+                s = dataclasses.replace(s, N=of_model.low_latency_rows)
+            t = launch(op_type, s, "bfloat16", SOCS[cann]).tiling
+            pieces = model.Pieces.of(of_model, model.OPS[op].rows)
+            assert (t.blocks, t.table_batch, t.chunk_tokens) == (of_model.blocks, *pieces), (op_type, R)
 
 
 @pytest.mark.parametrize("op_type", ["DeepEpDispatch", "DeepEpCombine"])

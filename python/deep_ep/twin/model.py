@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 US = 1e-6
-FLAG, STATUS, LINE = 64, 32, 512  # bytes of a flag, of what a block says of itself, and of what slots are aligned to
+FLAG, SAID, STATUS = 64, 32, 32  # bytes of a flag, of what it says of its rank, and of what a block says of itself
+FLAGS = 32  # that are read at a time
+LINE = 512  # bytes that slots are aligned to
 
 
 def _align(size: int, unit: int) -> int:
@@ -31,6 +33,7 @@ class Routing(NamedTuple):
     arrived: float
     arrived_far: float
     rows: float  # (token, k) that have arrived
+    rows_far: float
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Sizes:
     """num_max_dispatch_tokens_per_rank of low latency; 0 is T."""
     slot_tokens: int = 0
     """Tokens that a slot has room for in normal mode; 0: as many as there are."""
-    chunk_tokens: int = 32
+    unified_buffer: int = 188160
+    """Bytes, of a core."""
 
     @property
     def L(self) -> int:
@@ -82,7 +86,41 @@ class Sizes:
         """Every token has K experts, all sets of K alike."""
         hit = 1 - math.comb(self.E - self.L, self.K) / math.comb(self.E, self.K)
         to_all, far = self.T * self.R * hit, self.T * (self.R - 1) * hit
-        return Routing(to_all, far, to_all, far, self.T * self.K)
+        rows = self.T * self.K
+        return Routing(to_all, far, to_all, far, rows, rows * (self.R - 1) / self.R)
+
+
+class Rows(NamedTuple):
+    """What an op does with rows: Work of src/tiling.h."""
+
+    sent_bytes: int = 0
+    """Of an element that is quantised on its way."""
+    copied: bool = False
+    arithmetic: bool = False
+    answers: bool = False
+    """A word comes back for each (token, k)."""
+
+
+class Pieces(NamedTuple):
+    """What the unified buffer takes of tables, and of tokens with all that goes with them, at a time."""
+
+    tables: int
+    tokens: int
+
+    @classmethod
+    def of(cls, s: Sizes, rows: Rows) -> "Pieces":
+        """As src/tiling.cpp has it; tests/npu/test_op_definitions.py compares."""
+        tables, tiles = 9, (3 * 4 + 2 + 2 + 4) // s.element_bytes if rows.sent_bytes else 0
+        if rows.arithmetic:
+            tables, tiles = 6 + rows.answers, 2 + 2 * 4 // s.element_bytes + 4 * rows.copied
+        table = _align(max(4 * (_align(4 * s.E, 32) // 4 + s.R), 8 * s.L), 32)
+        per_token = _align(8 * s.K, 32) + 4 * _align(4 * s.K, 32) + s.record
+        per_token += _align(8 * (1 + 2 * s.K), 32) + 3 * 32 * s.K
+        flags = STATUS * (3 + s.cores + FLAGS) + 2 * _align(4 * s.R, 32)
+        free = s.unified_buffer - flags - tables * table - LINE * (2 + tiles)
+        batch = 1 + min((free - per_token) // 16 // (2 * table), max(s.R, s.blocks) - 1)
+        free -= 2 * (batch - 1) * table
+        return cls(batch, min(max(1, free // 10 // per_token), 64))
 
 
 @dataclass(frozen=True)
@@ -117,153 +155,148 @@ def _flags(s: Sizes, n: int) -> list[Stage]:
     return [raised, waited, _agree(s, n)]
 
 
-def _count(s: Sizes, per_token: int, n: int) -> list[Stage]:
-    """Counts by expert and rank of each block, which all blocks read; two such reads are under way at a time."""
-    B, chunks = s.blocks, math.ceil(s.T / n / s.blocks / s.chunk_tokens)
-    tables = Stage("count", per_token * s.T + n * B * B * s.table, n * B * s.table, stalls=n * (chunks + B / 2))
-    return [tables, _agree(s, n)]
+def _read_flags(s: Sizes, n: int) -> Stage:
+    return Stage("read flags", n * SAID * s.R * s.blocks, stalls=n * math.ceil(s.R / FLAGS))
 
 
-def _walk(s: Sizes, n: int, more: float) -> Stage:
-    """A block reads how much each source has sent, up to its own share; `more` stalls for each of them."""
-    return Stage("walk", stalls=n * s.R * (2 + more))
+def _read_tables(pieces: Pieces, tables: int) -> int:
+    """Stalls of a block that goes through tables: two transfers are under way at a time."""
+    return math.ceil(math.ceil(tables / pieces.tables) / 2)
 
 
-def _dispatch(s: Sizes, r: Routing, sent_row: int, words: int, scale: int, row_outputs: int, N: float) -> list[Stage]:
-    """`words` per k and `scale` bytes in a record; `row_outputs` bytes beside each of the N rows of recv_x."""
-    ids, n, B = 8 * s.K, s.rounds, s.blocks
-    record, quantised = 4 * (1 + words * s.K) + scale, scale > 0
-    weights = 4 * s.K * (words == 3)
-    chunks = n * math.ceil(s.T / n / B / s.chunk_tokens)
-    passed = sum(math.ceil(s.R * (b + 1) / B) for b in range(B))  # sources that the blocks pass, all together
-    rest = N - r.rows
+def _chunks(s: Sizes, pieces: Pieces, tokens: float) -> int:
+    """Of a block, of so many tokens of the rank."""
+    return math.ceil(tokens / s.blocks / pieces.tokens)
+
+
+def _arrived_chunks(s: Sizes, pieces: Pieces, records: float) -> int:
+    """The same of what has arrived: each source's records are chunks of their own."""
+    own = math.ceil(records / s.blocks)
+    return min(own, math.ceil(s.R / s.blocks) + math.ceil(own / pieces.tokens))
+
+
+def _count(s: Sizes, pieces: Pieces, per_token: int, n: int, tokens: float) -> list[Stage]:
+    """Counts by expert and rank of each block, which all blocks read: n times, of so many tokens."""
+    B = s.blocks
+    stalls = _chunks(s, pieces, tokens) + _read_tables(pieces, B)
+    load, store = per_token * tokens + B * B * s.table, B * s.table
+    return [Stage("count", n * load, n * store, stalls=n * stalls), _agree(s, n)]
+
+
+def _dispatch(s: Sizes, rows: Rows, r: Routing, is_normal: bool) -> list[Stage]:
+    n, B, pieces, quantised = s.rounds, s.blocks, Pieces.of(s, rows), rows.sent_bytes > 0
+    sent_row, scale = s.H * (rows.sent_bytes or s.element_bytes), 4 * quantised
+    record, weights, ids = 4 * (1 + (2 + is_normal) * s.K) + scale, 4 * s.K * is_normal, 8 * s.K
+    # Of each row of recv_x: its source, and its scale or an expert and a weight; in K columns where there is none.
+    described, columns = 12 + scale + 12 * is_normal, 12 * s.K * is_normal
+    rest = 0 if is_normal else s.low_latency_rows - r.rows
+    chunks = n * _chunks(s, pieces, s.T / n)
     return [
-        *_count(s, ids, n),
-        Stage("counts", 0, 4 * s.E * s.R, 4 * s.E * (s.R - 1)),
+        *([Stage("clear columns", 0, r.rows * columns, stalls=1)] if is_normal else []),
+        # Of the launch, and where that is more than a round, of each round.
+        *_count(s, pieces, ids, 1, s.T),
+        *(_count(s, pieces, ids, n, s.T / n) if n > 1 else []),
+        Stage("counts", 0, 4 * s.E * (s.R + is_normal), 4 * s.E * (s.R - 1), stalls=is_normal),
         Stage(
             "send",
-            s.T * (s.row * (2 if quantised else 1) + ids + weights),
+            s.T * (s.row * (1 + quantised) + ids + weights),
             r.sent * (sent_row + record),
             r.sent_far * (sent_row + record),
-            stalls=2 * chunks + (2 * math.ceil(s.T / B) if quantised else 1),
+            stalls=2 * chunks + (2 * math.ceil(s.T / B) if quantised else chunks),
             items=s.T / n,
         ),
         *_flags(s, n),
-        Stage("add up", 4 * s.E * s.R * B, stalls=s.R / 2),
+        _read_flags(s, n),
+        Stage(
+            "add up",
+            2 * 4 * s.E * s.R * B,
+            is_normal * 4 * s.R * s.R,
+            stalls=2 * _read_tables(pieces, s.R) + is_normal * math.ceil(s.R / B),
+        ),
+        Stage("describe", 0, 4 * s.E + 8 * s.L + 8 * is_normal, stalls=2 + is_normal),
         Stage("answer", ids * s.T, 4 * s.K * s.T, stalls=2 * chunks, items=s.T / n),
-        _walk(s, n, 1),
         Stage(
             "expand",
-            r.arrived * (s.record + sent_row) + 4 * s.L * passed,
-            r.rows * (sent_row + row_outputs),
-            stalls=2 * chunks,
+            r.arrived * (s.record + sent_row),
+            r.rows * (sent_row + described),
+            stalls=3 * n * _arrived_chunks(s, pieces, r.arrived / n),
             items=r.arrived / n,
         ),
-        Stage("describe", 0, 4 * s.E + 8 * s.L, stalls=1),
-        Stage("clear", 0, rest * (sent_row + row_outputs)),
+        Stage("clear", 0, rest * (sent_row + described), stalls=(2 + quantised) * (rest > 0)),
     ]
 
 
-def low_latency_dispatch(s: Sizes, r: Routing) -> list[Stage]:
-    return _dispatch(s, r, s.row, 2, 0, 12, s.low_latency_rows)
+def _low_latency_dispatch(s: Sizes, rows: Rows, r: Routing) -> list[Stage]:
+    return _dispatch(s, rows, r, is_normal=False)
 
 
-def low_latency_dispatch_int8(s: Sizes, r: Routing) -> list[Stage]:
-    return _dispatch(s, r, s.H, 2, 4, 16, s.low_latency_rows)
+def _normal_dispatch(s: Sizes, rows: Rows, r: Routing) -> list[Stage]:
+    """With memory for the rows that arrive, and no more."""
+    return _dispatch(s, rows, r, is_normal=True)
 
 
-def dispatch(s: Sizes, r: Routing) -> list[Stage]:
-    return _dispatch(s, r, s.row, 3, 0, 12 + 12 * s.K, r.rows)
-
-
-def _combine(s: Sizes, r: Routing, answer: int = 0) -> list[Stage]:
-    """`answer` bytes go back with each row."""
-    ids, n, B = 12 * s.K, s.rounds, s.blocks
-    record, chunks = 4 * (1 + 3 * s.K), n * math.ceil(s.T / n / B / s.chunk_tokens)
+def _round_trip(s: Sizes, rows: Rows, r: Routing) -> list[Stage]:
+    """combine and the backward ops, which differ in what goes with a record and what answers it."""
+    n, B, pieces = s.rounds, s.blocks, Pieces.of(s, rows)
+    sends_rows, answers_rows, word = rows.copied, not rows.copied, 4 * rows.answers
+    has_weights = sends_rows or not rows.answers
+    sent = 4 * (1 + (2 + has_weights) * s.K) + s.row * sends_rows
+    ids, answer = 12 * s.K, s.row * answers_rows
+    chunks, arrived_chunks = n * _chunks(s, pieces, s.T / n), n * _arrived_chunks(s, pieces, r.arrived / n)
+    # A block waits for each record's products.
+    records = n * math.ceil(r.arrived / n / B) if sends_rows else 0
+    unused = Stage("find unused", 12 * r.rows, stalls=math.ceil(r.rows / B / (pieces.tokens * s.K)))
     return [
-        *_count(s, ids, n),
+        *([unused] if sends_rows else []),
+        *_count(s, pieces, ids, n, s.T / n),
         Stage(
             "ask",
-            (ids + 4 * s.K) * s.T,
-            r.sent * record,
-            r.sent_far * record,
-            stalls=2 * chunks,
+            (ids + 4 * s.K * has_weights + s.row * sends_rows) * s.T,
+            r.sent * sent,
+            r.sent_far * sent,
+            stalls=(2 + sends_rows) * chunks,
             items=s.T / n,
         ),
         *_flags(s, n),
-        _walk(s, n, 0),
+        _read_flags(s, n),
         Stage(
-            "sum",
-            r.arrived * s.record + r.rows * s.row,
-            r.arrived * (s.row + answer),
-            r.arrived_far * (s.row + answer),
-            stalls=2 * chunks,
+            "multiply" if sends_rows else "sum",
+            r.arrived * (s.record + s.row * sends_rows) + r.rows * (s.row + word * answers_rows),
+            r.arrived * answer + r.rows * (word + s.row * sends_rows),
+            r.arrived_far * answer + r.rows_far * word,
+            stalls=(2 + (rows.answers and answers_rows)) * arrived_chunks + records,
             items=r.arrived / n,
         ),
         _agree(s, n),
         *_flags(s, n),
         Stage(
             "gather",
-            ids * s.T + r.sent * (s.row + answer),
-            s.T * (s.row + (4 * s.K if answer else 0)),
-            stalls=2 * chunks,
+            (ids + word * s.K) * s.T + r.sent * answer,
+            s.T * (answer + word * s.K),
+            stalls=(2 + rows.answers) * chunks,
             items=s.T / n,
         ),
-        Stage("next", stalls=n * s.R),
     ]
 
 
-def combine(s: Sizes, r: Routing) -> list[Stage]:
-    return _combine(s, r)
+class Op(NamedTuple):
+    rows: Rows
+    stages: Callable[[Sizes, Rows, Routing], list[Stage]]
 
 
-def dispatch_backward(s: Sizes, r: Routing) -> list[Stage]:
-    """The gradients of x and of the weights: combine, with K weights to each row that goes back."""
-    return _combine(s, r, 4 * s.K)
-
-
-def combine_backward(s: Sizes, r: Routing) -> list[Stage]:
-    """The gradients of the rows and of the weights: a token's gradient goes to its ranks, as rows of dispatch do, is
-    multiplied there with its rows, and K products go back."""
-    ids, n, B = 12 * s.K, s.rounds, s.blocks
-    record, chunks = 4 * (1 + 3 * s.K), n * math.ceil(s.T / n / B / s.chunk_tokens)
-    return [
-        *_count(s, ids, n),
-        Stage(
-            "send",
-            (ids + 4 * s.K + s.row) * s.T,
-            r.sent * (s.row + record),
-            r.sent_far * (s.row + record),
-            stalls=2 * chunks,
-            items=s.T / n,
-        ),
-        *_flags(s, n),
-        _walk(s, n, 0),
-        Stage(
-            "multiply",
-            r.arrived * (s.record + s.row) + r.rows * s.row,
-            r.rows * s.row + r.arrived * 4 * s.K,
-            r.arrived_far * 4 * s.K,
-            stalls=2 * chunks,
-            items=r.arrived / n,
-        ),
-        _agree(s, n),
-        *_flags(s, n),
-        Stage("gather", ids * s.T + r.sent * 4 * s.K, s.T * 4 * s.K, stalls=2 * chunks, items=s.T / n),
-        Stage("next", stalls=n * s.R),
-    ]
-
-
-Op = Callable[[Sizes, Routing], list[Stage]]
-OPS: dict[str, Op] = {
-    "low_latency_dispatch": low_latency_dispatch,
-    "low_latency_dispatch_int8": low_latency_dispatch_int8,
-    "low_latency_combine": combine,
-    "dispatch": dispatch,
-    "combine": combine,
-    "dispatch_backward": dispatch_backward,
-    "combine_backward": combine_backward,
+OPS = {
+    "low_latency_dispatch": Op(Rows(copied=True), _low_latency_dispatch),
+    "low_latency_dispatch_int8": Op(Rows(sent_bytes=1), _low_latency_dispatch),
+    "low_latency_combine": Op(Rows(arithmetic=True), _round_trip),
+    "dispatch": Op(Rows(copied=True), _normal_dispatch),
+    "combine": Op(Rows(arithmetic=True), _round_trip),
+    "dispatch_backward": Op(Rows(arithmetic=True, answers=True), _round_trip),
+    "combine_backward": Op(Rows(copied=True, arithmetic=True, answers=True), _round_trip),
 }
+
+
+def stages(op: str, s: Sizes, r: Routing) -> list[Stage]:
+    return OPS[op].stages(s, OPS[op].rows, r)
 
 
 class Counters(NamedTuple):
@@ -272,16 +305,17 @@ class Counters(NamedTuple):
     store: float
 
 
-def counters(stages: Iterable[Stage]) -> Counters:
+def counters(op: str, s: Sizes, r: Routing) -> Counters:
     """What the twin counts of a launch: bytes over links, and through the unified buffers of all cores."""
-    stages = list(stages)
-    return Counters(*(sum(getattr(stage, name) for stage in stages) for name in ("link", "load", "store")))
+    found = stages(op, s, r)
+    return Counters(*(sum(getattr(stage, name) for stage in found) for name in Counters._fields))
 
 
-def slot_tokens(s: Sizes, window_bytes: int) -> int:
-    """Tokens of a round: src/window_map.h."""
+def slot_tokens(op: str, s: Sizes, window_bytes: int) -> int:
+    """Tokens of a round in normal mode: src/window_map.h."""
+    row = _align(s.row, 32) + 4 * s.K if OPS[op].rows.answers else s.row
     room = (window_bytes - LINE - _align(4 * s.R * FLAG, LINE)) // 2 // LINE * LINE // s.R // LINE * LINE
-    return max(1, (room - _align(4 * s.E, LINE) - LINE) // (s.record + _align(s.row, LINE)))
+    return max(1, (room - _align(4 * s.E, LINE) - LINE) // (s.record + _align(row, LINE)))
 
 
 # What DeepEP-Ascend's kernels move, from their sources of 2025-09-26, when its figures were published: a row for each
@@ -348,6 +382,7 @@ class Tier(NamedTuple):
 
 class Soc(NamedTuple):
     cores: int
+    unified_buffer: int
     core_bandwidth: float  # between a core's unified buffer and memory, in one direction
     memory_bandwidth: float
     tiers: tuple[Tier, ...]
@@ -357,9 +392,10 @@ class Soc(NamedTuple):
 
 
 SOCS = {
-    "A2": Soc(48, 32 * 1.8e9, 1.6e12, (Tier(1, 8, 196e9),), ((8, 0.5 * US),), 10 * US, 8),
+    "A2": Soc(48, 188160, 32 * 1.8e9, 1.6e12, (Tier(1, 8, 196e9),), ((8, 0.5 * US),), 10 * US, 8),
     "A3": Soc(
         48,
+        188160,
         32 * 1.8e9,
         1.6e12,
         (Tier(1, 2, 224e9), Tier(2, 0, 196e9)),
@@ -369,6 +405,7 @@ SOCS = {
     ),
     "A5": Soc(
         64,
+        253952,
         27 * 1.65e9,
         4.0e12,
         (Tier(1, 0, 840e9), Tier(8, 0, 448e9), Tier(64, 0, 224e9)),
@@ -476,12 +513,12 @@ def stage_time(stage: Stage, soc: Soc, s: Sizes, p: Parameters) -> float:
 
 
 def op_time(op: str, soc: Soc, s: Sizes, p: Parameters) -> float:
-    return soc.launch + sum(stage_time(stage, soc, s, p) for stage in OPS[op](s, s.uniform()))
+    return soc.launch + sum(stage_time(stage, soc, s, p) for stage in stages(op, s, s.uniform()))
 
 
 def roof(op: str, soc: Soc, s: Sizes) -> float:
     """Bytes over links at their published bandwidth, or through memory at its own, and nothing else."""
-    moved = counters(OPS[op](s, s.uniform()))
+    moved = counters(op, s, s.uniform())
     return max(link_time(soc, s.R, moved.link, 1.0), (moved.load + moved.store) / soc.memory_bandwidth)
 
 
@@ -529,7 +566,8 @@ LOW_LATENCY = ("low_latency_dispatch", "low_latency_dispatch_int8", "low_latency
 
 
 def sizes(op: str, soc: Soc, R: int) -> Sizes:
-    return Sizes(R, 4096 if op in NORMAL else 128, H, K, experts_of(R), cores=soc.cores)
+    T = 4096 if op in NORMAL else 128
+    return Sizes(R, T, H, K, experts_of(R), cores=soc.cores, unified_buffer=soc.unified_buffer)
 
 
 def bandwidth(op: str, seconds: float) -> float:
@@ -542,7 +580,7 @@ def bandwidth(op: str, seconds: float) -> float:
 def in_default_window(op: str, soc: Soc, R: int, p: Parameters) -> tuple[int, float]:
     """Rounds, and seconds."""
     s = sizes(op, soc, R)
-    s = replace(s, slot_tokens=slot_tokens(s, WINDOW))
+    s = replace(s, slot_tokens=slot_tokens(op, s, WINDOW))
     return s.rounds, op_time(op, soc, s, p)
 
 
@@ -627,11 +665,11 @@ def parts() -> str:
     """Where the time of some launches goes, and what it would be with other parameters."""
     rows = []
     p, soc = fit(), SOCS["A3"]
-    for op in ("low_latency_dispatch_int8", "low_latency_combine", "dispatch", "combine"):
-        for R in (8, 128):
+    for op in ("low_latency_dispatch_int8", "low_latency_combine", "dispatch", "combine", "combine_backward"):
+        for R in (8, 128, 384):
             s = sizes(op, soc, R)
             times: dict[str, float] = {"launch": soc.launch}
-            for stage in OPS[op](s, s.uniform()):
+            for stage in stages(op, s, s.uniform()):
                 times[stage.name] = times.get(stage.name, 0) + stage_time(stage, soc, s, p)
             largest = sorted(times.items(), key=lambda item: -item[1])[:5]
             others = p._replace(stall=p.stall / 2), p._replace(efficiency=0.7)
