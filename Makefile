@@ -23,7 +23,7 @@ CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS)) \
 
 help:
 	@echo "make train       train a small MoE on RANKS=$(RANKS) processes (options in ARGS)"
-	@echo "make train-npu   the same with graphs for NPUs, over a stand-in for CANN where CANN is not installed"
+	@echo "make train-npu   the same with graphs for NPUs and the AscendC kernels, over stand-ins for CANN and for an NPU"
 	@echo "make bench       run the benchmarks"
 	@echo "make test        the whole suite, which is test-npu and test-cpu"
 	@echo "make test-quick  within 2 minutes; test-long: with many more random cases"

@@ -86,7 +86,7 @@ std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling) {
   if (free < per_token)
     return str("num_experts = ", work.experts, " with ", work.top_k, " ids per token needs ", per_token - free,
                " bytes more than the unified buffer has: ", soc.unified_buffer_bytes);
-  const int64_t more_tables = (free - per_token) / 16 / (2 * t.table_bytes);
+  const int64_t more_tables = (free - per_token) / (work.arithmetic ? 16 : 4) / (2 * t.table_bytes);
   t.table_batch = 1 + std::min(more_tables, std::max(work.ranks, t.blocks) - 1);
   free -= 2 * (t.table_batch - 1) * t.table_bytes;
   t.chunk_tokens = std::clamp(free / 10 / per_token, int64_t{1}, kMaxChunkTokens);

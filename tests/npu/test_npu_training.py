@@ -6,15 +6,19 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 from typing import Any
 
 import ge_graphs
+import kernel_route
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from cann import stand_in
 from ge_graphs import HOST_SYNCS
 from ranks import RankContext, RankPool
 from torch import Tensor
 from train_moe import Config, train
 
 import deep_ep
+from deep_ep.twin import kernels
 
 SMALL = {"steps": 4, "batch": 8, "seq": 32, "dim": 32, "layers": 2, "quiet": True}
 
@@ -60,6 +64,31 @@ def test_the_example_trains(pool: RankPool, size: int, options: dict[str, Any]) 
     for losses, expected in pool.run(size, train_twice, options, timeout=280):
         # The CPU's fused attention, which has no converter, rounds differently from its parts.
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+
+
+def train_on_kernels(ctx: RankContext, options: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Losses with graphs for NPUs, in which the AscendC kernels do what is deep_ep's, and with aot_eager."""
+    twin = kernel_route.open_route(ctx.rank)
+    group = dist.new_group(backend=kernel_route.BACKEND)
+    stand_in.clear_log()
+    metrics = train(Config(**SMALL, **options, compile="npu"), group)
+    launched = {line.text for line in stand_in.log("launch") if line.text.startswith("deep_ep.")}
+    assert launched >= {f"deep_ep.{op}" for op in ("dispatch", "combine", "dispatch_backward", "combine_backward")}
+    assert not twin.take_violations()
+    kernel_route.close_route()
+    plain = train(Config(**SMALL, **options, compile="aot_eager"), ctx.group)
+    return metrics["losses"], plain["losses"]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_worst_tokens": 300}], ids=["exact", "capacity"])
+def test_the_example_trains_on_the_kernels(options: dict[str, Any]) -> None:
+    kernels.build()
+    npus = RankPool(2)
+    try:
+        for losses, expected in npus.run(2, train_on_kernels, options, timeout=280):
+            torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    finally:
+        npus.close()
 
 
 # An MoE block with SwiGLU experts

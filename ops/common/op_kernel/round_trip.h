@@ -96,19 +96,15 @@ class RoundTrip {
     GM_ADDR to = exchange_.slot(source, exchange_.rank());
     GM_ADDR arrived = exchange_.slot(exchange_.rank(), source);
     Places& places = messages_.places();
+    if constexpr (kSendsRows) clear_products(chunk);
     for (int64_t i = 0; i < chunk.count(); ++i) {
       find_rows(source, i);
-      if constexpr (!kSendsRows) rows_.template sum<kHasWeights>(places, i, exchange_.row(to, chunk.first + i));
-      if constexpr (kSendsRows) {
-        rows_.multiply(exchange_.row(arrived, chunk.first + i), places, i, tensors_.x, tensors_.grad_x, loose_);
-        order<HardEvent::V_S>();
-        for (int64_t n = 0; n < places.count(i); ++n) {
-          float sum = 0;
-          for (int64_t lane = 0; lane < kLane; ++lane) sum += loose_.get(n * kLane + lane);
-          answers_.set(i * answer_words_ + n, sum);
-        }
-      }
+      if constexpr (kSendsRows)
+        rows_.multiply(exchange_.row(arrived, chunk.first + i), places, i, tensors_.x, tensors_.grad_x, products(i));
+      else
+        rows_.template sum<kHasWeights>(places, i, exchange_.row(to, chunk.first + i));
     }
+    if constexpr (kSendsRows) add_up_products(chunk);
     if constexpr (kTrip == Trip::dispatch_backward) load_recv_weights(chunk);
     if constexpr (kAnswersWords) {
       order<HardEvent::S_MTE3>();
@@ -135,6 +131,25 @@ class RoundTrip {
       const int64_t with = kHasWeights ? messages_.weight(i, k) : row * tiling_->work.top_k + k;
       places.add(i, base + row * tiling_->row_bytes, with);
     }
+  }
+
+  // kLane words for each row of a record: their sum is the gradient of its weight.
+  __aicore__ LocalTensor<float> products(int64_t i) {
+    return loose_.tensor()[static_cast<uint32_t>(i * tiling_->work.top_k * kLane)];
+  }
+  __aicore__ void clear_products(const Chunk& chunk) {
+    Duplicate(loose_.tensor(), 0.0f, static_cast<int32_t>(chunk.count() * tiling_->work.top_k * kLane));
+    PipeBarrier<PIPE_V>();
+  }
+  __aicore__ void add_up_products(const Chunk& chunk) {
+    order<HardEvent::V_S>();
+    for (int64_t i = 0; i < chunk.count(); ++i)
+      for (int64_t n = 0; n < messages_.places().count(i); ++n) {
+        float sum = 0;
+        for (int64_t lane = 0; lane < kLane; ++lane)
+          sum += products(i).GetValue(static_cast<uint32_t>(n * kLane + lane));
+        answers_.set(i * answer_words_ + n, sum);
+      }
   }
 
   // The gradients of weights, one word each, to the answers.

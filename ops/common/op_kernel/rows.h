@@ -230,14 +230,12 @@ class RowMath {
   }
 
   // Writes `row` to where the places of an item have their results, `to` + offset, each times the weight whose bits are
-  // with it, and gives its products with the rows at `from` + offset: product i is the sum of the kLane words from
-  // products[i * kLane] on.
+  // with it, and adds its products with the rows at `from` + offset to `products`: product i is the sum of the kLane
+  // words from i * kLane on.
   __aicore__ void multiply(GM_ADDR row, Places& offsets, int64_t item, GM_ADDR from, GM_ADDR to,
-                           Array<float>& products) {
+                           const LocalTensor<float>& products) {
     const int64_t places = offsets.count(item);
     if (places == 0) return;
-    order<HardEvent::S_V>();  // products have been read
-    Duplicate(products.tensor(), 0.0f, static_cast<int32_t>(places * kLane));
     for (int64_t tile = 0; tile < tiling_->tiles; ++tile) {
       const int32_t count = reader_.read(row, tile, other_);
       for (int64_t i = 0; i < places; ++i) {
@@ -245,7 +243,7 @@ class RowMath {
         reader_.read(from + offset, tile, term_);
         Mul(term_.tensor(), term_.tensor(), other_.tensor(), count);
         PipeBarrier<PIPE_V>();
-        LocalTensor<float> product = products.tensor()[static_cast<uint32_t>(i * kLane)];
+        const LocalTensor<float> product = products[static_cast<uint32_t>(i * kLane)];
         const int32_t lanes = fold(count);
         Add(product, product, term_.tensor(), lanes);
         PipeBarrier<PIPE_V>();

@@ -118,7 +118,7 @@ class Pieces(NamedTuple):
         per_token += _align(8 * (1 + 2 * s.K), 32) + 3 * 32 * s.K
         flags = STATUS * (3 + s.cores + FLAGS) + 2 * _align(4 * s.R, 32)
         free = s.unified_buffer - flags - tables * table - LINE * (2 + tiles)
-        batch = 1 + min((free - per_token) // 16 // (2 * table), max(s.R, s.blocks) - 1)
+        batch = 1 + min((free - per_token) // (16 if rows.arithmetic else 4) // (2 * table), max(s.R, s.blocks) - 1)
         free -= 2 * (batch - 1) * table
         return cls(batch, min(max(1, free // 10 // per_token), 64))
 
@@ -211,7 +211,8 @@ def _dispatch(s: Sizes, rows: Rows, r: Routing, is_normal: bool) -> list[Stage]:
             "add up",
             2 * 4 * s.E * s.R * B,
             is_normal * 4 * s.R * s.R,
-            stalls=2 * _read_tables(pieces, s.R) + is_normal * math.ceil(s.R / B),
+            # The second time S waits for each of them.
+            stalls=_read_tables(pieces, s.R) + math.ceil(s.R / pieces.tables) + is_normal * math.ceil(s.R / B),
         ),
         Stage("describe", 0, 4 * s.E + 8 * s.L + 8 * is_normal, stalls=2 + is_normal),
         Stage("answer", ids * s.T, 4 * s.K * s.T, stalls=2 * chunks, items=s.T / n),
@@ -243,8 +244,6 @@ def _round_trip(s: Sizes, rows: Rows, r: Routing) -> list[Stage]:
     sent = 4 * (1 + (2 + has_weights) * s.K) + s.row * sends_rows
     ids, answer = 12 * s.K, s.row * answers_rows
     chunks, arrived_chunks = n * _chunks(s, pieces, s.T / n), n * _arrived_chunks(s, pieces, r.arrived / n)
-    # A block waits for each record's products.
-    records = n * math.ceil(r.arrived / n / B) if sends_rows else 0
     unused = Stage("find unused", 12 * r.rows, stalls=math.ceil(r.rows / B / (pieces.tokens * s.K)))
     return [
         *([unused] if sends_rows else []),
@@ -264,7 +263,7 @@ def _round_trip(s: Sizes, rows: Rows, r: Routing) -> list[Stage]:
             r.arrived * (s.record + s.row * sends_rows) + r.rows * (s.row + word * answers_rows),
             r.arrived * answer + r.rows * (word + s.row * sends_rows),
             r.arrived_far * answer + r.rows_far * word,
-            stalls=(2 + (rows.answers and answers_rows)) * arrived_chunks + records,
+            stalls=(2 + rows.answers) * arrived_chunks,
             items=r.arrived / n,
         ),
         _agree(s, n),
