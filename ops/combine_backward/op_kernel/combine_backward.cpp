@@ -7,16 +7,8 @@ extern "C" __global__ __aicore__ void deep_ep_combine_backward(GM_ADDR grad_out,
                                                                GM_ADDR grad_topk_weights, GM_ADDR workspace,
                                                                GM_ADDR tiling_data) {
   DEEP_EP_KERNEL(tiling, tiling_data);
-  deep_ep::RoundTripTensors tensors{};
-  tensors.rows = grad_out;
-  tensors.x = x;
-  tensors.topk_idx = topk_idx;
-  tensors.topk_weights = topk_weights;
-  tensors.recv_src_idx = recv_src_idx;
-  tensors.send_head = send_head;
-  tensors.grad_x = grad_x;
-  tensors.answers = grad_topk_weights;
-  deep_ep::RoundTrip<DTYPE_X, deep_ep::Trip::combine_backward> op;
-  op.init(deep_ep::Op::combine_backward, tensors, windows, AscendC::GetUserWorkspace(workspace), tiling);
-  op.process();
+  deep_ep::round_trip<DTYPE_X, deep_ep::Trip::combine_backward>(
+      deep_ep::Op::combine_backward,
+      {grad_out, x, nullptr, topk_idx, topk_weights, recv_src_idx, send_head, grad_x, nullptr, grad_topk_weights},
+      windows, workspace, tiling);
 }

@@ -320,4 +320,28 @@ class Dispatch {
   Rows rows_;
 };
 
+__aicore__ inline void normal_dispatch(GM_ADDR x, GM_ADDR topk_idx, GM_ADDR topk_weights, GM_ADDR windows,
+                                       const DispatchOutputs& outputs, GM_ADDR workspace, const Tiling& tiling) {
+  Dispatch<PlainRows, true> dispatch;
+  dispatch.init(Op::dispatch, x, topk_idx, topk_weights, windows, outputs, GetUserWorkspace(workspace), tiling);
+  dispatch.process();
+}
+
+template <typename Rows>
+__aicore__ inline void low_latency_dispatch(Op op, GM_ADDR x, GM_ADDR topk_idx, GM_ADDR windows, GM_ADDR recv_x,
+                                            GM_ADDR recv_scales, GM_ADDR recv_count, GM_ADDR recv_src_idx,
+                                            GM_ADDR layout_range, GM_ADDR send_head, GM_ADDR workspace,
+                                            const Tiling& tiling) {
+  DispatchOutputs outputs{};
+  outputs.recv_x = recv_x;
+  outputs.recv_scales = recv_scales;
+  outputs.recv_count = recv_count;
+  outputs.recv_src_idx = recv_src_idx;
+  outputs.recv_channel_prefix = layout_range;
+  outputs.send_head = send_head;
+  Dispatch<Rows, false> dispatch;
+  dispatch.init(op, x, topk_idx, nullptr, windows, outputs, GetUserWorkspace(workspace), tiling);
+  dispatch.process();
+}
+
 }  // namespace deep_ep

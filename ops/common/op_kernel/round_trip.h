@@ -17,6 +17,7 @@ namespace deep_ep {
 
 enum class Trip { combine, dispatch_backward, combine_backward };
 
+// nullptr: the op has no such tensor.
 struct RoundTripTensors {
   GM_ADDR rows;          // [T, H]: what goes with records
   GM_ADDR x;             // [N, H]
@@ -139,7 +140,6 @@ class RoundTrip {
   }
   __aicore__ void clear_products(const Chunk& chunk) {
     Duplicate(loose_.tensor(), 0.0f, static_cast<int32_t>(chunk.count() * tiling_->work.top_k * kLane));
-    PipeBarrier<PIPE_V>();
   }
   __aicore__ void add_up_products(const Chunk& chunk) {
     order<HardEvent::V_S>();
@@ -257,5 +257,13 @@ class RoundTrip {
   TokenValues<int32_t> results_;  // bits of numbers
   Table place_of_;                // by rank: which of a token's places it is
 };
+
+template <typename T, Trip kTrip>
+__aicore__ inline void round_trip(Op op, const RoundTripTensors& tensors, GM_ADDR windows, GM_ADDR workspace,
+                                  const Tiling& tiling) {
+  RoundTrip<T, kTrip> trip;
+  trip.init(op, tensors, windows, GetUserWorkspace(workspace), tiling);
+  trip.process();
+}
 
 }  // namespace deep_ep

@@ -7,14 +7,9 @@ extern "C" __global__ __aicore__ void deep_ep_dispatch_backward(GM_ADDR grad_rec
                                                                 GM_ADDR grad_topk_weights, GM_ADDR workspace,
                                                                 GM_ADDR tiling_data) {
   DEEP_EP_KERNEL(tiling, tiling_data);
-  deep_ep::RoundTripTensors tensors{};
-  tensors.x = grad_recv_x;
-  tensors.recv_weights = grad_recv_topk_weights;
-  tensors.topk_idx = topk_idx;
-  tensors.send_head = send_head;
-  tensors.combined = grad_x;
-  tensors.answers = grad_topk_weights;
-  deep_ep::RoundTrip<DTYPE_X, deep_ep::Trip::dispatch_backward> op;
-  op.init(deep_ep::Op::dispatch_backward, tensors, windows, AscendC::GetUserWorkspace(workspace), tiling);
-  op.process();
+  deep_ep::round_trip<DTYPE_X, deep_ep::Trip::dispatch_backward>(
+      deep_ep::Op::dispatch_backward,
+      {nullptr, grad_recv_x, grad_recv_topk_weights, topk_idx, nullptr, nullptr, send_head, nullptr, grad_x,
+       grad_topk_weights},
+      windows, workspace, tiling);
 }

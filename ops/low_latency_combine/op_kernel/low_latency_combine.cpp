@@ -7,13 +7,8 @@ extern "C" __global__ __aicore__ void deep_ep_low_latency_combine(GM_ADDR x, GM_
                                                                   GM_ADDR combined_x, GM_ADDR workspace,
                                                                   GM_ADDR tiling_data) {
   DEEP_EP_KERNEL(tiling, tiling_data);
-  deep_ep::RoundTripTensors tensors{};
-  tensors.x = x;
-  tensors.topk_idx = topk_idx;
-  tensors.topk_weights = topk_weights;
-  tensors.send_head = send_head;
-  tensors.combined = combined_x;
-  deep_ep::RoundTrip<DTYPE_X, deep_ep::Trip::combine> op;
-  op.init(deep_ep::Op::low_latency_combine, tensors, windows, AscendC::GetUserWorkspace(workspace), tiling);
-  op.process();
+  deep_ep::round_trip<DTYPE_X, deep_ep::Trip::combine>(
+      deep_ep::Op::low_latency_combine,
+      {nullptr, x, nullptr, topk_idx, topk_weights, nullptr, send_head, nullptr, combined_x, nullptr}, windows,
+      workspace, tiling);
 }

@@ -7,14 +7,7 @@ extern "C" __global__ __aicore__ void deep_ep_low_latency_dispatch(GM_ADDR x, GM
                                                                    GM_ADDR send_head, GM_ADDR workspace,
                                                                    GM_ADDR tiling_data) {
   DEEP_EP_KERNEL(tiling, tiling_data);
-  deep_ep::DispatchOutputs outputs{};
-  outputs.recv_x = recv_x;
-  outputs.recv_count = recv_count;
-  outputs.recv_src_idx = recv_src_idx;
-  outputs.recv_channel_prefix = layout_range;
-  outputs.send_head = send_head;
-  deep_ep::Dispatch<deep_ep::PlainRows, false> op;
-  op.init(deep_ep::Op::low_latency_dispatch, x, topk_idx, nullptr, windows, outputs,
-          AscendC::GetUserWorkspace(workspace), tiling);
-  op.process();
+  deep_ep::low_latency_dispatch<deep_ep::PlainRows>(deep_ep::Op::low_latency_dispatch, x, topk_idx, windows, recv_x,
+                                                    nullptr, recv_count, recv_src_idx, layout_range, send_head,
+                                                    workspace, tiling);
 }
