@@ -1,5 +1,6 @@
 // What Python needs to make and drop groups (python/deep_ep/windows.py), through ctypes: no op, so invisible to
 // dispatch modes and graphs. Functions return nullptr or nonzero and fill `error` when they fail.
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <exception>
@@ -62,6 +63,15 @@ DEEP_EP_API uint64_t deep_ep_group_log(void* handle, uint32_t* ops, uint64_t cap
   const auto log = (*static_cast<Handle*>(handle))->log(capacity, &issued);
   for (size_t i = 0; i < log.size(); ++i) ops[i] = static_cast<uint32_t>(log[i]);
   return issued;
+}
+
+// Nanoseconds that the finished operations of this kind have spent in each phase, into nanoseconds[kPhases]; returns
+// how many they were.
+DEEP_EP_API uint64_t deep_ep_group_phases(void* handle, uint32_t op, int64_t* nanoseconds) {
+  uint64_t finished;
+  const auto spent = (*static_cast<Handle*>(handle))->spent(static_cast<deep_ep::Op>(op), &finished);
+  std::copy(spent.begin(), spent.end(), nanoseconds);
+  return finished;
 }
 
 // Frees the handle; the group goes with the last operation and the registry entry under `name`, if it is its own.

@@ -60,6 +60,13 @@ std::vector<Op> Group::log(uint64_t limit, uint64_t* issued) const {
   return ops;
 }
 
+Nanoseconds Group::spent(Op op, uint64_t* finished) const {
+  std::lock_guard lock(log_mutex_);
+  const auto found = spent_.find(op);
+  *finished = found == spent_.end() ? 0 : found->second.second;
+  return found == spent_.end() ? Nanoseconds{} : found->second.first;
+}
+
 std::byte* Group::address(int rank, uint64_t offset) const {
   return rank == rank_ ? own_->window.at(offset) : peers_[rank].window.at(offset);
 }
@@ -151,6 +158,7 @@ void Operation::enter(const Post& mine, const std::vector<int32_t>& words, const
   wait("to enter", all_posted, missing, [](int) { return true; });
 
   const std::string wrong = verdict(check);
+  stopwatch_.enter(Phase::allocate);
   if (wrong.empty()) return;
   finish();
   throw Error(str(prefix(), wrong));
@@ -166,6 +174,11 @@ void Operation::abandon() {
 void Operation::finish() {
   group_.own_->pool.give_back(std::exchange(offered_, {}));
   open_ = false;
+  stopwatch_.enter(Phase::finish);
+  std::lock_guard lock(group_.log_mutex_);
+  auto& [spent, finished] = group_.spent_[op_];
+  for (int i = 0; i < kPhases; ++i) spent[i] += stopwatch_.spent()[i];
+  ++finished;
 }
 
 std::string Operation::prefix() const { return str("deep_ep.", name_of(op_), ": "); }
@@ -211,6 +224,13 @@ std::string Operation::verdict(const std::function<std::string(const Operation&)
 
 void Operation::wait(const char* phase, const std::function<bool()>& ready, const std::function<bool(int)>& missing,
                      const std::function<bool(int)>& needed) {
+  const Phase before = stopwatch_.enter(Phase::wait);
+  wait_until(phase, ready, missing, needed);
+  stopwatch_.enter(before);
+}
+
+void Operation::wait_until(const char* phase, const std::function<bool()>& ready,
+                           const std::function<bool(int)>& missing, const std::function<bool(int)>& needed) {
   const auto start = std::chrono::steady_clock::now();
   Control& own = group_.control(rank());
   while (!own.bell.wait(ready, kHealthMilliseconds)) {
@@ -324,6 +344,7 @@ void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& 
     if (regions[d].num_chunks() == 0) report(d);
   while (true) {
     if (may_send()) {
+      stopwatch_.enter(Phase::copy);
       push();
       for (int d = 0; d < size(); ++d)
         if (sent[d] < allowed[d]) {
@@ -334,6 +355,7 @@ void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& 
     while (consumed < mine.num_chunks() && chunk_arrived()) {
       const int64_t first = consumed * mine.slots_per_chunk;
       std::byte* rows = group_.address(rank(), mine.chunk(consumed));
+      stopwatch_.enter(Phase::reduce);
       consume(first, std::min(first + mine.slots_per_chunk, mine.num_slots), rows, rows + mine.metas);
       own.credit.store(Progress::encode(sequence_, ++consumed), std::memory_order_release);
       if (mine.num_chunks() > mine.num_buffers) group_.ring_all();
@@ -347,7 +369,10 @@ void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& 
         if (unsent(d)) return false;
       return true;
     }();
-    if (all_sent && consumed == mine.num_chunks()) return;
+    if (all_sent && consumed == mine.num_chunks()) {
+      stopwatch_.enter(Phase::finish);
+      return;
+    }
     wait(
         consumed < mine.num_chunks() ? "to send its rows" : "to take rows",
         [&] { return may_send() || (consumed < mine.num_chunks() && chunk_arrived()); }, missing, missing);

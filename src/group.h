@@ -11,12 +11,14 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "phases.h"
 #include "pool.h"
 #include "turns.h"
 #include "window.h"
@@ -54,6 +56,9 @@ class Group {
   // The operations issued so far, oldest first, at most the last `limit` and the last kLogged; and how many there were.
   std::vector<Op> log(uint64_t limit, uint64_t* issued) const;
 
+  // The time of all operations of a kind that have finished, and how many they were.
+  Nanoseconds spent(Op op, uint64_t* finished) const;
+
  private:
   friend class Turn;
   friend class Operation;
@@ -84,6 +89,7 @@ class Group {
   mutable std::mutex log_mutex_;
   uint64_t sequence_ = 0;
   std::vector<Op> log_;
+  std::map<Op, std::pair<Nanoseconds, uint64_t>> spent_;
 };
 
 // The right to run the next operation of a group, from when it is made: operations run in the order of their turns,
@@ -171,6 +177,8 @@ class Operation {
   // is gone; `phase` names what is waited for.
   void wait(const char* phase, const std::function<bool()>& ready, const std::function<bool(int)>& missing,
             const std::function<bool(int)>& needed);
+  void wait_until(const char* phase, const std::function<bool()>& ready, const std::function<bool(int)>& missing,
+                  const std::function<bool(int)>& needed);
   std::string verdict(const std::function<std::string(const Operation&)>& check) const;
   [[noreturn]] void give_up(const std::string& reason);
   std::string prefix() const;
@@ -181,6 +189,7 @@ class Operation {
   uint64_t sequence_ = 0;
   Block offered_;
   bool open_ = false;
+  Stopwatch stopwatch_{Phase::counts};
 };
 
 // Groups by name, as torch.distributed names them. A name that comes back replaces the group it had.

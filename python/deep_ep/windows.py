@@ -32,6 +32,9 @@ _OPS = (
     "low_latency_combine",
 )
 
+PHASES = ("counts", "wait", "allocate", "copy", "reduce", "finish")
+"""enum Phase of src/phases.h."""
+
 
 def group_timeout(group: dist.ProcessGroup) -> timedelta:
     """The timeout that the group was made with."""
@@ -126,6 +129,16 @@ class Windows:
         kept = min(issued, _LOGGED)
         wanted = min(max(issued - since, 0), kept)
         return [_OPS[code] for code in codes[kept - wanted : kept]], issued
+
+    def phases(self) -> dict[str, dict[str, float]]:
+        """Seconds of this rank's finished ops, by op and phase, and their number under "calls"."""
+        result = {}
+        for code, op in enumerate(_OPS):
+            nanoseconds = (ctypes.c_int64 * len(PHASES))()
+            calls = library.deep_ep_group_phases(self._handle, code, nanoseconds)
+            if calls:
+                result[op] = {phase: n * 1e-9 for phase, n in zip(PHASES, nanoseconds, strict=True)} | {"calls": calls}
+        return result
 
     def close(self) -> None:
         """Leaves the group: peers that still wait for this rank raise. Tensors in the window stay valid."""
