@@ -55,6 +55,8 @@ struct WindowMap {
 //
 // Records say what goes with the rows: one per token and rank that it goes to.
 struct SlotMap {
+  static constexpr int64_t kMaxBytes = int64_t{1} << 32;
+
   int64_t tokens;   // as many records and rows
   int64_t records;  // offsets, multiples of kBlock
   int64_t rows;
@@ -69,7 +71,9 @@ struct SlotMap {
   DEEP_EP_DEVICE static constexpr SlotMap of(const Tiling& tiling, const WindowMap& map) {
     if (tiling.work.max_tokens > 0) return of(tiling, tiling.work.max_tokens);
     const int64_t room = map.room() / map.ranks / WindowMap::kBlock * WindowMap::kBlock;
-    const int64_t tokens = (room - of(tiling, 0).bytes - WindowMap::kBlock) / (tiling.record_bytes + tiling.row_stride);
+    // Kernels step from slot to slot in one transfer, whose stride has 32 bits.
+    const int64_t most = room < kMaxBytes ? room : kMaxBytes;
+    const int64_t tokens = (most - of(tiling, 0).bytes - WindowMap::kBlock) / (tiling.record_bytes + tiling.row_stride);
     return of(tiling, tokens > 0 ? tokens : 1);
   }
 

@@ -63,7 +63,7 @@ def runs(draw: st.DrawFn) -> tuple[Case, int, Setup]:
     tokens = tuple(draw(st.lists(st.integers(0, most), min_size=R, max_size=R)))
     case = Case(
         tokens,
-        H=draw(st.sampled_from((8, 24, 250, 600))),
+        H=draw(st.sampled_from((8, 17, 250, 600))),
         K=draw(st.integers(1, min(8, R * local_experts))),
         local_experts=local_experts,
         dtype=draw(st.sampled_from(DTYPES)),
@@ -100,7 +100,7 @@ def normal_runs(draw: st.DrawFn) -> tuple[Case, int, Setup]:
     most = draw(st.sampled_from((1, 8, 40)))
     case = Case(
         tuple(draw(st.lists(st.integers(0, most), min_size=R, max_size=R))),
-        H=draw(st.sampled_from((8, 250, 600))),
+        H=draw(st.sampled_from((8, 17, 257, 600))),
         K=K,
         local_experts=draw(st.integers(1, 8)),
         dtype=draw(st.sampled_from(DTYPES)),

@@ -10,6 +10,9 @@ __aicore__ inline int64_t tile_size(const Tiling& tiling, int64_t tile) {
   return tile + 1 < tiling.tiles ? tiling.tile_bytes : tiling.last_tile_bytes;
 }
 
+// Of so many words, the first part, a multiple of `unit`, which is at least as long as the second one.
+__aicore__ inline int32_t half_of(int32_t size, int32_t unit) { return ((size + 1) / 2 + unit - 1) / unit * unit; }
+
 class RowCopier {
  public:
   __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
@@ -159,7 +162,7 @@ class Int8Rows : public RowCopier {
       PipeBarrier<PIPE_V>();
     }
     while (size > kLane) {
-      const int32_t half = (size / 2 + kLane - 1) / kLane * kLane;
+      const int32_t half = half_of(size, kLane);
       Max(largest, largest, largest[static_cast<uint32_t>(half)], size - half);
       PipeBarrier<PIPE_V>();
       size = half;
@@ -261,7 +264,7 @@ class RowMath {
   __aicore__ int32_t fold(int32_t size) {
     LocalTensor<float> term = term_.tensor();
     while (size > kLane) {
-      const int32_t half = (size / 2 + kLane - 1) / kLane * kLane;
+      const int32_t half = half_of(size, kLane);
       Add(term, term, term[static_cast<uint32_t>(half)], size - half);
       PipeBarrier<PIPE_V>();
       size = half;

@@ -24,6 +24,14 @@ RULE(check_count_of_0_breaks, .breaks = {", V: count is 0"}, .arch = 3510, .fast
   Tensors t;
   CAUGHT(Duplicate(t.a, 1.0f, 0));
 }
+RULE(check_overlap_breaks, .breaks = {", V: what it writes overlaps what it reads"}, .fast = true) {
+  Tensors t;
+  CAUGHT(Add(t.a, t.a, t.a[8], 9));
+}
+RULE(check_overlap_keeps) {
+  Tensors t;
+  Add(t.a, t.a, t.a[8], 8);
+}
 RULE(check_capacity_keeps) {
   TPipe pipe;
   TBuf<> buffer;

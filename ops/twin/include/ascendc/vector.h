@@ -37,11 +37,18 @@ inline void check_count(int64_t count, Site at) {
     Core::current().fail(at, V, "count is 0, which 3510 does not define");
 }
 
+// Vector instructions work on many elements at a time: what they read may be what they write, but not overlap it.
+inline void check_overlap(const Span& dst, const Span& src, Site at) {
+  if (dst.begin != src.begin && dst.begin < src.begin + src.bytes && src.begin < dst.begin + dst.bytes)
+    Core::current().fail(at, V, "what it writes overlaps what it reads, and is not the same");
+}
+
 // dst[i] = f(src[i]...)
 template <typename T, typename... From, typename F>
 void elementwise(Site at, int64_t count, F f, const LocalTensor<T>& dst, const LocalTensor<From>&... src) {
   check_count(count, at);
   if (count == 0) return;
+  (check_overlap(dst.span(0, count), src.span(0, count), at), ...);
   Core::current().issue(V, at, {Use{src.span(0, count), false}..., Use{dst.span(0, count), true}},
                         [count, f, to = dst.data(), ... from = src.data()] {
                           for (int64_t i = 0; i < count; ++i) to[i] = f(from[i]...);
