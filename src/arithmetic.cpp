@@ -61,37 +61,31 @@ struct F16 {
   }
 };
 
-// sum[i] += weight * row[i], while `next`, which comes after it, is fetched: rows lie anywhere in memory, and the
-// hardware does not guess where the next one starts.
+// Sums of some columns are kept in registers while the rows pass. Rows lie anywhere in memory, and the hardware does
+// not guess where the next ones start.
 template <typename T>
-DEEP_EP_INLINE void accumulate(float* sum, float weight, const typename T::Storage* row,
-                               const typename T::Storage* next, int64_t size) {
-  constexpr int64_t kLine = 64 / sizeof(typename T::Storage);
-  constexpr int64_t kStep = 2 * kLine;
+DEEP_EP_INLINE void weighted_sum(void* out, const Terms& terms, const Terms& next, int64_t hidden) {
+  using Storage = typename T::Storage;
+  constexpr int64_t kLine = 64 / sizeof(Storage);
+  constexpr int64_t kColumns = 2 * kLine;
+  const int64_t fetched = std::min(next.count, terms.count);
+  auto* to = static_cast<Storage*>(out);
+  const auto row = [](const Terms& of, int64_t k) { return static_cast<const Storage*>(of.rows[k]); };
   int64_t begin = 0;
-  for (; begin + kStep <= size; begin += kStep) {
-    __builtin_prefetch(next + begin);
-    __builtin_prefetch(next + begin + kLine);
-    for (int64_t i = begin; i < begin + kStep; ++i) sum[i] += weight * T::load(row[i]);
-  }
-  for (; begin < size; ++begin) sum[begin] += weight * T::load(row[begin]);
-}
-
-template <typename T>
-DEEP_EP_INLINE void weighted_sum(void* out, const void* const* rows, const float* weights, int64_t count,
-                                 int64_t hidden) {
-  constexpr int64_t kBlock = 2048;  // of fp32 sums, kept in the first-level cache
-  float sum[kBlock];
-  for (int64_t begin = 0; begin < hidden; begin += kBlock) {
-    const int64_t size = std::min(kBlock, hidden - begin);
-    for (int64_t i = 0; i < size; ++i) sum[i] = 0.0f;
-    for (int64_t k = 0; k < count; ++k) {
-      const auto* row = static_cast<const typename T::Storage*>(rows[k]) + begin;
-      const auto* next = static_cast<const typename T::Storage*>(rows[std::min(k + 1, count - 1)]) + begin;
-      accumulate<T>(sum, weights[k], row, next, size);
+  for (; begin + kColumns <= hidden; begin += kColumns) {
+    float sum[kColumns] = {};
+    for (int64_t k = 0; k < terms.count; ++k) {
+      const Storage* from = row(terms, k) + begin;
+      for (int64_t line = 0; k < fetched && line < kColumns; line += kLine)
+        __builtin_prefetch(row(next, k) + begin + line);
+      for (int64_t i = 0; i < kColumns; ++i) sum[i] += terms.weights[k] * T::load(from[i]);
     }
-    auto* to = static_cast<typename T::Storage*>(out) + begin;
-    for (int64_t i = 0; i < size; ++i) to[i] = T::store(sum[i]);
+    for (int64_t i = 0; i < kColumns; ++i) to[begin + i] = T::store(sum[i]);
+  }
+  for (; begin < hidden; ++begin) {
+    float sum = 0.0f;
+    for (int64_t k = 0; k < terms.count; ++k) sum += terms.weights[k] * T::load(row(terms, k)[begin]);
+    to[begin] = T::store(sum);
   }
 }
 
@@ -118,17 +112,14 @@ DEEP_EP_INLINE float dot_and_scale(void* row, const void* other, float weight, i
   return sum;
 }
 
-DEEP_EP_CLONES void weighted_sum_f32(void* out, const void* const* rows, const float* weights, int64_t count,
-                                     int64_t hidden) {
-  weighted_sum<F32>(out, rows, weights, count, hidden);
+DEEP_EP_CLONES void weighted_sum_f32(void* out, const Terms& terms, const Terms& next, int64_t hidden) {
+  weighted_sum<F32>(out, terms, next, hidden);
 }
-DEEP_EP_CLONES void weighted_sum_f16(void* out, const void* const* rows, const float* weights, int64_t count,
-                                     int64_t hidden) {
-  weighted_sum<F16>(out, rows, weights, count, hidden);
+DEEP_EP_CLONES void weighted_sum_f16(void* out, const Terms& terms, const Terms& next, int64_t hidden) {
+  weighted_sum<F16>(out, terms, next, hidden);
 }
-DEEP_EP_CLONES void weighted_sum_bf16(void* out, const void* const* rows, const float* weights, int64_t count,
-                                      int64_t hidden) {
-  weighted_sum<BF16>(out, rows, weights, count, hidden);
+DEEP_EP_CLONES void weighted_sum_bf16(void* out, const Terms& terms, const Terms& next, int64_t hidden) {
+  weighted_sum<BF16>(out, terms, next, hidden);
 }
 DEEP_EP_CLONES float dot_and_scale_f32(void* row, const void* other, float weight, int64_t hidden) {
   return dot_and_scale<F32>(row, other, weight, hidden);
@@ -142,10 +133,9 @@ DEEP_EP_CLONES float dot_and_scale_bf16(void* row, const void* other, float weig
 
 }  // namespace
 
-void weighted_sum(DType dtype, void* out, const void* const* rows, const float* weights, int64_t count,
-                  int64_t hidden) {
+void weighted_sum(DType dtype, void* out, const Terms& terms, const Terms& next, int64_t hidden) {
   constexpr decltype(&weighted_sum_f32) by_dtype[] = {weighted_sum_f32, weighted_sum_f16, weighted_sum_bf16};
-  by_dtype[static_cast<int64_t>(dtype)](out, rows, weights, count, hidden);
+  by_dtype[static_cast<int64_t>(dtype)](out, terms, next, hidden);
 }
 
 float dot_and_scale(DType dtype, void* row, const void* other, float weight, int64_t hidden) {

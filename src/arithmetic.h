@@ -15,8 +15,16 @@ constexpr const char* name_of(DType dtype) {
 
 constexpr uint64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// out[h] = sum over k < count of weights[k] * rows[k][h]; 0 if count is 0.
-void weighted_sum(DType dtype, void* out, const void* const* rows, const float* weights, int64_t count, int64_t hidden);
+// The rows of a sum, and their weights.
+struct Terms {
+  const void* const* rows;
+  const float* weights;
+  int64_t count;
+};
+
+// out[h] = sum over k < count of weights[k] * rows[k][h]; 0 if count is 0. The rows of `next`, of which a sum comes
+// next, are fetched meanwhile.
+void weighted_sum(DType dtype, void* out, const Terms& terms, const Terms& next, int64_t hidden);
 
 // row[h] = weight * row[h]; returns the sum over h of row[h] * other[h], of the row before it was scaled.
 float dot_and_scale(DType dtype, void* row, const void* other, float weight, int64_t hidden);

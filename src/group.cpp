@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "arithmetic.h"
+#include "copy.h"
 #include "error.h"
 
 namespace deep_ep {
@@ -318,6 +319,10 @@ void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& 
     }
     return more;
   };
+  uint64_t bytes = 0;  // of all ranks
+  for (const Region& region : regions) bytes += region.num_slots * row_bytes;
+  const bool past_caches = bytes > cached_bytes();
+  CopyRow* const copy = copy_row(past_caches);
   const auto push = [&] {
     const auto sent_now = [&](const Entry& entry) {
       const Region& region = regions[entry.dest];
@@ -328,10 +333,11 @@ void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& 
       if (chunk >= allowed[entry.dest]) return false;
       const int64_t slot = entry.slot - chunk * region.slots_per_chunk;
       std::byte* base = group_.address(entry.dest, region.chunk(chunk));
-      write(entry, base + slot * row_bytes, base + region.metas + slot * meta_bytes);
+      copy(base + slot * row_bytes, write(entry, base + region.metas + slot * meta_bytes), row_bytes);
       return true;
     };
     pending.erase(std::remove_if(pending.begin(), pending.end(), sent_now), pending.end());
+    copies_done(past_caches);
   };
   const auto report = [&](int d) {
     const bool all = sent[d] == regions[d].num_chunks();

@@ -156,9 +156,10 @@ class Operation {
   Region staging_region(int rank, int64_t num_slots, int64_t granularity, uint64_t row_bytes,
                         uint64_t meta_bytes) const;
 
-  // Sends `entries` and receives into regions[rank()]. For each entry `write(entry, row, meta)` fills the slot. For
-  // each chunk that has arrived, in order, `consume(first_slot, end_slot, rows, metas)`.
-  using Write = std::function<void(const Entry&, std::byte* row, std::byte* meta)>;
+  // Sends `entries` and receives into regions[rank()]. For each entry `write(entry, meta)` fills the slot's meta and
+  // returns the row that is to be copied to it. For each chunk that has arrived, in order, `consume(first_slot,
+  // end_slot, rows, metas)`.
+  using Write = std::function<const std::byte*(const Entry&, std::byte* meta)>;
   using Consume = std::function<void(int64_t first, int64_t end, std::byte* rows, std::byte* metas)>;
   void exchange(std::vector<Entry> entries, const std::vector<Region>& regions, uint64_t row_bytes, uint64_t meta_bytes,
                 const Write& write, const Consume& consume);

@@ -225,6 +225,13 @@ def test_payload_larger_than_the_window(pool: RankPool, dtype: torch.dtype, ids:
     pool.run(case.R, check_case, case, "default", 1 << 20)
 
 
+@pytest.mark.parametrize("dtype, H", [(torch.bfloat16, 1027), (torch.float32, 520)], ids=str)
+def test_payload_larger_than_the_caches(pool: RankPool, dtype: torch.dtype, H: int) -> None:
+    """Of up to 4 cores: rows are copied past them, from and to addresses of any alignment."""
+    case = Case((4000, 4200), H=H, K=8, dtype=dtype, ids="distinct", absent=0.05)
+    pool.run(2, check_case, case, "default", 512 << 20, timeout=120)
+
+
 def check_bit_patterns(ctx: RankContext, strategy: str, dtype: torch.dtype) -> None:
     """Every 16-bit pattern (fp32: in the upper half), NaN payloads included, to the next rank and back."""
     group = ctx.prepared_group(strategy).group_name

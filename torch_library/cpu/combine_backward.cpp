@@ -36,9 +36,9 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
     const uint64_t row_bytes = recv.row_bytes();
     op.exchange(
         handle.sends(), recv.regions(), row_bytes, sizeof(float),
-        [&](const Entry& entry, std::byte* row, std::byte* meta) {
-          std::memcpy(row, gradients + entry.row / handle.top_k * row_bytes, row_bytes);
+        [&](const Entry& entry, std::byte* meta) {
           std::memcpy(meta, weights + entry.row, sizeof(float));
+          return gradients + entry.row / handle.top_k * row_bytes;
         },
         [&](int64_t first, int64_t end, std::byte* chunk, std::byte* metas) {
           std::byte* row = recv.settle(first, end, chunk);

@@ -112,11 +112,11 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
   const auto* weights = topk_weights.const_data_ptr<float>();
   op.exchange(
       std::move(entries), recv.regions(), recv.row_bytes(), sizeof(RowMeta),
-      [&](const Entry& entry, std::byte* row, std::byte* meta) {
+      [&](const Entry& entry, std::byte* meta) {
         const int32_t token = static_cast<int32_t>(entry.row / K);
-        std::memcpy(row, rows + token * recv.row_bytes(), recv.row_bytes());
         const RowMeta data{token, static_cast<int32_t>(entry.row % K), weights[entry.row]};
         std::memcpy(meta, &data, sizeof data);
+        return rows + token * recv.row_bytes();
       },
       [&](int64_t first, int64_t end, std::byte* chunk, std::byte* metas) {
         recv.settle(first, end, chunk);

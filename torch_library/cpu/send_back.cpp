@@ -1,5 +1,6 @@
 #include "send_back.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace deep_ep {
@@ -15,16 +16,18 @@ std::vector<Region> SendBack::place(const Operation& op) const {
 void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
   const int64_t K = handle.top_k;
   const auto* own_rows = static_cast<const std::byte*>(rows);
-  const auto write = [&](const Entry& entry, std::byte* row, std::byte* scalar) {
-    if (hidden > 0) std::memcpy(row, own_rows + entry.row * row_bytes(), row_bytes());
+  const auto write = [&](const Entry& entry, std::byte* scalar) {
     if (has_scalars) std::memcpy(scalar, scalars + entry.row, sizeof(float));
+    return own_rows + entry.row * row_bytes();
   };
-  std::vector<const void*> parts(K);
-  std::vector<float> factors(K);
+  // The terms of two tokens: one is summed up while the next one's rows are fetched.
+  std::vector<const void*> parts(2 * K);
+  std::vector<float> factors(2 * K);
   const auto consume = [&](int64_t first, int64_t end, std::byte* arrived_rows, std::byte* arrived_scalars) {
-    for (int64_t begin = first; begin < end; begin += K) {
+    const auto terms_of = [&](int64_t begin) {
+      const int64_t at = begin / K % 2 * K;
       int64_t count = 0;
-      for (int64_t slot = begin; slot < begin + K; ++slot) {
+      for (int64_t slot = begin; slot < std::min(begin + K, end); ++slot) {
         if (has_scalars) scalars_out[slot] = 0.0f;
         const int64_t head = handle.send_head[slot];
         if (head < 0) continue;
@@ -35,12 +38,16 @@ void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
                       own ? reinterpret_cast<const std::byte*>(scalars + head)
                           : arrived_scalars + (slot - first) * sizeof(float),
                       sizeof(float));
-        parts[count] = own ? own_rows + head * row_bytes() : arrived_rows + (slot - first) * row_bytes();
-        factors[count++] = weights != nullptr ? weights[slot] : 1.0f;
+        parts[at + count] = own ? own_rows + head * row_bytes() : arrived_rows + (slot - first) * row_bytes();
+        factors[at + count++] = weights != nullptr ? weights[slot] : 1.0f;
       }
-      if (hidden > 0)
-        weighted_sum(dtype, static_cast<std::byte*>(sums) + begin / K * row_bytes(), parts.data(), factors.data(),
-                     count, hidden);
+      return Terms{parts.data() + at, factors.data() + at, count};
+    };
+    Terms terms = terms_of(first);
+    for (int64_t begin = first; begin < end; begin += K) {
+      const Terms next = terms_of(begin + K);
+      if (hidden > 0) weighted_sum(dtype, static_cast<std::byte*>(sums) + begin / K * row_bytes(), terms, next, hidden);
+      terms = next;
     }
   };
   op.exchange(handle.returns(), regions, row_bytes(), scalar_bytes(), write, consume);
