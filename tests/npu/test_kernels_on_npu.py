@@ -199,7 +199,7 @@ def check_late(ctx: RankContext) -> None:
         assert 0.4 < time.monotonic() - begin < 20
         said = error_of(deep_ep.npu.check, group)
         assert said == (
-            "deep_ep.low_latency_dispatch, launch 1, phase 0, failed at rank 1: it did not answer in time: expected "
+            "deep_ep.low_latency_dispatch on rank 0, launch 1, phase 0, failed at rank 1: it did not answer in time: expected "
             "launch, and the newest one seen of it: 1, 0"
         )
     dist.barrier(group=ctx.group)
@@ -221,7 +221,7 @@ def check_bad_id(ctx: RankContext) -> None:
     torch.ops.deep_ep.low_latency_dispatch(x, ids.npu(), M, E, SIZE, group.group_name, "", None)
     torch.npu.synchronize()
     assert error_of(deep_ep.npu.check, group) == (
-        "deep_ep.low_latency_dispatch, launch 1, phase 0, failed at rank 1: "
+        f"deep_ep.low_latency_dispatch on rank {ctx.rank}, launch 1, phase 0, failed at rank 1: "
         + (
             f"topk_idx holds an id that is neither -1 nor a number of an expert: number of experts, id: {E}, {E}"
             if ctx.rank == 1

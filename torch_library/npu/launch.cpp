@@ -136,10 +136,10 @@ const char* text_of(Failure failure) {
   }
 }
 
-std::string text_of(const int32_t* status) {
-  return str("deep_ep.", name_of(static_cast<Op>(status[kOp])), ", launch ", status[kLaunch], ", phase ",
-             status[kPhase], ", failed at rank ", status[kPeer], ": ", text_of(static_cast<Failure>(status[kFailure])),
-             ": ", status[kExpected], ", ", status[kGot]);
+std::string text_of(const int32_t* status, int64_t rank) {
+  return str("deep_ep.", name_of(static_cast<Op>(status[kOp])), " on rank ", rank, ", launch ", status[kLaunch],
+             ", phase ", status[kPhase], ", failed at rank ", status[kPeer], ": ",
+             text_of(static_cast<Failure>(status[kFailure])), ": ", status[kExpected], ", ", status[kGot]);
 }
 
 }  // namespace
@@ -231,7 +231,8 @@ DEEP_EP_API int deep_ep_npu_check(const int64_t* table, char* error) {
   int32_t status[DEEP_EP_STATUS_WORDS];
   if (state().kernels->read_status(table, status, error) != 0) return 1;
   if (status[deep_ep::kFailure] == 0) return 0;
-  std::snprintf(error, DEEP_EP_TEXT_BYTES, "%s", deep_ep::npu::text_of(status).c_str());
+  std::snprintf(error, DEEP_EP_TEXT_BYTES, "%s",
+                deep_ep::npu::text_of(status, table[deep_ep::WindowMap::kRank]).c_str());
   return 1;
 }
 
