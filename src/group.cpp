@@ -18,6 +18,7 @@ namespace deep_ep {
 namespace {
 
 constexpr int kHealthMilliseconds = 100;
+constexpr uint64_t kMargin = 512 << 10;  // of blocks for rows
 
 void copy_text(char* to, const std::string& text) {
   const size_t size = std::min<size_t>(text.size(), kTextBytes - 1);
@@ -127,7 +128,7 @@ Operation::Operation(Turn turn, Post mine, const std::vector<int32_t>& words, co
     if (group_.log_.size() < Group::kLogged) group_.log_.resize(Group::kLogged);
     group_.log_[(sequence_ - 1) % Group::kLogged] = op_;
   }
-  offered_ = group_.own_->pool.take_largest();
+  offered_ = group_.own_->pool.take(group_.wanted_[op_]);
   open_ = true;
 
   try {
@@ -176,6 +177,8 @@ void Operation::finish() {
   group_.own_->pool.give_back(std::exchange(offered_, {}));
   open_ = false;
   stopwatch_.enter(Phase::finish);
+  uint64_t& wanted = group_.wanted_[op_];
+  wanted = std::max(needed_, wanted - wanted / 64);
   std::lock_guard lock(group_.log_mutex_);
   auto& [spent, finished] = group_.spent_[op_];
   for (int i = 0; i < kPhases; ++i) spent[i] += stopwatch_.spent()[i];
@@ -266,7 +269,9 @@ std::optional<Region> Operation::pool_region(int rank, int64_t num_slots, int64_
   Region region;
   region.offset = post(rank).pool_offset;
   region.metas = Pool::aligned(total_rows * row_bytes);
-  if (region.metas + num_slots * meta_bytes > post(rank).pool_bytes) return std::nullopt;
+  const uint64_t needed = region.metas + num_slots * meta_bytes;
+  if (rank == this->rank()) needed_ = std::max(needed_, needed);
+  if (needed > post(rank).pool_bytes) return std::nullopt;
   region.num_slots = num_slots;
   region.slots_per_chunk = std::max<int64_t>(num_slots, 1);
   return region;
@@ -386,7 +391,10 @@ void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& 
 }
 
 std::shared_ptr<std::byte> Operation::keep(uint64_t bytes) {
-  const Block block = group_.own_->pool.trim(std::exchange(offered_, {}), bytes);
+  // Once it is given back, it is to do for one that needs somewhat more: routing varies, and more where tokens are few.
+  const uint64_t most = std::max(needed_, group_.wanted_[op_]);
+  const uint64_t margin = std::max(most / 16, std::min(most, kMargin));
+  const Block block = group_.own_->pool.trim(std::exchange(offered_, {}), std::max(bytes, most + margin));
   return {group_.own_->window.at(block.offset), [own = group_.own_, block](std::byte*) { own->pool.give_back(block); }};
 }
 

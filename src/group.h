@@ -90,6 +90,7 @@ class Group {
   uint64_t sequence_ = 0;
   std::vector<Op> log_;
   std::map<Op, std::pair<Nanoseconds, uint64_t>> spent_;
+  std::map<Op, uint64_t> wanted_;  // bytes of the pool that such operations have needed; the one that runs owns it
 };
 
 // The right to run the next operation of a group, from when it is made: operations run in the order of their turns,
@@ -189,6 +190,7 @@ class Operation {
   const Op op_;
   uint64_t sequence_ = 0;
   Block offered_;
+  mutable uint64_t needed_ = 0;  // bytes of it
   bool open_ = false;
   Stopwatch stopwatch_{Phase::counts};
 };

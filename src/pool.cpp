@@ -6,13 +6,16 @@ namespace deep_ep {
 
 Pool::Pool(uint64_t offset, uint64_t bytes) { insert({offset, bytes / kAlignment * kAlignment}); }
 
-Block Pool::take_largest() {
+Block Pool::take(uint64_t bytes) {
   std::lock_guard lock(mutex_);
-  const auto largest =
-      std::max_element(free_.begin(), free_.end(), [](auto& a, auto& b) { return a.second < b.second; });
-  if (largest == free_.end()) return {};
-  const Block block{largest->first, largest->second};
-  free_.erase(largest);
+  const auto fits = [bytes](const auto& block) { return bytes > 0 && block.second >= bytes; };
+  const auto best = std::max_element(free_.begin(), free_.end(), [&](const auto& a, const auto& b) {
+    if (fits(a) != fits(b)) return fits(b);
+    return fits(a) ? a.second > b.second : a.second < b.second;
+  });
+  if (best == free_.end()) return {};
+  const Block block{best->first, best->second};
+  free_.erase(best);
   return block;
 }
 

@@ -1,4 +1,4 @@
-// A first-fit allocator of the part of a window that holds long-lived rows (recv_x).
+// A best-fit allocator of the part of a window that holds long-lived rows (recv_x).
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,9 @@ class Pool {
 
   Pool(uint64_t offset, uint64_t bytes);
 
-  // The largest free block, taken from the pool; 0 bytes when nothing is free.
-  Block take_largest();
+  // The smallest free block of at least `bytes`, taken from the pool: memory that was just given back is in the caches,
+  // and mapped. If there is none, or 0 bytes are asked for, the largest one; 0 bytes when nothing is free.
+  Block take(uint64_t bytes);
 
   // Gives back all of `block` beyond its first `bytes`, and returns what is kept.
   Block trim(Block block, uint64_t bytes);

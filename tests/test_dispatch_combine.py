@@ -291,6 +291,23 @@ def test_several_dispatches_alive(pool: RankPool, strategy: str) -> None:
         pool.run(2, check_several_alive, strategy, batches)
 
 
+def check_used_again(ctx: RankContext) -> None:
+    """A result that is replaced by the next one: both live for a moment, and then the first one's memory is free."""
+    group = ctx.prepared_group("default", 64 << 20)
+    generator = torch.Generator().manual_seed(ctx.rank)
+    addresses = []
+    for _ in range(20):
+        x, ids = torch.randn(300, 512, generator=generator), torch.randint(4, (300, 2), generator=generator)
+        out = deep_ep.dispatch(x, ids, num_experts=4, group=group)
+        addresses.append(out.recv_x.data_ptr())
+    # About 600 rows of 2 KiB each, in a pool of 64 MiB.
+    assert max(addresses) - min(addresses) < 4 << 20, "memory that was given back is not used again"
+
+
+def test_memory_is_used_again(pool: RankPool) -> None:
+    pool.run(2, check_used_again)
+
+
 def check_without_weights(ctx: RankContext, strategy: str) -> None:
     """topk_weights=None means ones: every token comes back once per expert that it has."""
     group = ctx.prepared_group(strategy)

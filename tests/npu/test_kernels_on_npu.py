@@ -199,8 +199,8 @@ def check_late(ctx: RankContext) -> None:
         assert 0.4 < time.monotonic() - begin < 20
         said = error_of(deep_ep.npu.check, group)
         assert said == (
-            "deep_ep.low_latency_dispatch on rank 0, launch 1, phase 0, failed at rank 1: it did not answer in time: expected "
-            "launch, and the newest one seen of it: 1, 0"
+            "deep_ep.low_latency_dispatch on rank 0, launch 1, phase 0, failed at rank 1: it did not answer in time: "
+            "expected launch, and the newest one seen of it: 1, 0"
         )
     dist.barrier(group=ctx.group)
     deep_ep.init(group, num_bytes=1 << 20, timeout=datetime.timedelta(seconds=30))
