@@ -16,7 +16,7 @@ CXX_FOLDERS := $(wildcard src torch_library)
 # The folders are in the list too: a file that was added or removed changes its folder's time.
 CXX_INPUTS := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find $(CXX_FOLDERS) -type d -o -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS)) \
-  $(shell find ops tests/cann tests/fake_cann tests/host_kernels tests/twin -name '*.cpp' -o -name '*.h')
+  $(shell find benchmarks ops tests/cann tests/fake_cann tests/host_kernels tests/twin -name '*.cpp' -o -name '*.h')
 
 .PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-long mutate-kernels lint types format wheel \
   wheel-check clean
@@ -24,7 +24,7 @@ CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS)) \
 help:
 	@echo "make train       train a small MoE on RANKS=$(RANKS) processes (options in ARGS)"
 	@echo "make train-npu   the same with graphs for NPUs and the AscendC kernels, over stand-ins for CANN and for an NPU"
-	@echo "make bench       run the benchmarks"
+	@echo "make bench       the CPU backend against gloo, MPI and the speed of memory (ARGS=--help: other configurations)"
 	@echo "make test        the whole suite, which is test-npu and test-cpu"
 	@echo "make test-quick  within 2 minutes; test-long: with many more random cases"
 	@echo "make mutate-kernels   faults in the AscendC kernels, one at a time: how many the twin catches"
@@ -71,7 +71,7 @@ train: $(STAMPS)/build
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node=$(RANKS) examples/train_moe.py $(ARGS)
 
 bench: $(STAMPS)/build
-	$(BIN)/python -m benchmarks.ep $(or $(ARGS),--quick)
+	$(BIN)/python -m benchmarks.ep $(ARGS)
 
 test: test-npu test-cpu
 

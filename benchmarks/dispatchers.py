@@ -5,6 +5,7 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,12 +13,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import deep_ep
+from benchmarks import native
+from benchmarks.points import DTYPES, Point, num_rows
+
+DEEP_EP = "deep_ep.default"
+GLOO = "gloo"
+GLOO_TUNED = "gloo.tuned"
+MPI = "mpi"  # a row for each (token, expert) on the wire
+MPI_MERGED = "mpi.merged"  # one for each (token, rank)
+COPY = "memcpy"
+WRITE_READ = "write+read"
+
 
 class Dispatcher(Protocol):
     """One way of sending tokens to their experts; both methods are collective over the group."""
 
     name: str
-    sum_dtype: torch.dtype  # in which combine multiplies and adds
+    sum_eps: float  # relative error of a product or a sum in combine
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, Any]:
         """Send every (token, k) of x [T, H] to the rank of its expert.
@@ -86,6 +99,7 @@ class GlooDispatcher:
         self.name = name
         self.group = group
         self.sum_dtype = sum_dtype
+        self.sum_eps = torch.finfo(sum_dtype).eps
         self.num_experts = num_experts
         self.num_ranks = group.size()
         self.num_local_experts = num_experts // self.num_ranks
@@ -124,41 +138,195 @@ class GlooDispatcher:
         return torch.bmm(weights, by_token.view(T, K, -1).to(self.sum_dtype)).squeeze(1).to(y.dtype)
 
 
-@dataclass(frozen=True)
-class DeepEPState:
-    """What DeepEPDispatcher.combine needs of its dispatch."""
+class Tuned:
+    """All-to-all as one would write it for speed: buffers made once, the work around it in C++ (native/exchange.cpp).
 
-    topk_idx: Tensor  # [T, K]
-    topk_weights: Tensor  # [T, K]
-    recv_src_idx: Tensor  # [N, 3]
-    send_head: Tensor  # [T, K]
+    With merge a token goes to a rank once, is expanded there, and combine sums the rank's rows, with their weights and
+    in fp32, before one row goes back. Without, a row of its own travels for every expert. Results are in memory that
+    the next call writes to; there is no backward.
+    """
+
+    def __init__(self, name: str, point: Point, rank: int, buffers: native.Buffers, merge: bool) -> None:
+        self.name = name
+        # With merge a second rounding, to the dtype of x.
+        self.sum_eps = torch.finfo(DTYPES[point.dtype] if merge else torch.float32).eps
+        self.buffers = buffers
+        self.expand = point.rows == "expert"
+        self.merge = merge
+        self.exchange = buffers.exchange(
+            tokens=point.tokens,
+            hidden=point.hidden,
+            top_k=point.topk,
+            experts=point.experts,
+            ranks=point.ranks,
+            rank=rank,
+            dtype=("fp32", "fp16", "bf16").index(point.dtype),
+            threads=torch.get_num_threads(),
+            merge=merge,
+            expand=self.expand,
+        )
+
+    def _received(self, num_rows: int) -> Tensor:
+        return (self.buffers.recv_x if self.expand else self.buffers.recv_rows)[:num_rows]
 
 
-class DeepEPDispatcher:
+class TunedMPI(Tuned):
+    """Tuned over MPI_Alltoallv, one call of C++ for each of dispatch and combine."""
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, None]:
+        pointers = x.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
+        return self._received(native.library().mpi_dispatch(self.exchange, *pointers)), None
+
+    def combine(self, y: Tensor, state: None) -> Tensor:
+        native.library().mpi_combine(self.exchange, y.data_ptr(), self.buffers.out.data_ptr())
+        return self.buffers.out
+
+
+class TunedGloo(Tuned):
+    """Tuned over all_to_all_single of torch.distributed's gloo."""
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, tuple[list[int], list[int]]]:
+        library, buffers = native.library(), self.buffers
+        library.exchange_pack(self.exchange, x.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr())
+        dist.all_to_all_single(buffers.recv_counts, buffers.send_counts)
+        sent, received = buffers.send_counts[:, 0].tolist(), buffers.recv_counts[:, 0].tolist()
+        S, M = sum(sent), sum(received)
+        if self.merge:
+            dist.all_to_all_single(buffers.recv_meta[:M], buffers.send_meta[:S], received, sent)
+        dist.all_to_all_single(buffers.recv_rows[:M], buffers.send_rows[:S], received, sent)
+        return self._received(library.exchange_unpack(self.exchange)), (sent, received)
+
+    def combine(self, y: Tensor, state: tuple[list[int], list[int]]) -> Tensor:
+        library, buffers, (sent, received) = native.library(), self.buffers, state
+        if self.expand:
+            library.exchange_pack_back(self.exchange, y.data_ptr())
+            y = buffers.recv_rows[: sum(received)]
+        dist.all_to_all_single(buffers.send_rows[: sum(sent)], y, sent, received)
+        library.exchange_unpack_back(self.exchange, buffers.out.data_ptr())
+        return buffers.out
+
+
+class Memory:
+    """Not a dispatcher, but the limit: its payload copied once by memcpy, or written once and read once.
+
+    The payload of dispatch is recv_x, N rows of H elements, and that of combine the N rows that are read. All ranks
+    do their share at once, each with as many threads as torch has there. `write_read` passes the caches by where the
+    machine has stores for that.
+    """
+
+    def __init__(self, name: str, buffers: native.Buffers, num_rows: int) -> None:
+        self.name = name
+        self.sum_eps = 0.0
+        self.to, self.source = buffers.recv_x[:num_rows], buffers.recv_rows[:num_rows]
+        self.source.fill_(1)  # pages that were never written to are not memory
+        self.copies = name == COPY
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, None]:
+        num_bytes, threads = self.to.nbytes, torch.get_num_threads()
+        if self.copies:
+            native.library().memory_copy(self.to.data_ptr(), self.source.data_ptr(), num_bytes, threads)
+        else:
+            native.library().memory_write_read(self.to.data_ptr(), num_bytes // 64 * 64, threads)
+        return self.to, None
+
+    def combine(self, y: Tensor, state: None) -> Tensor:
+        return self.dispatch(y, y, y)[0]
+
+
+class DeepEP:
     """One overload of the deep_ep ops, called eagerly; the group must have been through deep_ep.init."""
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int, overload: str) -> None:
         self.name = f"deep_ep.{overload}"
-        self.sum_dtype = torch.float32
+        self.sum_eps = torch.finfo(torch.float32).eps
+        self.sizes = num_experts, group.size()
         self.group_name = group.group_name
-        self.num_experts = num_experts
-        self.num_ranks = group.size()
         self.dispatch_op = getattr(torch.ops.deep_ep.dispatch, overload)
         self.combine_op = getattr(torch.ops.deep_ep.combine, overload)
 
-    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, DeepEPState]:
-        outputs = self.dispatch_op(x, topk_idx, topk_weights, self.num_experts, self.num_ranks, 0, self.group_name)
-        recv_x, recv_src_idx, send_head = outputs[0], outputs[8], outputs[9]
-        return recv_x, DeepEPState(topk_idx, topk_weights, recv_src_idx, send_head)
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, Any]:
+        recv_x, *_, source, head = self.dispatch_op(x, topk_idx, topk_weights, *self.sizes, 0, self.group_name)
+        return recv_x, (topk_idx, topk_weights, source, head)
 
-    def combine(self, y: Tensor, state: DeepEPState) -> Tensor:
-        return self.combine_op(
-            y,
-            state.topk_idx,
-            state.topk_weights,
-            state.recv_src_idx,
-            state.send_head,
-            self.num_experts,
-            self.num_ranks,
-            self.group_name,
+    def combine(self, y: Tensor, state: Any) -> Tensor:
+        return self.combine_op(y, *state, *self.sizes, self.group_name)
+
+
+class DeepEPLowLatency:
+    """One overload of deep_ep's low-latency ops, called eagerly, with room for M = T tokens per rank."""
+
+    def __init__(self, group: dist.ProcessGroup, point: Point, overload: str) -> None:
+        self.name = f"deep_ep.{overload}"
+        self.sum_eps = torch.finfo(torch.float32).eps
+        self.max_tokens = point.tokens
+        self.rest = point.experts, point.ranks, group.group_name, "", None
+        self.dispatch_op = getattr(torch.ops.deep_ep.low_latency_dispatch, overload)
+        self.combine_op = getattr(torch.ops.deep_ep.low_latency_combine, overload)
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, Any]:
+        recv_x, _, source, layout, head = self.dispatch_op(x, topk_idx, self.max_tokens, *self.rest)
+        return recv_x, (topk_idx, topk_weights, source, layout, head)
+
+    def combine(self, y: Tensor, state: Any) -> Tensor:
+        return self.combine_op(y, *state, *self.rest)
+
+
+class DeepEPBuffer:
+    """deep_ep.Buffer with rows="rank"; the layout that its dispatch asks for belongs to the time of dispatch."""
+
+    def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
+        self.name = "deep_ep.default"
+        self.sum_eps = torch.finfo(torch.float32).eps
+        self.num_experts = num_experts
+        self.buffer = deep_ep.Buffer(group, rows="rank")
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, Any]:
+        per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(topk_idx, self.num_experts)
+        recv_x, _, _, _, handle, _ = self.buffer.dispatch(
+            x,
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
         )
+        assert isinstance(recv_x, Tensor)
+        return recv_x, handle
+
+    def combine(self, y: Tensor, state: Any) -> Tensor:
+        return self.buffer.combine(y, state)[0]
+
+
+def make_dispatchers(group: dist.ProcessGroup, point: Point) -> list[Dispatcher | Memory]:
+    """The competitors of a point. gloo as the frameworks write it has the rows of rows="expert" only, and what is tuned
+    has no backward.
+    """
+    E = point.experts
+    competitors: list[Dispatcher | Memory] = []
+    if point.mode == "low_latency":
+        competitors += [DeepEPLowLatency(group, point, "default")]
+    elif point.rows == "rank":
+        competitors += [DeepEPBuffer(group, E)]
+    else:
+        competitors += [DeepEP(group, E, "default")]
+    if point.alone:
+        return competitors
+    if point.rows == "expert":
+        competitors += [GlooDispatcher(group, E, GLOO)]
+        if point.dtype != "fp32":
+            competitors += [GlooDispatcher(group, E, "gloo.lowp", DTYPES[point.dtype])]
+        if point.mode == "low_latency":
+            competitors += [DeepEPLowLatency(group, point, "alltoall")]
+        else:
+            competitors += [DeepEP(group, E, "alltoall")]
+    if point.backward:
+        return competitors
+    rank = group.rank()
+    buffers = native.Buffers(point.tokens, point.hidden, point.topk, E, point.ranks, DTYPES[point.dtype])
+    competitors += [TunedGloo(GLOO_TUNED, point, rank, buffers, merge=True)]
+    if native.has_mpi() and "OMPI_COMM_WORLD_RANK" in os.environ:
+        competitors += [TunedMPI(MPI_MERGED, point, rank, buffers, merge=True)]
+        if point.rows == "expert":
+            competitors += [TunedMPI(MPI, point, rank, buffers, merge=False)]
+    N = num_rows(point, rank)
+    return [*competitors, Memory(COPY, buffers, N), Memory(WRITE_READ, buffers, N)]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 
 Samples = dict[str, dict[str, list[float]]]
-"""Seconds by competitor and stage; position i of every list belongs to repetition i."""
+"""Seconds of a call by competitor and stage; position i of every list belongs to repetition i."""
 
 TOTAL = "dispatch+combine"
 
@@ -16,7 +16,7 @@ class Summary:
     """One competitor in one stage, against the baseline."""
 
     seconds: float  # median
-    ratio: float  # median over repetitions of baseline / competitor
+    ratio: float  # median over repetitions of competitor / baseline
     ratio_min: float
     ratio_max: float
 
@@ -25,39 +25,35 @@ def with_totals(samples: Samples) -> Samples:
     """Put sums per repetition in front of the stages: of dispatch and combine, and of all of them."""
     totals: Samples = {}
     for name, stages in samples.items():
-        totals[name] = {TOTAL: [d + c for d, c in zip(stages["dispatch"], stages["combine"], strict=True)]}
-        if len(stages) > 2:
-            totals[name]["+".join(stages)] = [sum(times) for times in zip(*stages.values(), strict=True)]
+        totals[name] = {}
+        for summed in (TOTAL.split("+"), list(stages)):
+            totals[name]["+".join(summed)] = [sum(times) for times in zip(*(stages[s] for s in summed), strict=True)]
         totals[name] |= stages
     return totals
 
 
+def paired(samples: Samples, name: str, baseline: str, stage: str) -> Summary:
+    """A competitor's time in a stage, and its ratio to the baseline's in the same repetition."""
+    times = samples[name][stage]
+    ratios = [t / b for t, b in zip(times, samples[baseline][stage], strict=True)]
+    return Summary(median(times), median(ratios), min(ratios), max(ratios))
+
+
 def summarize(samples: Samples, baseline: str) -> dict[str, dict[str, Summary]]:
-    """Medians and paired ratios baseline / competitor of every competitor and stage."""
-    summary: dict[str, dict[str, Summary]] = {}
-    for name, stages in samples.items():
-        summary[name] = {}
-        for stage, times in stages.items():
-            ratios = [b / t for b, t in zip(samples[baseline][stage], times, strict=True)]
-            summary[name][stage] = Summary(median(times), median(ratios), min(ratios), max(ratios))
-    return summary
+    """Of every competitor and stage."""
+    return {name: {stage: paired(samples, name, baseline, stage) for stage in samples[name]} for name in samples}
 
 
 def table(summary: dict[str, dict[str, Summary]], baseline: str) -> str:
     """One line per stage and competitor: the median time, the median paired ratio and its spread."""
     width = max(map(len, summary))
-    lines = [f"  {'':{width}}  {'median ms':>10}  {baseline + ' / it':>12}  {'min – max':>17}"]
+    lines = [f"  {'':{width}}  {'median ms':>10}  {'/ ' + baseline:>17}  {'min – max':>17}"]
     for stage in summary[baseline]:
         lines.append(f"  {stage}")
         for name, stages in summary.items():
             s = stages[stage]
             line = f"  {name:{width}}  {s.seconds * 1e3:10.3f}"
             if name != baseline:
-                line += f"  {s.ratio:12.2f}  {s.ratio_min:7.2f} – {s.ratio_max:7.2f}"
+                line += f"  {s.ratio:17.2f}  {s.ratio_min:7.2f} – {s.ratio_max:7.2f}"
             lines.append(line)
     return "\n".join(lines)
-
-
-def as_json(summary: dict[str, dict[str, Summary]]) -> dict[str, dict[str, dict[str, float]]]:
-    """The summary as plain dictionaries."""
-    return {name: {stage: asdict(s) for stage, s in stages.items()} for name, stages in summary.items()}

@@ -1,0 +1,127 @@
+"""The goals: what is measured for each, over which configurations, and how far it is from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import geometric_mean, median
+
+from benchmarks.dispatchers import COPY, DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED
+from benchmarks.points import Point
+from benchmarks.report import TOTAL, Samples, paired
+
+
+@dataclass(frozen=True)
+class Value:
+    """One measured number of a goal: a ratio, or in the goal's unit."""
+
+    ranks: int
+    config: str
+    value: float
+
+
+Measured = list[tuple[Point, Samples]]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A line of the table. Where goal > floor more is better, otherwise less is."""
+
+    title: str
+    goal: float
+    floor: float
+    values: Callable[[Measured], list[Value]]
+    unit: str = "x"
+
+    def better(self, value: float, bound: float) -> bool:
+        return value >= bound if self.goal > self.floor else value <= bound
+
+    def verdict(self, value: float) -> str:
+        return "goal" if self.better(value, self.goal) else "floor" if self.better(value, self.floor) else "below"
+
+    def worst(self, values: Iterable[Value]) -> Value:
+        return (min if self.goal > self.floor else max)(values, key=lambda v: v.value)
+
+
+def _normal(point: Point) -> bool:
+    large = point.tokens >= 1024 and point.topk == 8 and point.hidden in (2048, 7168) and point.dtype == "bf16"
+    return large and point.mode == "normal" and point.rows == "expert" and not point.backward and not point.alone
+
+
+def _low_latency(point: Point) -> bool:
+    return point.mode == "low_latency" and point.tokens <= 8 and point.hidden == 7168 and not point.backward
+
+
+def _backward(point: Point) -> bool:
+    return point.backward and point.tokens >= 1024 and point.rows == "expert" and point.mode == "normal"
+
+
+def _times(*names: str, where: Callable[[Point], bool], backward: bool = False) -> Callable[[Measured], list[Value]]:
+    """How many times deep_ep's time the best of these competitors takes."""
+
+    def values(measured: Measured) -> list[Value]:
+        found = []
+        for point, samples in measured:
+            there = [name for name in names if name in samples]
+            if where(point) and there:
+                stage = "+".join(point.stages) if backward else TOTAL
+                best = min(there, key=lambda name: median(samples[name][stage]))
+                found.append(Value(point.ranks, str(point), paired(samples, best, DEEP_EP, stage).ratio))
+        return found
+
+    return values
+
+
+def _of_copies(measured: Measured) -> list[Value]:
+    return [
+        Value(point.ranks, str(point), paired(samples, DEEP_EP, COPY, TOTAL).ratio)
+        for point, samples in measured
+        if _normal(point)
+    ]
+
+
+GOALS = (
+    Goal("T ≥ 1024, K=8, bf16: gloo as written / deep_ep", 30, 15, _times(GLOO, where=_normal)),
+    Goal("  gloo tuned / deep_ep", 5, 2, _times(GLOO_TUNED, where=_normal)),
+    Goal("  better MPI variant / deep_ep", 2.2, 1.3, _times(MPI, MPI_MERGED, where=_normal)),
+    Goal("  deep_ep / memcpy of both payloads", 0.8, 1.1, _of_copies),
+    Goal("1 to 8 tokens, H=7168, low latency: gloo / deep_ep", 50, 25, _times(GLOO, where=_low_latency)),
+    Goal("  better MPI variant / deep_ep", 4, 2, _times(MPI, MPI_MERGED, where=_low_latency)),
+    Goal("with backward: gloo as written / deep_ep", 15, 8, _times(GLOO, where=_backward, backward=True)),
+)
+
+
+def table(measured: Measured) -> str:
+    """One line per goal: goal, floor, geometric means over all configurations and those of each R, and the worst."""
+    ranks = sorted({point.ranks for point, _ in measured})
+    width = max(len(goal.title) for goal in GOALS)
+    header = f"{'':{width}}  {'goal':>7} {'floor':>7}  {'mean':>7}" + "".join(f" {f'R={r}':>7}" for r in ranks)
+    lines = [header + "         worst"]
+    for goal in GOALS:
+        values = goal.values(measured)
+        line = f"{goal.title:{width}}  {goal.goal:>6g}{goal.unit} {goal.floor:>6g}{goal.unit}"
+        if not values:
+            lines.append(line + "   not measured")
+            continue
+        mean = geometric_mean(v.value for v in values)
+        line += f"  {mean:7.2f}"
+        for r in ranks:
+            of_ranks = [v.value for v in values if v.ranks == r]
+            line += f" {geometric_mean(of_ranks):7.2f}" if of_ranks else f" {'':7}"
+        worst = goal.worst(values)
+        lines.append(f"{line}  {goal.verdict(mean):5}  {worst.value:.2f} at {worst.config}")
+    return "\n".join(lines)
+
+
+def as_json(measured: Measured) -> list[dict[str, object]]:
+    """Goals with all their values."""
+    return [
+        {
+            "title": goal.title.strip(),
+            "goal": goal.goal,
+            "floor": goal.floor,
+            "unit": goal.unit,
+            "values": [vars(value) for value in goal.values(measured)],
+        }
+        for goal in GOALS
+    ]

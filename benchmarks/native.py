@@ -1,0 +1,82 @@
+"""benchmarks/native by ctypes: what the tuned competitors do with rows, MPI, and the speed of memory.
+
+The library is built at first use, with MPI where that is installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deep_ep.twin.native import build
+
+SOURCE = Path(__file__).parent / "native"
+FOLDER = SOURCE.parents[1] / "build" / "benchmarks"
+
+# Fields of the struct Exchange in exchange.h, in its order.
+_NUMBERS = ("tokens", "hidden", "top_k", "experts", "ranks", "rank", "dtype", "threads", "merge", "expand")
+_POINTERS = ("send_counts", "recv_counts", "send_meta", "recv_meta", "send_rows", "recv_rows", "recv_x")
+_POINTERS += ("token_at", "token_rows", "token_weights", "wire_at", "wire_rows", "wire_weights")
+
+
+class Exchange(ctypes.Structure):
+    """The struct of exchange.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in _NUMBERS] + [(name, ctypes.c_void_p) for name in _POINTERS]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library, with MPI's symbols visible to the plugins that MPI loads."""
+    loaded = ctypes.CDLL(str(build(SOURCE, FOLDER, "competitors")), mode=ctypes.RTLD_GLOBAL)
+    pointer, number, exchange = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Exchange)
+    for name, arguments in {
+        "exchange_pack": [exchange, pointer, pointer, pointer],
+        "exchange_unpack": [exchange],
+        "exchange_pack_back": [exchange, pointer],
+        "exchange_unpack_back": [exchange, pointer],
+        "memory_copy": [pointer, pointer, number, number],
+        "memory_write_read": [pointer, number, number],
+        "mpi_dispatch": [exchange, pointer, pointer, pointer],
+        "mpi_combine": [exchange, pointer, pointer],
+    }.items():
+        if not name.startswith("mpi_") or hasattr(loaded, "mpi_start"):
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, ctypes.c_int64
+    return loaded
+
+
+def has_mpi() -> bool:
+    """Whether the library was built with MPI."""
+    return hasattr(library(), "mpi_start")
+
+
+class Buffers:
+    """Memory of the struct Exchange for the largest numbers of rows of a point. Only pages in use take memory."""
+
+    def __init__(self, tokens: int, hidden: int, top_k: int, experts: int, ranks: int, dtype: torch.dtype) -> None:
+        T, K, R, L = tokens, top_k, ranks, experts // ranks
+        N = R * T * min(K, L)
+        self.send_counts = torch.zeros(R, 1 + L, dtype=torch.int64)
+        self.recv_counts = torch.zeros(R, 1 + L, dtype=torch.int64)
+        self.send_meta = torch.empty(T * K, 2 * K, dtype=torch.int32)
+        self.recv_meta = torch.empty(R * T, 2 * K, dtype=torch.int32)
+        self.send_rows = torch.empty(T * K, hidden, dtype=dtype)
+        self.recv_rows = torch.empty(N, hidden, dtype=dtype)
+        self.recv_x = torch.empty(N, hidden, dtype=dtype)
+        self.out = torch.empty(T, hidden, dtype=dtype)
+        self.token_at = torch.empty(T + 1, dtype=torch.int64)
+        self.token_rows = torch.empty(T * K, dtype=torch.int32)
+        self.token_weights = torch.empty(T * K, dtype=torch.float32)
+        self.wire_at = torch.empty(N + 1, dtype=torch.int64)
+        self.wire_rows = torch.empty(N, dtype=torch.int32)
+        self.wire_weights = torch.empty(N, dtype=torch.float32)
+
+    def exchange(self, **numbers: int) -> Exchange:
+        """The struct with these pointers; they live as long as this object."""
+        pointers: dict[str, Tensor] = {name: getattr(self, name) for name in _POINTERS}
+        return Exchange(**numbers, **{name: tensor.data_ptr() for name, tensor in pointers.items()})

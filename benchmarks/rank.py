@@ -1,0 +1,127 @@
+"""One rank: checks and measures every point it is given.
+
+    python -m benchmarks.rank FOLDER            as a process of mpirun
+
+The folder has points.json and gets what rank 0 writes, samples.json.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+import deep_ep
+from benchmarks import native
+from benchmarks.dispatchers import Dispatcher, Memory, make_dispatchers
+from benchmarks.points import Inputs, Point, check, make_inputs
+from benchmarks.report import Samples
+
+WARMUP = 2
+
+# Ranks may outnumber cores, and all of them are on this host.
+MPIRUN = ("mpirun", "--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1")
+MPIRUN += ("--mca", "pml", "ob1", "--mca", "btl", "vader,self")
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def run_once(dispatcher: Dispatcher | Memory, inputs: Inputs, point: Point) -> list[float]:
+    """Seconds of a call that this rank spent in every stage of one round."""
+    seconds: list[float] = []
+
+    def timed(stage: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(point.calls):
+            result = None  # gives memory back before the next call
+            result = stage(*args, **kwargs)
+        seconds.append((time.perf_counter() - start) / point.calls)
+        return result
+
+    x = inputs.x.detach().requires_grad_(point.backward)
+    topk_weights = inputs.topk_weights.detach().requires_grad_(point.backward)
+    recv_x, state = timed(dispatcher.dispatch, x, inputs.topk_idx, topk_weights)
+    out = timed(dispatcher.combine, recv_x.clone(), state)
+    if point.backward:
+        timed(out.backward, inputs.grad_out, retain_graph=point.calls > 1)
+    return seconds
+
+
+def measure(dispatchers: list[Dispatcher | Memory], point: Point, rank: int) -> Samples:
+    """Times of all competitors over interleaved repetitions, the largest over the ranks."""
+    inputs = make_inputs(point, rank)
+    seconds = torch.zeros(len(dispatchers), len(point.stages), WARMUP + point.repeats, dtype=torch.float64)
+    for repetition in range(WARMUP + point.repeats):
+        for turn in range(len(dispatchers)):
+            i = (repetition + turn) % len(dispatchers)
+            seconds[i, :, repetition] = torch.tensor(run_once(dispatchers[i], inputs, point))
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    kept = seconds[:, :, WARMUP:].tolist()
+    return {
+        dispatcher.name: dict(zip(point.stages, times, strict=True))
+        for dispatcher, times in zip(dispatchers, kept, strict=True)
+    }
+
+
+def main(rank: int, num_ranks: int, folder: str) -> None:
+    """Check and measure every point; rank 0 writes the samples to the folder. The process may be one of mpirun."""
+    with_mpi = "OMPI_COMM_WORLD_RANK" in os.environ
+    if with_mpi:
+        native.library().mpi_start()
+    torch.set_num_threads(max(1, num_cores() // num_ranks))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
+    group = dist.group.WORLD
+    assert group is not None
+    deep_ep.init(group, strategy="default")
+    results = []
+    for fields in json.loads(Path(folder, "points.json").read_text()):
+        point = Point(**fields)
+        dispatchers = make_dispatchers(group, point)
+        for dispatcher in dispatchers:
+            if not isinstance(dispatcher, Memory):
+                check(dispatcher, point, rank)
+        results.append(measure(dispatchers, point, rank))
+        del dispatchers, dispatcher
+        gc.collect()
+    if rank == 0:
+        Path(folder, "samples.json").write_text(json.dumps(results))
+    deep_ep.destroy(group)
+    dist.destroy_process_group()
+    if with_mpi:
+        native.library().mpi_stop()
+
+
+def run(num_ranks: int, points: list[Point]) -> list[Samples]:
+    """Samples of every point, measured by fresh processes: of mpirun, where MPI is installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "points.json").write_text(json.dumps([asdict(point) for point in points]))
+        if native.has_mpi() and shutil.which(MPIRUN[0]):
+            allowed = {f"OMPI_ALLOW_RUN_AS_ROOT{suffix}": "1" for suffix in ("", "_CONFIRM")}
+            command = [*MPIRUN, "-n", str(num_ranks), sys.executable, "-m", "benchmarks.rank", folder]
+            root = Path(__file__).parents[1]
+            subprocess.run(command, cwd=root, env=os.environ | allowed, stdin=subprocess.DEVNULL, check=True)
+        else:
+            spawn(main, args=(num_ranks, folder), nprocs=num_ranks)
+        results: list[Samples] = json.loads(Path(folder, "samples.json").read_text())
+    return results
+
+
+if __name__ == "__main__":
+    main(int(os.environ["OMPI_COMM_WORLD_RANK"]), int(os.environ["OMPI_COMM_WORLD_SIZE"]), sys.argv[1])
