@@ -19,6 +19,7 @@ from benchmarks.points import DTYPES, Point, num_rows
 
 DEEP_EP = "deep_ep.default"
 GLOO = "gloo"
+GLOO_LOWP = "gloo.lowp"  # weighted sums in the dtype of x
 GLOO_TUNED = "gloo.tuned"
 MPI = "mpi"  # a row for each (token, expert) on the wire
 MPI_MERGED = "mpi.merged"  # one for each (token, rank)
@@ -218,8 +219,9 @@ class Memory:
         self.name = name
         self.sum_eps = 0.0
         self.to, self.source = buffers.recv_x[:num_rows], buffers.recv_rows[:num_rows]
-        self.source.fill_(1)  # pages that were never written to are not memory
         self.copies = name == COPY
+        if self.copies:
+            self.source.fill_(1)  # what was never written to is no memory
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, None]:
         num_bytes, threads = self.to.nbytes, torch.get_num_threads()
@@ -298,35 +300,28 @@ class DeepEPBuffer:
 
 
 def make_dispatchers(group: dist.ProcessGroup, point: Point) -> list[Dispatcher | Memory]:
-    """The competitors of a point. gloo as the frameworks write it has the rows of rows="expert" only, and what is tuned
-    has no backward.
+    """The competitors of a point. gloo as the frameworks write it has the rows of rows="expert" only, what is tuned
+    has no backward, and MPI is there in processes of mpirun.
     """
-    E = point.experts
+    E, rank = point.experts, group.rank()
     competitors: list[Dispatcher | Memory] = []
     if point.mode == "low_latency":
-        competitors += [DeepEPLowLatency(group, point, "default")]
+        competitors += [DeepEPLowLatency(group, point, overload) for overload in ("default", "alltoall")]
     elif point.rows == "rank":
         competitors += [DeepEPBuffer(group, E)]
     else:
-        competitors += [DeepEP(group, E, "default")]
-    if point.alone:
-        return competitors
+        competitors += [DeepEP(group, E, overload) for overload in ("default", "alltoall")]
     if point.rows == "expert":
         competitors += [GlooDispatcher(group, E, GLOO)]
         if point.dtype != "fp32":
-            competitors += [GlooDispatcher(group, E, "gloo.lowp", DTYPES[point.dtype])]
-        if point.mode == "low_latency":
-            competitors += [DeepEPLowLatency(group, point, "alltoall")]
-        else:
-            competitors += [DeepEP(group, E, "alltoall")]
-    if point.backward:
-        return competitors
-    rank = group.rank()
-    buffers = native.Buffers(point.tokens, point.hidden, point.topk, E, point.ranks, DTYPES[point.dtype])
-    competitors += [TunedGloo(GLOO_TUNED, point, rank, buffers, merge=True)]
-    if native.has_mpi() and "OMPI_COMM_WORLD_RANK" in os.environ:
-        competitors += [TunedMPI(MPI_MERGED, point, rank, buffers, merge=True)]
-        if point.rows == "expert":
-            competitors += [TunedMPI(MPI, point, rank, buffers, merge=False)]
-    N = num_rows(point, rank)
-    return [*competitors, Memory(COPY, buffers, N), Memory(WRITE_READ, buffers, N)]
+            competitors += [GlooDispatcher(group, E, GLOO_LOWP, DTYPES[point.dtype])]
+    if not point.backward:
+        buffers = native.Buffers(point.tokens, point.hidden, point.topk, E, point.ranks, DTYPES[point.dtype])
+        competitors += [TunedGloo(GLOO_TUNED, point, rank, buffers, merge=True)]
+        if "OMPI_COMM_WORLD_RANK" in os.environ:
+            competitors += [TunedMPI(MPI_MERGED, point, rank, buffers, merge=True)]
+            if point.rows == "expert":
+                competitors += [TunedMPI(MPI, point, rank, buffers, merge=False)]
+        N = num_rows(point, rank)
+        competitors += [Memory(name, buffers, N) for name in (COPY, WRITE_READ)]
+    return [competitor for competitor in competitors if not point.only or competitor.name in point.only]

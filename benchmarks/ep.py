@@ -2,7 +2,7 @@
 
     python -m benchmarks.ep                       what the goals are about, a subset of 3 minutes
     python -m benchmarks.ep --full                every configuration
-    python -m benchmarks.ep --ranks 2 4 --tokens 4096 --hidden 7168 --backward --json FILE
+    python -m benchmarks.ep --ranks 2 4 --tokens 4096 --hidden 7168 --backward --out FOLDER
 
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N received rows.
 
@@ -29,10 +29,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import goals
-from benchmarks.dispatchers import DEEP_EP
+from benchmarks.dispatchers import COPY, DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED
+from benchmarks.plot import plot
 from benchmarks.points import DTYPES, MODES, ROWS, Point
 from benchmarks.rank import num_cores, run
-from benchmarks.report import summarize, table, with_totals
+from benchmarks.report import Results, summarize, table
 
 AXES = {
     "ranks": "R, local processes",
@@ -49,25 +50,29 @@ RANKS = (2, 4, 8)
 
 
 def quick() -> list[Point]:
-    """What the goals are about."""
+    """What the goals are about, and nothing that takes minutes."""
     points = []
     for ranks in RANKS:
-        points += [Point(ranks, hidden=hidden) for hidden in (2048, 7168)]
-        points += [Point(ranks, tokens=tokens, hidden=7168, mode="low_latency") for tokens in (1, 8)]
-        points += [Point(ranks, backward=True)]
+        point = Point(ranks, only=(DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED, COPY))
+        points += [point, replace(point, tokens=64), replace(point, backward=True)]
+        points += [replace(point, tokens=tokens, hidden=7168, mode="low_latency") for tokens in (1, 8)]
+    points += [replace(points[0], hidden=7168)]
+    points += [Point(2, tokens=tokens, only=(DEEP_EP,)) for tokens in (1024, 32768)]
     return points
 
 
 def full() -> list[Point]:
     """Every axis around what the goals are about."""
-    points = quick()
+    points = []
     for point in (Point(ranks) for ranks in RANKS):
-        points += [replace(point, tokens=tokens, hidden=h) for tokens, h in product((64, 4096), (2048, 7168))]
+        points += [replace(point, tokens=tokens, hidden=h) for tokens, h in product((64, 1024, 4096), (2048, 7168))]
         points += [replace(point, topk=topk, experts=experts) for topk, experts in ((1, 64), (2, 8), (8, 256))]
         points += [replace(point, dtype=dtype) for dtype in ("fp16", "fp32")]
         points += [replace(point, rows="rank", hidden=hidden) for hidden in (2048, 7168)]
-        points += [replace(point, tokens=64, mode="low_latency", hidden=7168)]
-        points += [replace(point, backward=True, hidden=7168), replace(point, backward=True, dtype="fp32")]
+        points += [replace(point, tokens=t, hidden=7168, mode="low_latency") for t in (1, 2, 4, 8, 64)]
+        points += [replace(point, backward=True, **other) for other in ({}, {"hidden": 7168}, {"dtype": "fp32"})]
+    for ranks, tokens in product((2, 4), (1024, 4096, 16384, 32768)):
+        points += [Point(ranks, tokens=tokens, only=(DEEP_EP,))]
     return points
 
 
@@ -81,15 +86,19 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Point]]:
         default = getattr(Point(), name)
         kind = {"type": type(default), "choices": CHOICES.get(name), "nargs": "+"}
         axes.add_argument(f"--{name.replace('_', '-')}", help=f"{text} ({default})", **kind)
+    axes.add_argument("--only", nargs="+", default=(), metavar="NAME", help="competitors (all)")
     axes.add_argument("--repeats", type=int, default=7, help="repetitions, at least 7 (%(default)s)")
     axes.add_argument("--backward", action="store_true", help="time the backward pass as well")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples and the goals to FILE")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/benchmarks"), help="folder of results.json and results.png (%(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.repeats < 7:
         parser.error(f"--repeats must be at least 7, got {args.repeats}")
-    common = {"repeats": args.repeats, "backward": args.backward}
+    common = {"repeats": args.repeats, "backward": args.backward, "only": tuple(args.only)}
     chosen = {name: getattr(args, name) for name in AXES if getattr(args, name) is not None}
-    if not chosen and not args.backward:
+    args.overhead = "" if chosen or args.backward or args.only else "full" if args.full else "quick"
+    if args.overhead:
         return args, [replace(point, repeats=args.repeats) for point in (full() if args.full else quick())]
     points = [Point(**common, **dict(zip(chosen, values, strict=True))) for values in product(*chosen.values())]
     for point in points:
@@ -104,24 +113,32 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Point]]:
 
 def main(argv: list[str]) -> None:
     args, points = parse(argv)
-    measured: goals.Measured = []
-    for ranks in sorted({point.ranks for point in points}):
-        of_ranks = [point for point in points if point.ranks == ranks]
-        for point, samples in zip(of_ranks, run(ranks, of_ranks), strict=True):
-            measured.append((point, with_totals(samples)))
+    results = Results()
+    for ranks in sorted({point.ranks for point in points} | ({1} if args.overhead else set())):
+        measured = run(ranks, [point for point in points if point.ranks == ranks], args.overhead)
+        for point, samples in measured.points:
             print(f"\n{point}, {point.repeats} repetitions, {num_cores()} cores")
-            print(table(summarize(measured[-1][1], DEEP_EP), DEEP_EP), flush=True)
-    print(f"\n{goals.table(measured)}")
-    if args.json:
-        environment = {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cores": num_cores(),
-        }
-        records = [{"point": asdict(point), "samples": samples} for point, samples in measured]
-        document = {"environment": environment, "points": records, "goals": goals.as_json(measured)}
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+            print(table(summarize(samples, DEEP_EP), DEEP_EP), flush=True)
+        for value in measured.values:
+            print(f"\n{value.name}: {value.value:.3g} at {value.config}", flush=True)
+        results.points.extend(measured.points)
+        results.values.extend(measured.values)
+    print(f"\n{goals.table(results)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    environment = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": num_cores(),
+    }
+    document = {
+        "environment": environment,
+        "points": [{"point": asdict(point), "samples": samples} for point, samples in results.points],
+        "values": [asdict(value) for value in results.values],
+        "goals": goals.as_json(results),
+    }
+    (args.out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
+    plot(results, args.out / "results.png")
 
 
 if __name__ == "__main__":

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import geometric_mean, median
 
+from benchmarks import overhead
 from benchmarks.dispatchers import COPY, DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED
 from benchmarks.points import Point
-from benchmarks.report import TOTAL, Samples, paired
-
-
-@dataclass(frozen=True)
-class Value:
-    """One measured number of a goal: a ratio, or in the goal's unit."""
-
-    ranks: int
-    config: str
-    value: float
-
-
-Measured = list[tuple[Point, Samples]]
+from benchmarks.report import TOTAL, Results, Value, paired
 
 
 @dataclass(frozen=True)
@@ -30,7 +19,7 @@ class Goal:
     title: str
     goal: float
     floor: float
-    values: Callable[[Measured], list[Value]]
+    values: Callable[[Results], list[Value]]
     unit: str = "x"
 
     def better(self, value: float, bound: float) -> bool:
@@ -45,7 +34,7 @@ class Goal:
 
 def _normal(point: Point) -> bool:
     large = point.tokens >= 1024 and point.topk == 8 and point.hidden in (2048, 7168) and point.dtype == "bf16"
-    return large and point.mode == "normal" and point.rows == "expert" and not point.backward and not point.alone
+    return large and point.mode == "normal" and point.rows == "expert" and not point.backward
 
 
 def _low_latency(point: Point) -> bool:
@@ -56,28 +45,46 @@ def _backward(point: Point) -> bool:
     return point.backward and point.tokens >= 1024 and point.rows == "expert" and point.mode == "normal"
 
 
-def _times(*names: str, where: Callable[[Point], bool], backward: bool = False) -> Callable[[Measured], list[Value]]:
+def _times(*names: str, where: Callable[[Point], bool], backward: bool = False) -> Callable[[Results], list[Value]]:
     """How many times deep_ep's time the best of these competitors takes."""
 
-    def values(measured: Measured) -> list[Value]:
+    def values(results: Results) -> list[Value]:
         found = []
-        for point, samples in measured:
+        for point, samples in results.points:
             there = [name for name in names if name in samples]
             if where(point) and there:
                 stage = "+".join(point.stages) if backward else TOTAL
                 best = min(there, key=lambda name: median(samples[name][stage]))
-                found.append(Value(point.ranks, str(point), paired(samples, best, DEEP_EP, stage).ratio))
+                found.append(Value(best, point.ranks, str(point), paired(samples, best, DEEP_EP, stage).ratio))
         return found
 
     return values
 
 
-def _of_copies(measured: Measured) -> list[Value]:
+def _of_copies(results: Results) -> list[Value]:
     return [
-        Value(point.ranks, str(point), paired(samples, DEEP_EP, COPY, TOTAL).ratio)
-        for point, samples in measured
-        if _normal(point)
+        Value(DEEP_EP, point.ranks, str(point), paired(samples, DEEP_EP, COPY, TOTAL).ratio)
+        for point, samples in results.points
+        if _normal(point) and COPY in samples
     ]
+
+
+def _growth(results: Results) -> list[Value]:
+    """Time per token at the largest T over that at T = 1024, where deep_ep was measured alone."""
+    by_tokens: dict[Point, dict[int, float]] = {}
+    for point, samples in results.points:
+        if point.only == (DEEP_EP,) and point.tokens >= 1024:
+            others = replace(point, tokens=0)
+            by_tokens.setdefault(others, {})[point.tokens] = median(samples[DEEP_EP][TOTAL]) / point.tokens
+    found = []
+    for point, times in by_tokens.items():
+        if 1024 in times and (most := max(times)) > 1024:
+            found.append(Value(DEEP_EP, point.ranks, str(replace(point, tokens=most)), times[most] / times[1024]))
+    return found
+
+
+def _named(name: str) -> Callable[[Results], list[Value]]:
+    return lambda results: [value for value in results.values if value.name == name]
 
 
 GOALS = (
@@ -88,18 +95,22 @@ GOALS = (
     Goal("1 to 8 tokens, H=7168, low latency: gloo / deep_ep", 50, 25, _times(GLOO, where=_low_latency)),
     Goal("  better MPI variant / deep_ep", 4, 2, _times(MPI, MPI_MERGED, where=_low_latency)),
     Goal("with backward: gloo as written / deep_ep", 15, 8, _times(GLOO, where=_backward, backward=True)),
+    Goal("in a compiled graph / eager", 1.02, 1.05, _named(overhead.GRAPH_ADDS)),
+    Goal("eager call of dispatch, R=1, T=1", 25, 40, _named(overhead.EAGER_CALL), "µs"),
+    Goal("memory of windows / live recv_x", 1.1, 1.25, _named(overhead.WINDOWS)),
+    Goal("time per token, T=32768 / T=1024", 1, 1.15, _growth),
 )
 
 
-def table(measured: Measured) -> str:
+def table(results: Results) -> str:
     """One line per goal: goal, floor, geometric means over all configurations and those of each R, and the worst."""
-    ranks = sorted({point.ranks for point, _ in measured})
+    ranks = sorted({value.ranks for goal in GOALS for value in goal.values(results)})
     width = max(len(goal.title) for goal in GOALS)
-    header = f"{'':{width}}  {'goal':>7} {'floor':>7}  {'mean':>7}" + "".join(f" {f'R={r}':>7}" for r in ranks)
+    header = f"{'':{width}}  {'goal':>8} {'floor':>8}  {'mean':>7}" + "".join(f" {f'R={r}':>7}" for r in ranks)
     lines = [header + "         worst"]
     for goal in GOALS:
-        values = goal.values(measured)
-        line = f"{goal.title:{width}}  {goal.goal:>6g}{goal.unit} {goal.floor:>6g}{goal.unit}"
+        values = goal.values(results)
+        line = f"{goal.title:{width}}  {goal.goal:>6g}{goal.unit:2} {goal.floor:>6g}{goal.unit:2}"
         if not values:
             lines.append(line + "   not measured")
             continue
@@ -113,7 +124,7 @@ def table(measured: Measured) -> str:
     return "\n".join(lines)
 
 
-def as_json(measured: Measured) -> list[dict[str, object]]:
+def as_json(results: Results) -> list[dict[str, object]]:
     """Goals with all their values."""
     return [
         {
@@ -121,7 +132,7 @@ def as_json(measured: Measured) -> list[dict[str, object]]:
             "goal": goal.goal,
             "floor": goal.floor,
             "unit": goal.unit,
-            "values": [vars(value) for value in goal.values(measured)],
+            "values": [vars(value) for value in goal.values(results)],
         }
         for goal in GOALS
     ]

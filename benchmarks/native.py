@@ -1,7 +1,4 @@
-"""benchmarks/native by ctypes: what the tuned competitors do with rows, MPI, and the speed of memory.
-
-The library is built at first use, with MPI where that is installed.
-"""
+"""benchmarks/native by ctypes: what the tuned competitors do with rows, MPI, and the speed of memory."""
 
 from __future__ import annotations
 
@@ -29,10 +26,15 @@ class Exchange(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in _NUMBERS] + [(name, ctypes.c_void_p) for name in _POINTERS]
 
 
+def make() -> None:
+    """Build the library, with MPI where that is installed, for this process and those that it starts."""
+    build(SOURCE, FOLDER, "competitors")
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library, with MPI's symbols visible to the plugins that MPI loads."""
-    loaded = ctypes.CDLL(str(build(SOURCE, FOLDER, "competitors")), mode=ctypes.RTLD_GLOBAL)
+    """The library that `make` has built, with MPI's symbols visible to the plugins that MPI loads."""
+    loaded = ctypes.CDLL(str(FOLDER / "libcompetitors.so"), mode=ctypes.RTLD_GLOBAL)
     pointer, number, exchange = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Exchange)
     for name, arguments in {
         "exchange_pack": [exchange, pointer, pointer, pointer],

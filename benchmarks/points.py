@@ -32,7 +32,7 @@ class Point:
     rows: str = "expert"  # the contract: one of ROWS
     mode: str = "normal"  # one of MODES; low latency has rows="expert" and M = T
     backward: bool = False
-    alone: bool = False  # deep_ep.default only
+    only: tuple[str, ...] = ()  # names of competitors; none: all
     repeats: int = 7
 
     @property
@@ -42,7 +42,7 @@ class Point:
     @property
     def calls(self) -> int:
         """How often a stage is called in a row in one repetition, so that it takes longer than a barrier does."""
-        return max(1, 128 // self.tokens)
+        return max(1, 64 // self.tokens)
 
     def __str__(self) -> str:
         text = f"R={self.ranks} T={self.tokens} H={self.hidden} K={self.topk} E={self.experts} {self.dtype}"

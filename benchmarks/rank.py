@@ -2,12 +2,11 @@
 
     python -m benchmarks.rank FOLDER            as a process of mpirun
 
-The folder has points.json and gets what rank 0 writes, samples.json.
+The folder has plan.json, points and whether to measure overhead, and gets results.json from rank 0.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -27,10 +26,11 @@ from torch.multiprocessing.spawn import spawn
 import deep_ep
 from benchmarks import native
 from benchmarks.dispatchers import Dispatcher, Memory, make_dispatchers
+from benchmarks.overhead import measure as measure_overhead
 from benchmarks.points import Inputs, Point, check, make_inputs
-from benchmarks.report import Samples
+from benchmarks.report import Results, Samples, Value, with_totals
 
-WARMUP = 2
+WARMUP = 1
 
 # Ranks may outnumber cores, and all of them are on this host.
 MPIRUN = ("mpirun", "--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1")
@@ -80,7 +80,7 @@ def measure(dispatchers: list[Dispatcher | Memory], point: Point, rank: int) -> 
 
 
 def main(rank: int, num_ranks: int, folder: str) -> None:
-    """Check and measure every point; rank 0 writes the samples to the folder. The process may be one of mpirun."""
+    """Check and measure what the plan says; rank 0 writes the results. The process may be one of mpirun."""
     with_mpi = "OMPI_COMM_WORLD_RANK" in os.environ
     if with_mpi:
         native.library().mpi_start()
@@ -90,28 +90,32 @@ def main(rank: int, num_ranks: int, folder: str) -> None:
     group = dist.group.WORLD
     assert group is not None
     deep_ep.init(group, strategy="default")
-    results = []
-    for fields in json.loads(Path(folder, "points.json").read_text()):
-        point = Point(**fields)
+    plan = json.loads(Path(folder, "plan.json").read_text())
+    samples = []
+    for fields in plan["points"]:
+        point = Point(**fields | {"only": tuple(fields["only"])})
         dispatchers = make_dispatchers(group, point)
         for dispatcher in dispatchers:
             if not isinstance(dispatcher, Memory):
                 check(dispatcher, point, rank)
-        results.append(measure(dispatchers, point, rank))
+        samples.append(measure(dispatchers, point, rank))
         del dispatchers, dispatcher
-        gc.collect()
+    values = measure_overhead(group, plan["overhead"] == "full") if plan["overhead"] else []
     if rank == 0:
-        Path(folder, "samples.json").write_text(json.dumps(results))
+        results = {"samples": samples, "values": [asdict(value) for value in values]}
+        Path(folder, "results.json").write_text(json.dumps(results))
     deep_ep.destroy(group)
     dist.destroy_process_group()
     if with_mpi:
         native.library().mpi_stop()
 
 
-def run(num_ranks: int, points: list[Point]) -> list[Samples]:
-    """Samples of every point, measured by fresh processes: of mpirun, where MPI is installed."""
+def run(num_ranks: int, points: list[Point], overhead: str = "") -> Results:
+    """All points, and overhead if it is "quick" or "full", by fresh processes: of mpirun, where MPI is installed."""
+    native.make()
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "points.json").write_text(json.dumps([asdict(point) for point in points]))
+        plan = {"points": [asdict(point) for point in points], "overhead": overhead}
+        Path(folder, "plan.json").write_text(json.dumps(plan))
         if native.has_mpi() and shutil.which(MPIRUN[0]):
             allowed = {f"OMPI_ALLOW_RUN_AS_ROOT{suffix}": "1" for suffix in ("", "_CONFIRM")}
             command = [*MPIRUN, "-n", str(num_ranks), sys.executable, "-m", "benchmarks.rank", folder]
@@ -119,8 +123,9 @@ def run(num_ranks: int, points: list[Point]) -> list[Samples]:
             subprocess.run(command, cwd=root, env=os.environ | allowed, stdin=subprocess.DEVNULL, check=True)
         else:
             spawn(main, args=(num_ranks, folder), nprocs=num_ranks)
-        results: list[Samples] = json.loads(Path(folder, "samples.json").read_text())
-    return results
+        results = json.loads(Path(folder, "results.json").read_text())
+    measured = [with_totals(samples) for samples in results["samples"]]
+    return Results(list(zip(points, measured, strict=True)), [Value(**value) for value in results["values"]])
 
 
 if __name__ == "__main__":

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
+
+from benchmarks.points import Point
 
 Samples = dict[str, dict[str, list[float]]]
 """Seconds of a call by competitor and stage; position i of every list belongs to repetition i."""
 
 TOTAL = "dispatch+combine"
+
+
+@dataclass(frozen=True)
+class Value:
+    """One measured number: a ratio, or in the unit that the name says."""
+
+    name: str
+    ranks: int
+    config: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that a run has measured."""
+
+    points: list[tuple[Point, Samples]] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,141 @@
+"""What deep_ep costs beside moving rows: calls, graphs, compilation, memory.
+
+T local tokens · H hidden · K top-k · E experts · R ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.dispatchers import DeepEP
+from benchmarks.points import Point, make_inputs
+from benchmarks.report import Value
+
+REPEATS = 15
+CALLS = 200
+
+EAGER_CALL = "eager call, µs"
+GRAPH_CALL = "call in a graph, µs"
+GRAPH_ADDS = "dispatch+combine in a graph / eager"
+WINDOWS = "memory of windows / live recv_x"
+COMPILE = "compile time of examples/train_moe.py, s"
+
+
+def _seconds(fn: Callable[..., Any], *args: Any, calls: int = 1) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(calls):
+        fn(*args)
+    return (time.perf_counter() - start) / calls
+
+
+def calls(group: dist.ProcessGroup) -> list[Value]:
+    """Microseconds of a dispatch that sends nothing, T = 1 with ids of -1 only: eager, and one of 8 in a graph, where
+    AOTAutograd and inductor have left nothing but the op. For one rank.
+    """
+    point = Point(1, tokens=1)
+    inputs = make_inputs(point, 0)
+    ids = torch.full_like(inputs.topk_idx, -1)
+    dispatch = DeepEP(group, point.experts, "default").dispatch
+
+    def many(x: Tensor, ids: Tensor, weights: Tensor) -> list[Tensor]:
+        return [dispatch(x, ids, weights)[0] for _ in range(8)]
+
+    compiled = torch.compile(many, fullgraph=True, dynamic=False)
+    found = []
+    for name, fn, ops in ((EAGER_CALL, dispatch, 1), (GRAPH_CALL, compiled, 8)):
+        fn(inputs.x, ids, inputs.topk_weights)
+        times = [_seconds(fn, inputs.x, ids, inputs.topk_weights, calls=CALLS) / ops for _ in range(REPEATS)]
+        found.append(Value(name, 1, str(point), median(times) * 1e6))
+    return found
+
+
+def graph(group: dist.ProcessGroup) -> list[Value]:
+    """Time of dispatch and combine in one graph of inductor over that of the same calls made eagerly, paired. An eager
+    call is that of the C++ op by PyTorch's dispatcher.
+    """
+    point = Point(group.size())
+    inputs = make_inputs(point, group.rank())
+    deep_ep = DeepEP(group, point.experts, "default")
+
+    def layer(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return deep_ep.combine(*deep_ep.dispatch(x, ids, weights))
+
+    ways = layer, torch.compile(layer, fullgraph=True, dynamic=False)
+    arguments = inputs.x, inputs.topk_idx, inputs.topk_weights
+    if not torch.equal(ways[0](*arguments), ways[1](*arguments)):
+        raise AssertionError("the graph gives another result than eager calls")
+    seconds = torch.zeros(REPEATS, 2, dtype=torch.float64)
+    for repetition in range(REPEATS):
+        for turn in (0, 1):
+            way = (repetition + turn) % 2
+            seconds[repetition, way] = _seconds(ways[way], *arguments)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return [Value(GRAPH_ADDS, point.ranks, str(point), (seconds[:, 1] / seconds[:, 0]).median().item())]
+
+
+def _windows() -> dict[Path, list[int]]:
+    """Where the windows of all ranks are mapped, by their files below /proc/self/map_files."""
+    found = {}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, name = line.split(maxsplit=5)
+        if name.startswith("/memfd:deep_ep_window"):
+            found[Path("/proc/self/map_files", addresses)] = [int(address, 16) for address in addresses.split("-")]
+    return found
+
+
+def memory(group: dist.ProcessGroup, point: Point) -> list[Value]:
+    """Memory of all windows, touched or not, and of recv_x where it lies elsewhere, over the bytes of recv_x of all
+    ranks; measured after some rounds of dispatch and combine, with a recv_x alive. The kernel tells root alone.
+    """
+    inputs = make_inputs(point, group.rank())
+    deep_ep = DeepEP(group, point.experts, "default")
+    for _ in range(3):
+        recv_x, state = deep_ep.dispatch(inputs.x, inputs.topk_idx, inputs.topk_weights)
+        deep_ep.combine(recv_x, state)
+    windows = _windows()
+    inside = any(begin <= recv_x.data_ptr() < end for begin, end in windows.values())
+    payload = torch.tensor([recv_x.nbytes, 0 if inside else recv_x.nbytes], dtype=torch.float64)
+    dist.all_reduce(payload)
+    try:
+        files = {status.st_ino: status.st_blocks * 512 for status in map(os.stat, windows)}
+    except PermissionError:
+        return []
+    return [Value(WINDOWS, point.ranks, str(point), (sum(files.values()) + payload[1].item()) / payload[0].item())]
+
+
+def compilation(group: dist.ProcessGroup) -> list[Value]:
+    """Seconds of the first forward and backward of the example's model, nothing cached, less those of the second."""
+    sys.path.append(str(Path(__file__).parents[1] / "examples"))
+    import train_moe
+
+    config = train_moe.Config()
+    model = train_moe.build_model(config, group)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    batches = train_moe.Batches(train_moe.load_text()[0], config, group)
+
+    def step() -> None:
+        compiled(*batches()).backward()
+
+    with torch.compiler.config.patch(force_disable_caches=True):
+        first, second = _seconds(step), _seconds(step)
+    return [Value(COMPILE, group.size(), "its defaults", first - second)]
+
+
+def measure(group: dist.ProcessGroup, full: bool) -> list[Value]:
+    """What there is to measure on this number of ranks; if not full, nothing that compiles for long. Collective."""
+    R = group.size()
+    if R == 1:
+        return calls(group) + (compilation(group) if full else [])
+    values = graph(group) if full or R == 2 else []
+    return values + [value for H in (2048, 7168) for value in memory(group, Point(R, hidden=H))]

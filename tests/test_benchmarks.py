@@ -1,0 +1,78 @@
+"""The benchmarks: every competitor computes what it should, the report says what the samples say."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import ep, goals
+from benchmarks.dispatchers import COPY, DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED
+from benchmarks.points import Point
+from benchmarks.report import TOTAL, Results, Value
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_smallest_run(tmp_path: Path) -> None:
+    """Competitors are checked against expected values before they are timed; a wrong one fails the run."""
+    sizes = {"ranks": "2", "tokens": "16", "hidden": "72", "topk": "3", "experts": "6", "dtype": "fp16"}
+    options = [word for name, size in sizes.items() for word in (f"--{name}", size)]
+    options += ["--mode", "normal", "low_latency", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.ep", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert set(document) == {"environment", "points", "values", "goals"}
+    competitors = {DEEP_EP, "deep_ep.alltoall", GLOO, "gloo.lowp", GLOO_TUNED, COPY, "write+read"}
+    competitors |= {MPI, MPI_MERGED} if shutil.which("mpirun") else set()
+    assert [record["point"]["mode"] for record in document["points"]] == ["normal", "low_latency"]
+    for record in document["points"]:
+        assert Point(**record["point"] | {"only": ()}).tokens == 16
+        assert set(record["samples"]) == competitors
+        for stages in record["samples"].values():
+            assert stages[TOTAL] == [d + c for d, c in zip(stages["dispatch"], stages["combine"], strict=True)]
+            assert len(stages[TOTAL]) == 7 and min(stages["dispatch"] + stages["combine"]) > 0
+    assert [goal["title"] for goal in document["goals"]] == [goal.title.strip() for goal in goals.GOALS]
+    assert (tmp_path / "results.png").stat().st_size > 0
+
+
+def test_goals_take_paired_medians() -> None:
+    def samples(**seconds: list[float]) -> dict[str, dict[str, list[float]]]:
+        return {name.replace("_ep", "_ep.default"): {TOTAL: times} for name, times in seconds.items()}
+
+    point, other = Point(2), Point(4, hidden=7168)
+    results = Results(
+        [
+            (point, samples(deep_ep=[1.0, 2.0, 4.0], gloo=[20.0, 20.0, 200.0], memcpy=[2.0, 2.0, 2.0])),
+            (other, samples(deep_ep=[1.0, 1.0, 1.0], gloo=[40.0, 10.0, 40.0])),
+        ],
+        [Value("eager call, µs", 1, "x", 30.0)],
+    )
+    by_title = {goal.title: goal for goal in goals.GOALS}
+    gloo = by_title["T ≥ 1024, K=8, bf16: gloo as written / deep_ep"]
+    assert [(value.ranks, value.value) for value in gloo.values(results)] == [(2, 20.0), (4, 40.0)]
+    assert gloo.worst(gloo.values(results)).config == str(point)
+    assert [gloo.verdict(value) for value in (30, 29, 14)] == ["goal", "floor", "below"]
+    eager = by_title["eager call of dispatch, R=1, T=1"]
+    assert [eager.verdict(value.value) for value in eager.values(results)] == ["floor"]
+    (line,) = (line for line in goals.table(results).splitlines() if line.startswith(gloo.title))
+    assert "28.28" in line and line.endswith(f"floor  20.00 at {point}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--repeats", "3"], "--repeats must be at least 7, got 3"),
+        (["--ranks", "3"], "--experts must be a multiple of --ranks, got 64 and 3"),
+        (["--topk", "65"], "--topk must be in 1..64 (--experts), got 65"),
+        (["--mode", "low_latency", "--rows", "rank"], "--mode low_latency has --rows expert only"),
+    ],
+)
+def test_options_that_cannot_be(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ep.parse(arguments)
+    assert said in capsys.readouterr().err
