@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 
 namespace deep_ep {
@@ -14,14 +15,17 @@ struct Bell {
   // Call after the change that a waiter looks for has been stored.
   void ring();
 
-  // Returns true once `ready()` holds, false after at most `milliseconds`. Yields first, then sleeps.
+  // Returns true once `ready()` holds, false after at most `milliseconds`. Yields first, then sleeps: to be woken takes
+  // longer than small operations do.
   template <typename Ready>
   bool wait(Ready&& ready, int milliseconds) {
-    constexpr int kYields = 16;
-    for (int i = 0; i < kYields; ++i) {
-      if (ready()) return true;
-      yield();
-    }
+    const auto start = std::chrono::steady_clock::now();
+    do {
+      for (int i = 0; i < kYields; ++i) {
+        if (ready()) return true;
+        yield();
+      }
+    } while (std::chrono::steady_clock::now() - start < kAwake);
     sleeping.store(1, std::memory_order_seq_cst);
     const uint32_t seen = rings.load(std::memory_order_seq_cst);
     const bool done = ready();
@@ -31,6 +35,9 @@ struct Bell {
   }
 
  private:
+  static constexpr std::chrono::microseconds kAwake{500};
+  static constexpr int kYields = 16;
+
   static void yield();
   void sleep(uint32_t seen, int milliseconds);
 };
