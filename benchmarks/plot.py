@@ -32,8 +32,12 @@ def plot(results: Results, file: Path) -> None:
             of_copies = [median(by_tokens[T][COPY][TOTAL]) / s for T, s in zip(tokens, seconds, strict=True)]
             left.plot(tokens, [s * 1e3 for s in seconds], marker=".", label=name)
             right.plot(tokens, of_copies, marker=".", label=name)
-        left.set(xscale="log", yscale="log", xlabel="T", ylabel="dispatch + combine, ms")
+        for panel in (left, right):
+            panel.set_xscale("log")
+            panel.set_xticks(tokens, [str(T) for T in tokens])
+            panel.set_xticks([], minor=True)
+        left.set(yscale="log", xlabel="T", ylabel="dispatch + combine, ms")
         left.set_title(str(point).replace(" T=0", ""), fontsize="medium")
-        right.set(xscale="log", xlabel="T", ylabel="bandwidth / memcpy's", ylim=(0, None))
+        right.set(xlabel="T", ylabel="bandwidth / memcpy's", ylim=(0, None))
         left.legend(fontsize="x-small")
     figure.savefig(file, dpi=100)
