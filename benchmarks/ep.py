@@ -13,7 +13,9 @@ gets a copy of recv_x in ordinary memory, as an expert's output would be, and th
 between times of the same repetition. Before anything is timed, the result of every competitor is compared with the
 expected one.
 
-Where OpenMPI is installed (Debian: libopenmpi-dev, openmpi-bin) its mpirun starts the ranks, and MPI competes.
+Where OpenMPI is installed (Debian: libopenmpi-dev, openmpi-bin) its mpirun starts the ranks, and MPI competes: one
+call of C++ for each of dispatch and combine. deep_ep's ops are called through torch.ops and gloo through
+torch.distributed, both from Python.
 """
 
 from __future__ import annotations

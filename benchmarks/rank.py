@@ -41,6 +41,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def with_mpirun() -> bool:
+    """Whether ranks are processes of OpenMPI's mpirun; asked after native.make()."""
+    return native.has_mpi() and all(map(shutil.which, (MPIRUN[0], "ompi_info")))
+
+
 def run_once(dispatcher: Dispatcher | Memory, inputs: Inputs, point: Point) -> list[float]:
     """Seconds of a call that this rank spent in every stage of one round."""
     seconds: list[float] = []
@@ -116,7 +121,7 @@ def run(num_ranks: int, points: list[Point], overhead: str = "") -> Results:
     with tempfile.TemporaryDirectory() as folder:
         plan = {"points": [asdict(point) for point in points], "overhead": overhead}
         Path(folder, "plan.json").write_text(json.dumps(plan))
-        if native.has_mpi() and shutil.which(MPIRUN[0]):
+        if with_mpirun():
             allowed = {f"OMPI_ALLOW_RUN_AS_ROOT{suffix}": "1" for suffix in ("", "_CONFIRM")}
             command = [*MPIRUN, "-n", str(num_ranks), sys.executable, "-m", "benchmarks.rank", folder]
             root = Path(__file__).parents[1]

@@ -1,7 +1,6 @@
 """The benchmarks: every competitor computes what it should, the report says what the samples say."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from benchmarks import ep, goals
 from benchmarks.dispatchers import COPY, DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED
 from benchmarks.points import Point
+from benchmarks.rank import with_mpirun
 from benchmarks.report import TOTAL, Results, Value
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def test_smallest_run(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "results.json").read_text())
     assert set(document) == {"environment", "points", "values", "goals"}
     competitors = {DEEP_EP, "deep_ep.alltoall", GLOO, "gloo.lowp", GLOO_TUNED, COPY, "write+read"}
-    competitors |= {MPI, MPI_MERGED} if shutil.which("mpirun") else set()
+    competitors |= {MPI, MPI_MERGED} if with_mpirun() else set()
     assert [record["point"]["mode"] for record in document["points"]] == ["normal", "low_latency"]
     for record in document["points"]:
         assert Point(**record["point"] | {"only": ()}).tokens == 16
