@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "arguments.h"
+#include "copy.h"
 
 namespace deep_ep {
 
@@ -29,7 +30,7 @@ class RecvRows {
 
   // Private memory is made before rows arrive, window memory needs none.
   void allocate(const Tensor& like) {
-    if (!pooled_) private_ = new_empty(like, {rows_, like.size(1)});
+    if (!pooled_) private_ = tensor_at(private_memory(rows_ * row_bytes_), like);
   }
 
   // Where row `first` of a chunk that arrived at `chunk` now lies for good.
@@ -43,9 +44,7 @@ class RecvRows {
   // The tensor, once all rows have arrived; rows from `delivered` on are set to 0.
   Tensor take(Operation& op, const Tensor& like, int64_t delivered) {
     if (pooled_) {
-      const std::shared_ptr<std::byte> memory = op.keep(rows_ * row_bytes_);
-      private_ = torch::stable::from_blob(memory.get(), {rows_, like.size(1)}, {like.size(1), 1}, like.device(),
-                                          like.scalar_type(), [memory](void*) {});
+      private_ = tensor_at(op.keep(rows_ * row_bytes_), like);
     }
     std::memset(static_cast<std::byte*>(private_->mutable_data_ptr()) + delivered * row_bytes_, 0,
                 (rows_ - delivered) * row_bytes_);
@@ -53,6 +52,11 @@ class RecvRows {
   }
 
  private:
+  Tensor tensor_at(std::shared_ptr<std::byte> memory, const Tensor& like) const {
+    return torch::stable::from_blob(memory.get(), {rows_, like.size(1)}, {like.size(1), 1}, like.device(),
+                                    like.scalar_type(), [memory](void*) {});
+  }
+
   std::vector<Region> regions_;
   uint64_t row_bytes_ = 0;
   int64_t rows_ = 0;
