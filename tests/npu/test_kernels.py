@@ -143,6 +143,12 @@ def test_normal_mode_large(ranks: RankPool, large: tuple[Case, int], setup: Setu
     run_probe(ranks, (probes.normal, (*large, setup, 1)), large[0].R)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_131072_tokens(ranks: RankPool, arch: int) -> None:
+    case = Case((131072, 1000), H=8, dtype=torch.bfloat16, absent=0.05)
+    run_probe(ranks, (probes.normal, (case, 20_000, Setup(arch, 8, None), 1)), 2)
+
+
 LARGE = [
     (Case((512, 0, 100, 300), H=64, K=8, local_experts=8, dtype=torch.bfloat16, ids="distinct", absent=0.05), 512),
     (Case((8, 0, 3, 5), H=7168, K=8, local_experts=8, dtype=torch.bfloat16, ids="distinct", absent=0.0), 8),
