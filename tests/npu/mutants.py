@@ -90,7 +90,7 @@ _SIZE = re.compile(
 # Whose window, slot or flag: the next rank's, or the other phase's.
 _ARGUMENT = r"((?:[^(),]|\([^()]*\))+)"
 _PLACES = {
-    rf"exchange_?\.slot\({_ARGUMENT}, {_ARGUMENT}\)": ("exchange_.ranks()", "exchange_.ranks()"),
+    rf"exchange_?(?:\.|->)slot\({_ARGUMENT}, {_ARGUMENT}\)": ("exchange_.ranks()", "exchange_.ranks()"),
     rf"map_\.flag\(epoch_, {_ARGUMENT}, {_ARGUMENT}\)": ("WindowMap::kPhases", "map_.ranks"),
     r"window\((to|rank_)\)": ("map_.ranks",),
 }
@@ -202,7 +202,7 @@ def make(folder: Path) -> list[Mutant]:
 
 def _own_exchange(path: Path) -> str:
     """How the exchange is called there."""
-    return r"exchange.\1(" if path.name == "counts.h" else r"exchange_.\1("
+    return {"counts.h": r"exchange.\1(", "messages.h": r"exchange_->\1("}.get(path.name, r"exchange_.\1(")
 
 
 if __name__ == "__main__":
