@@ -110,17 +110,13 @@ def _rows_of(sources: list[tuple[Tensor, Tensor]], src_idx: Tensor) -> tuple[Ten
     return data[row], scales[row]
 
 
-def align(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
+def sizes_of(case: Case) -> model.Sizes:
+    return model.Sizes(case.R, max(case.tokens), case.H, case.K, case.E, case.dtype.itemsize)
 
 
 def window_bytes(case: Case, M: int) -> int:
-    """What the slots of low latency need, to the byte: src/tiling.h, src/window_map.h."""
-    record = align(4 * (1 + 3 * case.K), 32)
-    row = align(case.H * torch.finfo(case.dtype).bits // 8, 512)
-    slot = align(4 * case.E, 512) + align(M * record, 512) + M * row
-    flags = 2 * 2 * case.R * 64
-    return 512 + align(flags, 512) + 2 * case.R * slot
+    """What the slots of low latency need, to the byte."""
+    return model.window_bytes("low_latency_dispatch", sizes_of(case), M)
 
 
 def check_round(group: Group, case: Case, M: int, rank: int) -> None:
@@ -226,14 +222,13 @@ def normal(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int,
     x, ids, weights, y = (t[r] for t in (expected.xs, expected.ids, expected.weights, expected.ys))
     handle = expected.received[r].recv_src_idx, expected.received[r].send_head
     N = expected.received[r].recv_x.shape[0]
-    sizes = model.Sizes(case.R, 0, case.H, case.K, E, case.dtype.itemsize)
     asked, kept = (t[r].sum().item() for t in (expected.asked, expected.kept))
     kept_here, words_here = (t[:, r].sum().item() for t in (expected.kept, expected.words))
     epoch = 0
 
     def check(op: str, launch: Callable[[], Any], over_links: int, phases: int) -> Any:
         nonlocal epoch
-        per_round = model.slot_tokens(op, sizes, num_bytes)
+        per_round = model.slot_tokens(op, sizes_of(case), num_bytes)
         rounds = max(1, *(-(-T // per_round) for T in case.tokens))
         epoch += rounds
         twin.take_traffic()

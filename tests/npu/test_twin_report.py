@@ -13,11 +13,11 @@ from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 import pytest
 import torch
 from op_definitions import Call, Input, Soc
-from probes import align
 
 from deep_ep.twin import __main__ as command
 from deep_ep.twin import kernels, native, report
 from deep_ep.twin.kernels import A2, A5, Failed, Launch, Moved, Setup, Twin, get_dispatch_layout
+from deep_ep.twin.model import align
 from deep_ep.twin.report import Options, Report
 
 pytestmark = pytest.mark.skipif(

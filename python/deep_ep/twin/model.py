@@ -18,7 +18,7 @@ FLAGS = 32  # that are read at a time
 LINE = 512  # bytes that slots are aligned to
 
 
-def _align(size: int, unit: int) -> int:
+def align(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
@@ -75,12 +75,12 @@ class Sizes:
     @property
     def record(self) -> int:
         """Bytes of a record in a slot."""
-        return _align(4 * (1 + 3 * self.K), 32)
+        return align(4 * (1 + 3 * self.K), 32)
 
     @property
     def table(self) -> int:
         """Bytes of the counts by expert and rank."""
-        return _align(4 * self.E, 32) + 4 * self.R
+        return align(4 * self.E, 32) + 4 * self.R
 
     def uniform(self) -> Routing:
         """Every token has K experts, all sets of K alike."""
@@ -113,10 +113,10 @@ class Pieces(NamedTuple):
         tables, tiles = 9, (3 * 4 + 2 + 2 + 4) // s.element_bytes if rows.sent_bytes else 0
         if rows.arithmetic:
             tables, tiles = 6 + rows.answers, 2 + 2 * 4 // s.element_bytes + 4 * rows.copied
-        table = _align(max(4 * (_align(4 * s.E, 32) // 4 + s.R), 8 * s.L), 32)
-        per_token = _align(8 * s.K, 32) + 4 * _align(4 * s.K, 32) + s.record
-        per_token += _align(8 * (1 + 2 * s.K), 32) + 3 * 32 * s.K
-        flags = STATUS * (3 + s.cores + FLAGS) + 2 * _align(4 * s.R, 32)
+        table = align(max(4 * (align(4 * s.E, 32) // 4 + s.R), 8 * s.L), 32)
+        per_token = align(8 * s.K, 32) + 4 * align(4 * s.K, 32) + s.record
+        per_token += align(8 * (1 + 2 * s.K), 32) + 3 * 32 * s.K
+        flags = STATUS * (3 + s.cores + FLAGS) + 2 * align(4 * s.R, 32)
         free = s.unified_buffer - flags - tables * table - LINE * (2 + tiles)
         batch = 1 + min((free - per_token) // (16 if rows.arithmetic else 4) // (2 * table), max(s.R, s.blocks) - 1)
         free -= 2 * (batch - 1) * table
@@ -310,11 +310,20 @@ def counters(op: str, s: Sizes, r: Routing) -> Counters:
     return Counters(*(sum(getattr(stage, name) for stage in found) for name in Counters._fields))
 
 
+def _row_stride(op: str, s: Sizes) -> int:
+    return align(align(s.row, 32) + 4 * s.K if OPS[op].rows.answers else s.row, LINE)
+
+
+def window_bytes(op: str, s: Sizes, tokens: int) -> int:
+    """Bytes of a window with slots of so many tokens: src/window_map.h. Normal mode wants another LINE per slot."""
+    slot = align(4 * s.E, LINE) + align(tokens * s.record, LINE) + tokens * _row_stride(op, s)
+    return LINE + align(4 * s.R * FLAG, LINE) + 2 * s.R * slot
+
+
 def slot_tokens(op: str, s: Sizes, window_bytes: int) -> int:
     """Tokens of a round in normal mode: src/window_map.h."""
-    row = _align(s.row, 32) + 4 * s.K if OPS[op].rows.answers else s.row
-    room = (window_bytes - LINE - _align(4 * s.R * FLAG, LINE)) // 2 // LINE * LINE // s.R // LINE * LINE
-    return max(1, (room - _align(4 * s.E, LINE) - LINE) // (s.record + _align(row, LINE)))
+    room = (window_bytes - LINE - align(4 * s.R * FLAG, LINE)) // 2 // LINE * LINE // s.R // LINE * LINE
+    return max(1, (room - align(4 * s.E, LINE) - LINE) // (s.record + _row_stride(op, s)))
 
 
 # What DeepEP-Ascend's kernels move, from their sources of 2025-09-26, when its figures were published: a row for each

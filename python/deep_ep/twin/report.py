@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from . import model
 from .kernels import A2, A5, Group, Launch, Moved, Setup, Twin, build, get_dispatch_layout
 
 ARCHS = {"A2": A2, "A3": A2, "A5": A5}
@@ -167,17 +168,11 @@ def _run(options: Options, library: Path, key: str, rank: int) -> list[Launch]:
 
 
 def _window_bytes(options: Options) -> int:
-    """Enough for all tokens in one round: src/window_map.h."""
-
-    def align(size: int, unit: int) -> int:
-        return -(-size // unit) * unit
-
-    record = align(4 * (1 + 3 * options.top_k), 32)
-    # With a word per k, which an answer may have.
-    row = align(options.hidden * torch.finfo(getattr(torch, options.dtype)).bits // 8 + 32 + 4 * options.top_k, 512)
-    slot = align(4 * options.experts, 512) + align(options.tokens * record, 512) + options.tokens * row
-    flags = 2 * 2 * options.ranks * 64
-    return 1024 + align(flags, 512) + 2 * options.ranks * (slot + 1024)
+    """Enough for all tokens in one round of any op."""
+    element_bytes = torch.finfo(getattr(torch, options.dtype)).bits // 8
+    R, T = options.ranks, options.tokens
+    sizes = model.Sizes(R, T, options.hidden, options.top_k, options.experts, element_bytes)
+    return 2 * R * model.LINE + max(model.window_bytes(op, sizes, T) for op in model.OPS)
 
 
 def table(report: Report) -> str:
