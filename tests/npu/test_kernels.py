@@ -5,7 +5,6 @@ N = R·M·min(K, L) packed rows.
 """
 
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -36,14 +35,6 @@ SETUPS = [Setup(arch, 3, seed) for arch in ARCHS for seed in (None, 0, 1, 2, 3, 
 
 _SESSION = uuid.uuid4().hex
 _groups: dict[int, Group] = {}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    twin_kernels.build()
-    pool = RankPool(max(SIZES), init=False)
-    yield pool
-    pool.close()
 
 
 def check(ctx: RankContext, session: str, case: Case, M: int, setup: Setup) -> None:

@@ -1,7 +1,7 @@
 """The model of time against the twin, to the byte: over links, and through the unified buffers."""
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -49,14 +49,6 @@ LAUNCHES: dict[str, Callable[[Group, Given], object]] = {
     "dispatch_backward": lambda g, a: g.dispatch_backward(a.y, a.row_weights, a.ids, a.handle, a.E),
     "combine_backward": lambda g, a: g.combine_backward(a.x, a.y, a.ids, a.weights, a.handle, a.E),
 }
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    kernels.build()
-    pool = RankPool(max(SIZES), init=False)
-    yield pool
-    pool.close()
 
 
 def count(
