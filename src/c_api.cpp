@@ -53,7 +53,6 @@ DEEP_EP_API int deep_ep_group_connect(void* handle, const int64_t* pids, const i
 // The ops on the group `name` use these windows from now on.
 DEEP_EP_API void deep_ep_group_publish(void* handle, const char* name) {
   const Handle& group = *static_cast<Handle*>(handle);
-  group->seal();
   deep_ep::groups::put(name, group);
 }
 

@@ -1,14 +1,10 @@
 #include "copy.h"
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <thread>
-
-#include "error.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -50,15 +46,6 @@ uint64_t cached_bytes() {
     return last_level > 0 ? std::min(of_cores, static_cast<uint64_t>(last_level)) : of_cores;
   }();
   return bytes;
-}
-
-std::shared_ptr<std::byte> private_memory(uint64_t bytes) {
-  constexpr uint64_t kHuge = 2 << 20;
-  const uint64_t unit = bytes < 4 * kHuge ? 64 : kHuge, size = std::max((bytes + unit - 1) / unit * unit, unit);
-  auto* const memory = static_cast<std::byte*>(std::aligned_alloc(unit, size));
-  if (memory == nullptr) throw Error(str("cannot allocate ", bytes, " bytes"));
-  if (unit == kHuge) madvise(memory, size, MADV_HUGEPAGE);
-  return {memory, [](std::byte* memory) { std::free(memory); }};
 }
 
 CopyRow* copy_row([[maybe_unused]] bool past_caches) {

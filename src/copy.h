@@ -3,16 +3,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 
 namespace deep_ep {
 
 // What the caches hold of memory that was just written, for all processes of this host together: at most the last-level
 // cache, of which a virtual machine may have only the part that goes with its cores.
 uint64_t cached_bytes();
-
-// Memory of this process alone, in huge pages where there are some: large results are written once, page by page.
-std::shared_ptr<std::byte> private_memory(uint64_t bytes);
 
 using CopyRow = void(std::byte* to, const std::byte* from, uint64_t bytes);
 

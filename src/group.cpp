@@ -8,6 +8,8 @@
 #include <cerrno>
 #include <cstring>
 #include <map>
+#include <numeric>
+#include <span>
 #include <utility>
 
 #include "arithmetic.h"
@@ -19,6 +21,45 @@ namespace {
 
 constexpr int kHealthMilliseconds = 100;
 constexpr uint64_t kMargin = 512 << 10;  // of blocks for rows
+constexpr uint64_t kSpared = 20;         // a window leaves one part in as many of the host's memory alone
+
+uint64_t window_bytes(int num_ranks, uint64_t bytes) {
+  const HostMemory memory = host_memory();
+  if (bytes == 0) return std::max(memory.total / 2 / num_ranks, kMinWindowBytes);
+  if (bytes > memory.available)
+    throw Error(str("windows of ", bytes, " bytes are wanted, but the host has only ", memory.available,
+                    " bytes available; ask for less with num_nvl_bytes or num_bytes"));
+  return std::max(bytes, kMinWindowBytes);
+}
+
+// Entries by the chunk that their slots are in; within a chunk they keep their order.
+class Chunks {
+ public:
+  Chunks(const std::vector<Entry>& entries, const std::vector<Region>& regions) : sorted_(entries.size()) {
+    int64_t chunks = 0;
+    for (const Region& region : regions) chunks = std::max(chunks, region.num_chunks());
+    ends_.resize(chunks + 1);
+    const auto chunk_of = [&](const Entry& entry) { return entry.slot / regions[entry.dest].slots_per_chunk; };
+    for (const Entry& entry : entries) {
+      if (entry.slot >= regions[entry.dest].num_slots)
+        throw Error(str("slot ", entry.slot, " of rank ", entry.dest, " is out of range; is the handle intact?"));
+      ++ends_[chunk_of(entry) + 1];
+    }
+    std::partial_sum(ends_.begin(), ends_.end(), ends_.begin());
+    std::vector<size_t> next(ends_);
+    for (const Entry& entry : entries) sorted_[next[chunk_of(entry)]++] = entry;
+  }
+
+  int64_t count() const { return static_cast<int64_t>(ends_.size()) - 1; }
+
+  std::span<const Entry> of(int64_t chunk) const {
+    return {sorted_.data() + ends_[chunk], sorted_.data() + ends_[chunk + 1]};
+  }
+
+ private:
+  std::vector<Entry> sorted_;
+  std::vector<size_t> ends_;
+};
 
 void copy_text(char* to, const std::string& text) {
   const size_t size = std::min<size_t>(text.size(), kTextBytes - 1);
@@ -28,11 +69,25 @@ void copy_text(char* to, const std::string& text) {
 
 }  // namespace
 
+OwnWindow::OwnWindow(const WindowLayout& at)
+    : window(Window::create(at.total())), pool(at.pool, at.pool_bytes, [this](uint64_t offset, uint64_t bytes) {
+        const HostMemory memory = host_memory();
+        if (bytes + memory.total / kSpared > memory.available) return false;
+        try {
+          window.reserve(offset, bytes);
+        } catch (const Error&) {
+          return false;
+        }
+        return true;
+      }) {
+  window.reserve(0, at.attachments);
+  window.reserve(at.staging, at.staging_bytes);
+}
+
 Group::Group(int rank, int size, uint64_t bytes, std::chrono::milliseconds timeout)
-    : rank_(rank), size_(size), bytes_(std::max(bytes, kMinWindowBytes)), timeout_(timeout), peers_(size) {
-  const WindowLayout at = WindowLayout::of(size_, kMaxExperts, bytes_);
-  own_.reset(new OwnWindow{Window::create(at.total()), Pool(at.pool, at.pool_bytes)});
-  peers_[rank_].at = at;
+    : rank_(rank), size_(size), bytes_(window_bytes(size, bytes)), timeout_(timeout), peers_(size) {
+  peers_[rank_].at = WindowLayout::of(size_, kMaxExperts, bytes_);
+  own_ = std::make_shared<OwnWindow>(peers_[rank_].at);
 }
 
 Group::~Group() {
@@ -84,6 +139,10 @@ Post& Group::post(int rank, uint64_t sequence) const {
   return *reinterpret_cast<Post*>(address(rank, at.posts + sequence % 2 * at.post_stride));
 }
 
+std::byte* Group::attachment(int rank, uint64_t sequence) const {
+  return address(rank, peers_[rank].at.attachments + sequence % 2 * kAttachmentBytes);
+}
+
 bool Group::has_exited(int rank) const {
   pollfd exited{peers_[rank].pidfd, POLLIN, 0};
   return rank != rank_ && poll(&exited, 1, 0) == 1;
@@ -113,9 +172,8 @@ void Turn::wait() {
   has_come_ = true;
 }
 
-Operation::Operation(Turn turn, Post mine, const std::vector<int32_t>& words, const std::string& rejected,
-                     const std::function<std::string(const Operation&)>& check)
-    : turn_(std::move(turn)), group_(turn_.group()), op_(mine.op) {
+Operation::Operation(Turn turn, Contribution mine, const std::function<std::string(const Operation&)>& check)
+    : turn_(std::move(turn)), group_(turn_.group()), op_(mine.post.op) {
   turn_.wait();
   const Control& own = group_.control(group_.rank_);
   if (own.state.load() == State::broken)
@@ -128,26 +186,26 @@ Operation::Operation(Turn turn, Post mine, const std::vector<int32_t>& words, co
     if (group_.log_.size() < Group::kLogged) group_.log_.resize(Group::kLogged);
     group_.log_[(sequence_ - 1) % Group::kLogged] = op_;
   }
-  offered_ = group_.own_->pool.take(group_.wanted_[op_]);
+  offered_ = group_.own_->pool.take(with_margin(std::max(mine.expected, group_.wanted_[op_])));
   open_ = true;
 
   try {
-    enter(mine, words, rejected, check);
+    enter(mine, check);
   } catch (...) {
     abandon();
     throw;
   }
 }
 
-void Operation::enter(const Post& mine, const std::vector<int32_t>& words, const std::string& rejected,
-                      const std::function<std::string(const Operation&)>& check) {
+void Operation::enter(const Contribution& mine, const std::function<std::string(const Operation&)>& check) {
   Post& post = group_.post(group_.rank_, sequence_);
-  post = mine;
-  post.rejected = !rejected.empty();
-  copy_text(post.text, rejected);
+  post = mine.post;
+  post.rejected = !mine.rejected.empty();
+  copy_text(post.text, mine.rejected);
   post.pool_offset = offered_.offset;
   post.pool_bytes = offered_.bytes;
-  std::copy(words.begin(), words.end(), reinterpret_cast<int32_t*>(&post + 1));
+  post.attached = attach(mine);
+  std::copy(mine.words.begin(), mine.words.end(), reinterpret_cast<int32_t*>(&post + 1));
   group_.control(group_.rank_).sequence.store(sequence_, std::memory_order_release);
   group_.ring_all();
 
@@ -158,12 +216,35 @@ void Operation::enter(const Post& mine, const std::vector<int32_t>& words, const
     return true;
   };
   wait("to enter", all_posted, missing, [](int) { return true; });
+  // A rank that no longer waited for this one would not have what it asked for.
+  for (int r = 0; r < size(); ++r)
+    if (group_.control(r).state.load(std::memory_order_acquire) == State::broken)
+      give_up(str(prefix(), "rank ", r, " gave up: ", group_.control(r).reason));
 
   const std::string wrong = verdict(check);
   stopwatch_.enter(Phase::allocate);
   if (wrong.empty()) return;
   finish();
   throw Error(str(prefix(), wrong));
+}
+
+bool Operation::attach(const Contribution& mine) {
+  if (!mine.rejected.empty() || !mine.attach || mine.attached_bytes > kAttachmentBytes) return false;
+  if (size() == 1) return true;
+  if (mine.attached_bytes > group_.attachable_) {
+    const uint64_t bytes = std::min(round_up(mine.attached_bytes + mine.attached_bytes / 4, kPage), kAttachmentBytes);
+    for (uint64_t sequence : {0, 1})
+      group_.own_->window.reserve(group_.peers_[rank()].at.attachments + sequence * kAttachmentBytes, bytes);
+    group_.attachable_ = bytes;
+  }
+  mine.attach(group_.attachment(rank(), sequence_));
+  return true;
+}
+
+bool Operation::all_attached() const {
+  for (int r = 0; r < size(); ++r)
+    if (post(r).attached == 0) return false;
+  return true;
 }
 
 Operation::~Operation() { abandon(); }
@@ -286,7 +367,6 @@ Region Operation::staging_region(int rank, int64_t num_slots, int64_t granularit
   region.num_slots = num_slots;
   region.slots_per_chunk = std::max<int64_t>(num_slots, 1);
   if (num_slots * slot_bytes + kLine > at.staging_bytes) {
-    if (const auto region = pool_region(rank, num_slots, num_slots, row_bytes, meta_bytes)) return *region;
     region.num_buffers = 2;
     region.stride = at.staging_bytes / 2;
     region.slots_per_chunk = (region.stride - kLine) / slot_bytes / granularity * granularity;
@@ -299,8 +379,9 @@ Region Operation::staging_region(int rank, int64_t num_slots, int64_t granularit
   return region;
 }
 
-void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& regions, uint64_t row_bytes,
+void Operation::exchange(const std::vector<Entry>& entries, const std::vector<Region>& regions, uint64_t row_bytes,
                          uint64_t meta_bytes, const Write& write, const Consume& consume) {
+  const Chunks pending(entries, regions);
   const Region& mine = regions[rank()];
   std::vector<int64_t> sent(size(), 0);     // chunks delivered in full, by destination
   std::vector<int64_t> allowed(size(), 0);  // chunks that may be written, by destination
@@ -325,23 +406,25 @@ void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& 
     return more;
   };
   uint64_t bytes = 0;  // of all ranks
-  for (const Region& region : regions) bytes += region.num_slots * row_bytes;
+  for (const Region& region : regions)
+    bytes += std::min(region.num_slots, region.num_buffers * region.slots_per_chunk) * row_bytes;
   const bool past_caches = bytes > cached_bytes();
   CopyRow* const copy = copy_row(past_caches);
   const auto push = [&] {
-    const auto sent_now = [&](const Entry& entry) {
-      const Region& region = regions[entry.dest];
-      if (entry.slot >= region.num_slots)
-        throw Error(
-            str(prefix(), "slot ", entry.slot, " of rank ", entry.dest, " is out of range; is the handle intact?"));
-      const int64_t chunk = entry.slot / region.slots_per_chunk;
-      if (chunk >= allowed[entry.dest]) return false;
-      const int64_t slot = entry.slot - chunk * region.slots_per_chunk;
-      std::byte* base = group_.address(entry.dest, region.chunk(chunk));
-      copy(base + slot * row_bytes, write(entry, base + region.metas + slot * meta_bytes), row_bytes);
-      return true;
-    };
-    pending.erase(std::remove_if(pending.begin(), pending.end(), sent_now), pending.end());
+    int64_t first = pending.count(), end = 0;
+    for (int d = 0; d < size(); ++d)
+      if (sent[d] < allowed[d]) {
+        first = std::min(first, sent[d]);
+        end = std::max(end, allowed[d]);
+      }
+    for (int64_t chunk = first; chunk < end; ++chunk)
+      for (const Entry& entry : pending.of(chunk)) {
+        if (chunk < sent[entry.dest] || chunk >= allowed[entry.dest]) continue;
+        const Region& region = regions[entry.dest];
+        const int64_t slot = entry.slot - chunk * region.slots_per_chunk;
+        std::byte* base = group_.address(entry.dest, region.chunk(chunk));
+        copy(base + slot * row_bytes, write(entry, base + region.metas + slot * meta_bytes), row_bytes);
+      }
     copies_done(past_caches);
   };
   const auto report = [&](int d) {
@@ -390,11 +473,12 @@ void Operation::exchange(std::vector<Entry> pending, const std::vector<Region>& 
   }
 }
 
+uint64_t Operation::with_margin(uint64_t bytes) { return bytes + std::max(bytes / 16, std::min(bytes, kMargin)); }
+
 std::shared_ptr<std::byte> Operation::keep(uint64_t bytes) {
-  // Once it is given back, it is to do for one that needs somewhat more: routing varies, and more where tokens are few.
-  const uint64_t most = std::max(needed_, group_.wanted_[op_]);
-  const uint64_t margin = std::max(most / 16, std::min(most, kMargin));
-  const Block block = group_.own_->pool.trim(std::exchange(offered_, {}), std::max(bytes, most + margin));
+  // Once it is given back, it is to do for one that needs somewhat more.
+  const uint64_t most = with_margin(std::max(needed_, group_.wanted_[op_]));
+  const Block block = group_.own_->pool.trim(std::exchange(offered_, {}), std::max(bytes, most));
   return {group_.own_->window.at(block.offset), [own = group_.own_, block](std::byte*) { own->pool.give_back(block); }};
 }
 

@@ -28,6 +28,8 @@ namespace deep_ep {
 
 // The own window with its pool. Tensors whose memory lies in it keep it alive beyond the group.
 struct OwnWindow {
+  explicit OwnWindow(const WindowLayout& at);
+
   Window window;
   Pool pool;
 };
@@ -36,14 +38,12 @@ class Group {
  public:
   static constexpr uint64_t kMaxExperts = 1 << 15;
 
+  // The window grows as operations need it, to `bytes` at most; 0: to the own share in half of the host's memory.
   Group(int rank, int size, uint64_t bytes, std::chrono::milliseconds timeout);
   ~Group();
 
   // Maps the windows of all ranks. Rank r is process pids[r] and holds its window of bytes[r] as descriptor fds[r].
   void connect(const int64_t* pids, const int64_t* fds, const uint64_t* bytes);
-
-  // All ranks are connected: nobody opens the own window any more.
-  void seal() { own_->window.close_fd(); }
 
   int rank() const { return rank_; }
   int size() const { return size_; }
@@ -75,6 +75,7 @@ class Group {
   Control& control(int rank) const;
   std::atomic<uint64_t>& done(int rank, int source) const;
   Post& post(int rank, uint64_t sequence) const;
+  std::byte* attachment(int rank, uint64_t sequence) const;
   bool has_exited(int rank) const;
   void ring_all() const;
   void close(State state, const std::string& reason);
@@ -90,7 +91,9 @@ class Group {
   uint64_t sequence_ = 0;
   std::vector<Op> log_;
   std::map<Op, std::pair<Nanoseconds, uint64_t>> spent_;
-  std::map<Op, uint64_t> wanted_;  // bytes of the pool that such operations have needed; the one that runs owns it
+  // Of the operation that runs:
+  std::map<Op, uint64_t> wanted_;  // bytes of the pool that such operations have needed
+  uint64_t attachable_ = 0;        // bytes of each attachment that are reserved
 };
 
 // The right to run the next operation of a group, from when it is made: operations run in the order of their turns,
@@ -133,13 +136,22 @@ struct Entry {
   int32_t row;
 };
 
+// What a rank brings to an operation.
+struct Contribution {
+  Post post{};
+  std::vector<int32_t> words;  // published with the post
+  std::string rejected;        // unless empty: why this rank cannot take part
+  uint64_t expected = 0;       // bytes of the pool that rows for this rank are expected to need
+  // What this rank has to send, for an operation of little data: `attach` writes these bytes.
+  uint64_t attached_bytes = 0;
+  std::function<void(std::byte*)> attach;
+};
+
 class Operation {
  public:
-  // Enters `mine.op` on the group of `turn`. `words` are published with the post; `rejected`, unless empty, says why
-  // this rank cannot take part. `check` runs once all posts are there, may look at all of them, must come to the same
-  // result on every rank, and returns what is wrong (or throws Error), or nothing.
-  Operation(Turn turn, Post mine, const std::vector<int32_t>& words, const std::string& rejected,
-            const std::function<std::string(const Operation&)>& check = {});
+  // Enters `mine.post.op` on the group of `turn`. `check` runs once all posts are there, may look at all of them, must
+  // come to the same result on every rank, and returns what is wrong (or throws Error), or nothing.
+  Operation(Turn turn, Contribution mine, const std::function<std::string(const Operation&)>& check = {});
 
   // Without finish() before it, the operation failed on this rank alone: the group is given up, and peers raise.
   ~Operation();
@@ -148,6 +160,14 @@ class Operation {
   int size() const { return group_.size_; }
   const Post& post(int rank) const { return group_.post(rank, sequence_); }
   const int32_t* words(int rank) const { return reinterpret_cast<const int32_t*>(&post(rank) + 1); }
+
+  // Whether all ranks have attached what they have to send: there is nothing to exchange. A rank need not attach what
+  // it sends to itself, and attaches nothing if it is alone.
+  bool all_attached() const;
+  const std::byte* attachment(int rank) const { return group_.attachment(rank, sequence_); }
+
+  // What the time from here on is spent on.
+  void enter(Phase phase) { stopwatch_.enter(phase); }
 
   // A place for num_slots slots of row_bytes + meta_bytes at `rank`. For rows that are kept: the pool block that `rank`
   // offered, with room for `total_rows` rows, or nothing if it is too small. For rows that are consumed:
@@ -162,8 +182,8 @@ class Operation {
   // end_slot, rows, metas)`.
   using Write = std::function<const std::byte*(const Entry&, std::byte* meta)>;
   using Consume = std::function<void(int64_t first, int64_t end, std::byte* rows, std::byte* metas)>;
-  void exchange(std::vector<Entry> entries, const std::vector<Region>& regions, uint64_t row_bytes, uint64_t meta_bytes,
-                const Write& write, const Consume& consume);
+  void exchange(const std::vector<Entry>& entries, const std::vector<Region>& regions, uint64_t row_bytes,
+                uint64_t meta_bytes, const Write& write, const Consume& consume);
 
   // The first `bytes` of the own pool region, given back when the pointer dies.
   std::shared_ptr<std::byte> keep(uint64_t bytes);
@@ -171,8 +191,10 @@ class Operation {
   void finish();
 
  private:
-  void enter(const Post& mine, const std::vector<int32_t>& words, const std::string& rejected,
-             const std::function<std::string(const Operation&)>& check);
+  void enter(const Contribution& mine, const std::function<std::string(const Operation&)>& check);
+  bool attach(const Contribution& mine);
+  // Of the pool, for `bytes` of this operation: routing varies, and more where tokens are few.
+  static uint64_t with_margin(uint64_t bytes);
   // Gives the group up unless finish() was called.
   void abandon();
   // Waits until ready(). `missing(r)`: rank r still owes something; `needed(r)`: nothing can become ready if rank r

@@ -82,8 +82,7 @@ std::vector<Entry> Handle::returns() const {
   entries.reserve(num_rows);
   for (int32_t n = 0; n < num_rows; ++n) {
     const int32_t* source = recv_src_idx + 3 * n;
-    if (source[0] >= 0 && source[0] != rank)
-      entries.push_back({source[0], static_cast<int32_t>(source[1] * top_k + source[2]), n});
+    if (goes_away(n)) entries.push_back({source[0], static_cast<int32_t>(source[1] * top_k + source[2]), n});
   }
   return entries;
 }

@@ -22,6 +22,9 @@ struct Handle {
   // The rank of the expert that slot token * K + k was sent to, for a slot with a row.
   int64_t destination(int64_t slot) const { return topk_idx[slot] / (num_experts / num_ranks); }
 
+  // Whether row n goes to another rank.
+  bool goes_away(int64_t n) const { return recv_src_idx[3 * n] >= 0 && recv_src_idx[3 * n] != rank; }
+
   // What every rank publishes so that check() can tell that the handles of all ranks are of one dispatch. Sets
   // `wrong` if this handle alone is inconsistent.
   std::vector<int32_t> words(std::string& wrong) const;

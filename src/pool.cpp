@@ -1,14 +1,18 @@
 #include "pool.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace deep_ep {
 
-Pool::Pool(uint64_t offset, uint64_t bytes) { insert({offset, bytes / kAlignment * kAlignment}); }
+Pool::Pool(uint64_t offset, uint64_t limit, Reserve reserve)
+    : limit_((offset + limit) / kAlignment * kAlignment), reserve_(std::move(reserve)), end_(offset) {}
 
 Block Pool::take(uint64_t bytes) {
   std::lock_guard lock(mutex_);
-  const auto fits = [bytes](const auto& block) { return bytes > 0 && block.second >= bytes; };
+  if (bytes == 0) return {};
+  const auto fits = [bytes](const auto& block) { return block.second >= bytes; };
+  if (std::none_of(free_.begin(), free_.end(), fits)) grow(aligned(bytes));
   const auto best = std::max_element(free_.begin(), free_.end(), [&](const auto& a, const auto& b) {
     if (fits(a) != fits(b)) return fits(b);
     return fits(a) ? a.second > b.second : a.second < b.second;
@@ -17,6 +21,16 @@ Block Pool::take(uint64_t bytes) {
   const Block block{best->first, best->second};
   free_.erase(best);
   return block;
+}
+
+// So that the last block is free and has `bytes`, or as many as there can be.
+void Pool::grow(uint64_t bytes) {
+  const auto last = free_.empty() ? free_.end() : std::prev(free_.end());
+  const uint64_t begin = last != free_.end() && last->first + last->second == end_ ? last->first : end_;
+  const uint64_t end = std::min(begin + bytes, limit_);
+  if (end <= end_ || !reserve_(end_, end - end_)) return;
+  insert({end_, end - end_});
+  end_ = end;
 }
 
 Block Pool::trim(Block block, uint64_t bytes) {

@@ -1,7 +1,8 @@
-// A best-fit allocator of the part of a window that holds long-lived rows (recv_x).
+// A best-fit allocator of the part of a window that holds long-lived rows (recv_x). It grows as that is needed.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
 
@@ -19,10 +20,14 @@ class Pool {
 
   static constexpr uint64_t aligned(uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-  Pool(uint64_t offset, uint64_t bytes);
+  // Reserves memory for the pool; false if there is none.
+  using Reserve = std::function<bool(uint64_t offset, uint64_t bytes)>;
+
+  // Of at most `limit` bytes from `offset` on.
+  Pool(uint64_t offset, uint64_t limit, Reserve reserve);
 
   // The smallest free block of at least `bytes`, taken from the pool: memory that was just given back is in the caches,
-  // and mapped. If there is none, or 0 bytes are asked for, the largest one; 0 bytes when nothing is free.
+  // and mapped. If there is none the pool grows; where it cannot, the largest free block. No block for 0 bytes.
   Block take(uint64_t bytes);
 
   // Gives back all of `block` beyond its first `bytes`, and returns what is kept.
@@ -32,7 +37,11 @@ class Pool {
 
  private:
   void insert(Block block);
+  void grow(uint64_t bytes);
 
+  const uint64_t limit_;  // where it ends at most
+  const Reserve reserve_;
+  uint64_t end_;
   std::mutex mutex_;
   std::map<uint64_t, uint64_t> free_;  // offset -> bytes; neighbours are always merged
 };

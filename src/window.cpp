@@ -6,12 +6,15 @@
 
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 #include <utility>
 
 #include "error.h"
 
 namespace deep_ep {
 namespace {
+
+constexpr const char* kAskForLess = "; ask for less with num_nvl_bytes or num_bytes";
 
 std::byte* map(int fd, uint64_t bytes) {
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -25,15 +28,20 @@ Window Window::create(uint64_t bytes) {
   Window window;
   window.fd_ = memfd_create("deep_ep_window", MFD_CLOEXEC);
   if (window.fd_ < 0) throw Error(str("cannot create a window: ", std::strerror(errno)));
-  int error;
-  do error = posix_fallocate(window.fd_, 0, static_cast<off_t>(bytes));
-  while (error == EINTR);
-  if (error != 0)
-    throw Error(str("cannot reserve ", bytes, " bytes of shared memory for a window: ", std::strerror(error),
-                    "; ask for less with num_nvl_bytes or num_bytes"));
+  if (ftruncate(window.fd_, static_cast<off_t>(bytes)) != 0)
+    throw Error(str("cannot make a window of ", bytes, " bytes: ", std::strerror(errno), kAskForLess));
   window.base_ = map(window.fd_, bytes);
   window.bytes_ = bytes;
   return window;
+}
+
+void Window::reserve(uint64_t offset, uint64_t bytes) {
+  int error;
+  do error = posix_fallocate(fd_, static_cast<off_t>(offset), static_cast<off_t>(bytes));
+  while (error == EINTR);
+  if (error != 0)
+    throw Error(
+        str("cannot reserve ", bytes, " bytes of shared memory for a window: ", std::strerror(error), kAskForLess));
 }
 
 Window Window::open(int64_t pid, int64_t fd, uint64_t bytes) {
@@ -66,6 +74,17 @@ Window::~Window() {
 
 void Window::close_fd() {
   if (fd_ >= 0) close(std::exchange(fd_, -1));
+}
+
+HostMemory host_memory() {
+  std::ifstream file("/proc/meminfo");
+  HostMemory memory{};
+  std::string name;
+  for (uint64_t kilobytes; file >> name >> kilobytes; file.ignore(kLine, '\n')) {
+    if (name == "MemTotal:") memory.total = kilobytes << 10;
+    if (name == "MemAvailable:") memory.available = kilobytes << 10;
+  }
+  return memory;
 }
 
 }  // namespace deep_ep

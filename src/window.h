@@ -1,4 +1,4 @@
-// One rank's window: a memfd that its owner reserves and peers of the same host map.
+// One rank's window: a memfd that its owner reserves, part by part, and peers of the same host map as a whole.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,11 @@ namespace deep_ep {
 
 class Window {
  public:
-  // A new window of `bytes`, reserved at once: a lack of memory throws here instead of raising SIGBUS later.
+  // A new window of `bytes`, none of which may be touched before it was reserved.
   static Window create(uint64_t bytes);
+
+  // Reserves memory. Throws, and raises no SIGBUS later, if the host has too little.
+  void reserve(uint64_t offset, uint64_t bytes);
 
   // Maps the window that process `pid` holds as file descriptor `fd`.
   static Window open(int64_t pid, int64_t fd, uint64_t bytes);
@@ -25,13 +28,18 @@ class Window {
   Control& control() const { return *reinterpret_cast<Control*>(base_); }
   int fd() const { return fd_; }
 
-  // Peers can no longer open the window; mappings stay.
+ private:
   void close_fd();
 
- private:
   std::byte* base_ = nullptr;
   uint64_t bytes_ = 0;
   int fd_ = -1;
 };
+
+// Bytes that this host has, and those that it can still give away.
+struct HostMemory {
+  uint64_t total, available;
+};
+HostMemory host_memory();
 
 }  // namespace deep_ep

@@ -1,12 +1,16 @@
 // What lies where in a rank's window. Every rank of a group maps the windows of all ranks.
 //
-//   [ Control | done[R] | posts[2] | staging | pool ]
+//   [ Control | done[R] | posts[2] | attachments[2] | staging | pool ]
 //
 // R ranks. `posts` are what the owner publishes at the start of an operation, one for even and one for odd sequence
 // numbers: a rank posts n+2 only after all ranks have posted n+1, so nobody still reads n. `staging` takes
 // rows that are consumed within the operation; `pool` holds rows that outlive it (recv_x).
+// `attachments` go with posts: what there is to send, where that is little.
+//
+// The owner has reserved all but the attachments and the pool from the start; these as far as they were needed so far.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -19,6 +23,9 @@ constexpr uint64_t kLine = 64;
 constexpr uint64_t kPage = 4096;
 constexpr uint64_t kMinWindowBytes = 1 << 20;
 constexpr int kTextBytes = 512;
+constexpr uint64_t kAttachmentBytes = 2 << 20;
+// In two buffers of which one is written while the other one is read: what the caches of a core hold.
+constexpr uint64_t kStagingBytes = 4 << 20;
 
 constexpr uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -34,6 +41,7 @@ struct Post {
   int64_t rows;          // of the tensor that receives expert rows; dispatch: W, 0 in exact mode
   uint64_t pool_offset;  // the pool block that this rank offers for rows of this operation
   uint64_t pool_bytes;
+  uint32_t attached;  // 1: what this rank has to send is in its attachment
   char text[kTextBytes];
 };
 
@@ -61,16 +69,17 @@ struct alignas(kLine) Done {
 };
 
 struct WindowLayout {
-  uint64_t done, posts, post_stride, staging, staging_bytes, pool, pool_bytes;
+  uint64_t done, posts, post_stride, attachments, staging, staging_bytes, pool, pool_bytes;
 
-  // `bytes` is the payload (staging and pool); `max_words` bounds the 32-bit words that follow a post.
+  // `bytes` is the most that staging and pool may have; `max_words` bounds the 32-bit words that follow a post.
   static constexpr WindowLayout of(int num_ranks, uint64_t max_words, uint64_t bytes) {
     WindowLayout at{};
     at.done = round_up(sizeof(Control), kLine);
     at.posts = at.done + num_ranks * sizeof(Done);
     at.post_stride = round_up(sizeof(Post) + 4 * max_words, kLine);
-    at.staging = round_up(at.posts + 2 * at.post_stride, kPage);
-    at.staging_bytes = round_up(bytes * 3 / 8, kPage);
+    at.attachments = round_up(at.posts + 2 * at.post_stride, kPage);
+    at.staging = at.attachments + 2 * kAttachmentBytes;
+    at.staging_bytes = round_up(std::min(bytes * 3 / 8, kStagingBytes), kPage);
     at.pool = at.staging + at.staging_bytes;
     at.pool_bytes = round_up(bytes - at.staging_bytes, kPage);
     return at;

@@ -37,7 +37,8 @@ def check_phases(ctx: RankContext) -> None:
     assert spent["dispatch"].keys() == {"counts", "wait", "allocate", "copy", "reduce", "finish"}
     assert all(value >= 0 for value in spent["dispatch"].values())
     assert 0 < sum(spent["dispatch"].values()) <= seconds
-    assert all(spent["dispatch"][phase] > 0 for phase in ("counts", "allocate", "copy", "reduce"))
+    assert all(spent["dispatch"][phase] > 0 for phase in ("counts", "allocate", "copy"))
+    assert spent["combine"]["reduce"] > 0
     assert ctx.rank == 1 or spent["dispatch"]["wait"] >= 0.9 * late
     names = {event.key for event in profiler.key_averages()}
     assert names >= {"deep_ep::dispatch", "deep_ep::combine"}

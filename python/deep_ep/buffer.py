@@ -68,7 +68,8 @@ class Buffer(LowLatencyCalls):
 
     Args:
         group: the expert-parallel group.
-        num_nvl_bytes: bytes of each rank's window, 0 for the default (256 MiB). Larger messages go in rounds.
+        num_nvl_bytes: most bytes of each rank's window, 0 for the default (`num_bytes` of `deep_ep.init`). Larger
+            messages go in rounds.
         num_rdma_bytes: as num_nvl_bytes, for clients that size the buffer with it; the larger one counts.
         low_latency_mode, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, meta_addr, use_fabric:
             accepted for compatibility; they concern links that a CPU does not have.

@@ -13,7 +13,7 @@ from . import _compile
 from .npu import windows as npu_windows
 from .npu_ops import check_comm_alg
 from .strategies import MODES, LowLatencyStrategy, NormalStrategy, mode_from
-from .windows import DEFAULT_BYTES, Windows, exchange, group_timeout
+from .windows import Windows, exchange, group_timeout
 
 Group = dist.ProcessGroup | str | None
 """How functions take a group: a ProcessGroup, its name, or None for the default group."""
@@ -60,9 +60,11 @@ def init(
 
     Args:
         group: the expert-parallel group; None is the default group.
-        num_bytes: bytes of every rank's shared-memory window (strategies ``default`` and ``ops``); None is 256 MiB.
-            Rows that do not fit go in rounds, so this bounds speed, not sizes. A window that is large enough already
-            is kept; a smaller one, or one that was given up after a failure, is replaced.
+        num_bytes: most bytes of every rank's shared-memory window (strategies ``default`` and ``ops``). On CPU a
+            window grows as ops need it, and keeps what it has until the group goes; None is a rank's share in half of
+            the host's memory. On NPUs it has this size from the start; None is 256 MiB. Rows that do not fit go in
+            rounds, so this bounds speed, not sizes. A window that may be large enough already is kept; a smaller one,
+            or one that was given up after a failure, is replaced.
         strategy: ``default``, ``alltoall`` or ``ops``; None takes DEEP_USE_MODE, read now.
         timeout: how long an op waits for a peer without progress; None is the group's own timeout.
         comm_alg: for the strategy ``ops``: hierarchy, fullmesh_v1, fullmesh_v2 or ccu; empty leaves it to torch_npu.
@@ -98,7 +100,7 @@ def init(
     for device in wanted:
         if not all(wish[1][device] for wish in wishes):
             kind = Windows if device == "cpu" else npu_windows.Windows
-            windows = kind(pg, num_bytes or DEFAULT_BYTES, timeout or group_timeout(pg))
+            windows = kind(pg, num_bytes, timeout or group_timeout(pg))
             _close_windows(name, device)
             _windows.setdefault(name, {})[device] = windows
     if not _owns(pg):

@@ -16,9 +16,6 @@ import torch.distributed as dist
 
 from ._library import ERROR_BYTES, library
 
-DEFAULT_BYTES = 256 << 20
-"""Bytes of a rank's window unless something else is asked for."""
-
 # How many ops a group remembers.
 _LOGGED = 1024
 
@@ -57,19 +54,6 @@ def raise_everywhere(group: dist.ProcessGroup, error: str | None) -> None:
         raise RuntimeError(f"deep_ep: cannot make windows for the group '{group.group_name}': {'; '.join(errors)}")
 
 
-def _too_much(num_bytes: int) -> str | None:
-    """A window's memory is reserved when it is made. Far too much must not bring the host to its limit first."""
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":") for line in file)
-    available = int(fields["MemAvailable"].split()[0]) << 10
-    if num_bytes <= available:
-        return None
-    return (
-        f"{num_bytes} bytes of shared memory are wanted for a window, but the host has only {available} available; "
-        "ask for less with num_nvl_bytes or num_bytes"
-    )
-
-
 def _host() -> tuple[str, str, int]:
     """What ranks must have in common to open each other's windows: machine, process namespace, user."""
     with open("/proc/sys/kernel/random/boot_id") as file:
@@ -78,21 +62,21 @@ def _host() -> tuple[str, str, int]:
 
 
 class Windows:
-    """The windows of one group, kept until `close()` or until the group is gone."""
+    """The windows of one group, kept until `close()` or until the group is gone.
 
-    def __init__(self, group: dist.ProcessGroup, num_bytes: int, timeout: timedelta) -> None:
+    They grow as ops need them, to `num_bytes` at most; None: to a rank's share in half of the host's memory.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, num_bytes: int | None, timeout: timedelta) -> None:
         self.name = group.group_name
         self.timeout = timeout
-        wrong, self._handle = _too_much(num_bytes), None
-        if wrong is None:
-            error = ctypes.create_string_buffer(ERROR_BYTES)
-            self._handle = library.deep_ep_group_create(
-                group.rank(), group.size(), num_bytes, int(timeout.total_seconds() * 1000), error
-            )
-            wrong = error.value.decode() or None
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        self._handle = library.deep_ep_group_create(
+            group.rank(), group.size(), num_bytes or 0, int(timeout.total_seconds() * 1000), error
+        )
         self._close = weakref.finalize(group, _destroy, self._handle, self.name)
         try:
-            raise_everywhere(group, wrong)
+            raise_everywhere(group, error.value.decode() or None)
             self._connect(group)
         except BaseException:
             self._close()

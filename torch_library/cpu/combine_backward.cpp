@@ -1,3 +1,4 @@
+#include "attached_tokens.h"
 #include "recv_rows.h"
 #include "send_back.h"
 
@@ -16,12 +17,21 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
   HandleArguments arguments(Op::combine_backward, *group, checks, x, topk_idx, recv_src_idx, send_head, num_experts,
                             num_ranks);
   const Handle& handle = arguments.handle;
+  Contribution& mine = arguments.contribution;
+  if (arguments.right()) {
+    const AttachedTokens attached(mine.post, x.element_size());
+    mine.expected = x.size(0) * (attached.row_bytes + sizeof(float));
+    mine.attached_bytes = attached.bytes;
+    mine.attach = [&, attached](std::byte* to) {
+      attached.write(to, grad_out.const_data_ptr(), topk_idx.const_data_ptr(), topk_weights.const_data_ptr());
+    };
+  }
 
   std::vector<float> products(handle.num_rows, 0.0f);  // <x, grad_out> of every row
   std::optional<Tensor> grad_x;
   {
     RecvRows recv;
-    Operation op(group, arguments.post, arguments.words, arguments.wrong, [&](const Operation& op) {
+    Operation op(group, mine, [&](const Operation& op) {
       std::string wrong = Handle::check(op);
       if (wrong.empty())
         recv.place(
@@ -29,33 +39,53 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
             [&](int r) { return op.post(r).rows; });
       return wrong;
     });
-    recv.allocate(x);
+    recv.allocate(op);
     const auto* gradients = static_cast<const std::byte*>(grad_out.const_data_ptr());
     const auto* weights = topk_weights.const_data_ptr<float>();
     const auto* rows = static_cast<const std::byte*>(x.const_data_ptr());
     const uint64_t row_bytes = recv.row_bytes();
-    op.exchange(
-        handle.sends(), recv.regions(), row_bytes, sizeof(float),
-        [&](const Entry& entry, std::byte* meta) {
-          std::memcpy(meta, weights + entry.row, sizeof(float));
-          return gradients + entry.row / handle.top_k * row_bytes;
-        },
-        [&](int64_t first, int64_t end, std::byte* chunk, std::byte* metas) {
-          std::byte* row = recv.settle(first, end, chunk);
-          for (int64_t n = first; n < end; ++n, row += row_bytes, metas += sizeof(float)) {
-            float weight;
-            std::memcpy(&weight, metas, sizeof weight);
-            products[n] = dot_and_scale(dtype_of(x), row, rows + n * row_bytes, weight, x.size(1));
-          }
-        });
-    grad_x = recv.take(op, x, Handle::rows_at(op, op.rank()));
+    // `row` is the gradient that has come for row n.
+    const auto scale = [&](int64_t n, std::byte* row, float weight) {
+      products[n] = dot_and_scale(dtype_of(x), row, rows + n * row_bytes, weight, x.size(1));
+    };
+    if (op.all_attached()) {
+      op.enter(Phase::reduce);
+      for (int64_t n = 0; n < handle.num_rows; ++n) {
+        const int32_t *source = handle.recv_src_idx + 3 * n, from = source[0];
+        if (from < 0) continue;
+        const AttachedTokens attached(op.post(from), x.element_size());
+        const std::byte* at = op.attachment(from);
+        const bool own = from == op.rank();
+        std::byte* row = recv.rows() + n * row_bytes;
+        std::memcpy(row, (own ? gradients : at) + source[1] * row_bytes, row_bytes);
+        scale(n, row, (own ? weights : attached.weights(at))[source[1] * handle.top_k + source[2]]);
+      }
+    } else {
+      op.exchange(
+          handle.sends(), recv.regions(), row_bytes, sizeof(float),
+          [&](const Entry& entry, std::byte* meta) {
+            std::memcpy(meta, weights + entry.row, sizeof(float));
+            return gradients + entry.row / handle.top_k * row_bytes;
+          },
+          [&](int64_t first, int64_t end, std::byte* chunk, std::byte* metas) {
+            std::byte* row = recv.settle(first, end, chunk);
+            for (int64_t n = first; n < end; ++n, row += row_bytes, metas += sizeof(float)) {
+              float weight;
+              std::memcpy(&weight, metas, sizeof weight);
+              scale(n, row, weight);
+            }
+          });
+    }
+    grad_x = recv.take(op, x);
     op.finish();
   }
 
-  arguments.post.op = Op::combine_backward_weights;
+  Contribution second{.post = mine.post};
+  second.post.op = Op::combine_backward_weights;
   SendBack back{.handle = handle, .has_scalars = true, .scalars = products.data()};
+  back.attach_to(second);
   std::vector<Region> regions;
-  Operation op(group, arguments.post, {}, "", [&](const Operation& op) {
+  Operation op(group, second, [&](const Operation& op) {
     regions = back.place(op);
     return std::string();
   });

@@ -4,6 +4,7 @@
 #include <limits>
 #include <optional>
 
+#include "attached_tokens.h"
 #include "recv_rows.h"
 #include "routing.h"
 
@@ -21,9 +22,10 @@ struct RowMeta {
 
 Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                          const Tensor& topk_weights, int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens) {
-  Post post{};
+  Contribution mine;
+  Post& post = mine.post;
   post.op = op_code;
-  std::vector<int32_t> counts;
+  std::vector<int32_t>& counts = mine.words;
   if (checks.passed()) {
     post.tokens = x.size(0);
     post.hidden = x.size(1);
@@ -35,11 +37,19 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
     const std::string wrong =
         count_experts(topk_idx.const_data_ptr<int64_t>(), post.tokens, post.top_k, num_experts, counts.data());
     checks.require(wrong.empty(), wrong);
+    const AttachedTokens attached(post, x.element_size());
+    const int64_t rows = num_worst_tokens > 0 ? num_worst_tokens : post.tokens * post.top_k;
+    mine.expected = rows * (attached.row_bytes + sizeof(RowMeta));
+    mine.attached_bytes = attached.bytes;
+    mine.attach = [&, attached](std::byte* to) {
+      attached.write(to, x.const_data_ptr(), topk_idx.const_data_ptr(), topk_weights.const_data_ptr());
+    };
   }
+  mine.rejected = checks.wrong();
 
   std::optional<Routing> routing;
   RecvRows recv;
-  Operation op(std::move(turn), post, counts, checks.wrong(), [&](const Operation& op) {
+  Operation op(std::move(turn), mine, [&](const Operation& op) {
     std::vector<const int32_t*> all_counts;
     std::vector<int64_t> worst;
     for (int r = 0; r < op.size(); ++r) {
@@ -66,8 +76,10 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
   const int64_t delivered = routing->delivered(op.rank());
   const int64_t N = routing->total_rows(op.rank());
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) { return new_empty(x, shape, dtype); };
-  Tensor recv_topk_idx = empty({N, K}, ScalarType::Long);
-  Tensor recv_topk_weights = empty({N, K}, ScalarType::Float);
+  // Low latency does without.
+  const bool with_topk = op_code == Op::dispatch;
+  Tensor recv_topk_idx = empty({with_topk ? N : 0, K}, ScalarType::Long);
+  Tensor recv_topk_weights = empty({with_topk ? N : 0, K}, ScalarType::Float);
   Tensor counts_out = empty({L}, ScalarType::Long);
   Tensor num_dropped = empty({}, ScalarType::Long);
   Tensor rank_prefix = empty({R, R}, ScalarType::Int);
@@ -75,14 +87,14 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
   Tensor recv_channel_prefix = empty({L, R}, ScalarType::Int);
   Tensor recv_src_idx = empty({N, 3}, ScalarType::Int);
   Tensor send_head = empty({T, K}, ScalarType::Int);
-  recv.allocate(x);
+  recv.allocate(op);
 
   // Where every (token, k) goes.
+  const auto* ids = topk_idx.const_data_ptr<int64_t>();
   std::vector<Entry> entries;
-  entries.reserve(T * K);
+  if (!op.all_attached()) entries.reserve(T * K);
   {
     std::vector<int64_t> next = routing->first_rows(op.rank());
-    const auto* ids = topk_idx.const_data_ptr<int64_t>();
     auto* head = send_head.mutable_data_ptr<int32_t>();
     for (int64_t i = 0; i < T * K; ++i) {
       head[i] = -1;
@@ -91,46 +103,73 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
       const int64_t row = next[ids[i]]++;
       if (row >= routing->delivered(dest)) continue;
       head[i] = static_cast<int32_t>(row);
-      entries.push_back({static_cast<int32_t>(dest), head[i], static_cast<int32_t>(i)});
+      if (!op.all_attached()) entries.push_back({static_cast<int32_t>(dest), head[i], static_cast<int32_t>(i)});
     }
   }
 
   // Send rows, receive rows.
   struct Segment {
-    int64_t local_expert, source, end;
+    int64_t local_expert, source, first, end;
   };
   std::vector<Segment> segments;
-  routing->segments(op.rank(), [&](int64_t l, int64_t s, int64_t, int64_t end) { segments.push_back({l, s, end}); });
-  size_t at = 0;
+  routing->segments(op.rank(),
+                    [&](int64_t l, int64_t s, int64_t first, int64_t end) { segments.push_back({l, s, first, end}); });
   auto* recv_ids = recv_topk_idx.mutable_data_ptr<int64_t>();
   auto* recv_weights = recv_topk_weights.mutable_data_ptr<float>();
   auto* source = recv_src_idx.mutable_data_ptr<int32_t>();
-  std::fill_n(recv_ids, N * K, -1);
-  std::fill_n(recv_weights, N * K, 0.0f);
+  std::fill_n(recv_ids, recv_topk_idx.numel(), -1);
+  std::fill_n(recv_weights, recv_topk_weights.numel(), 0.0f);
   std::fill(source + 3 * delivered, source + 3 * N, -1);
+  const auto describe = [&](int64_t n, int64_t local_expert, int64_t from, const RowMeta& meta) {
+    if (with_topk) {
+      recv_ids[n * K + meta.k] = local_expert;
+      recv_weights[n * K + meta.k] = meta.weight;
+    }
+    source[3 * n] = static_cast<int32_t>(from);
+    source[3 * n + 1] = meta.token;
+    source[3 * n + 2] = meta.k;
+  };
   const auto* rows = static_cast<const std::byte*>(x.const_data_ptr());
   const auto* weights = topk_weights.const_data_ptr<float>();
-  op.exchange(
-      std::move(entries), recv.regions(), recv.row_bytes(), sizeof(RowMeta),
-      [&](const Entry& entry, std::byte* meta) {
-        const int32_t token = static_cast<int32_t>(entry.row / K);
-        const RowMeta data{token, static_cast<int32_t>(entry.row % K), weights[entry.row]};
-        std::memcpy(meta, &data, sizeof data);
-        return rows + token * recv.row_bytes();
-      },
-      [&](int64_t first, int64_t end, std::byte* chunk, std::byte* metas) {
-        recv.settle(first, end, chunk);
-        for (int64_t n = first; n < end; ++n, metas += sizeof(RowMeta)) {
-          while (segments[at].end <= n) ++at;
-          RowMeta meta;
-          std::memcpy(&meta, metas, sizeof meta);
-          recv_ids[n * K + meta.k] = segments[at].local_expert;
-          recv_weights[n * K + meta.k] = meta.weight;
-          source[3 * n] = static_cast<int32_t>(segments[at].source);
-          source[3 * n + 1] = meta.token;
-          source[3 * n + 2] = meta.k;
-        }
-      });
+  const uint64_t row_bytes = recv.row_bytes();
+  if (op.all_attached()) {
+    op.enter(Phase::copy);
+    for (int s = 0; s < R; ++s) {
+      const AttachedTokens attached(op.post(s), x.element_size());
+      const std::byte* at = op.attachment(s);
+      const bool own = s == op.rank();
+      const std::byte* its_rows = own ? rows : at;
+      const int64_t* its_ids = own ? ids : attached.ids(at);
+      const float* its_weights = own ? weights : attached.weights(at);
+      for (int64_t i = 0; i < attached.tokens * K; ++i) {
+        const int64_t l = its_ids[i] - op.rank() * L;
+        if (l < 0 || l >= L) continue;
+        const int64_t n = segments[l * R + s].first++;
+        if (n >= delivered) continue;
+        std::memcpy(recv.rows() + n * row_bytes, its_rows + i / K * row_bytes, row_bytes);
+        describe(n, l, s, {static_cast<int32_t>(i / K), static_cast<int32_t>(i % K), its_weights[i]});
+      }
+    }
+  } else {
+    size_t at = 0;
+    op.exchange(
+        entries, recv.regions(), row_bytes, sizeof(RowMeta),
+        [&](const Entry& entry, std::byte* meta) {
+          const int32_t token = static_cast<int32_t>(entry.row / K);
+          const RowMeta data{token, static_cast<int32_t>(entry.row % K), weights[entry.row]};
+          std::memcpy(meta, &data, sizeof data);
+          return rows + token * row_bytes;
+        },
+        [&](int64_t first, int64_t end, std::byte* chunk, std::byte* metas) {
+          recv.settle(first, end, chunk);
+          for (int64_t n = first; n < end; ++n, metas += sizeof(RowMeta)) {
+            while (segments[at].end <= n) ++at;
+            RowMeta meta;
+            std::memcpy(&meta, metas, sizeof meta);
+            describe(n, segments[at].local_expert, segments[at].source, meta);
+          }
+        });
+  }
 
   // Counts and prefix sums.
   *num_dropped.mutable_data_ptr<int64_t>() = routing->wanted(op.rank()) - delivered;
@@ -151,7 +190,7 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
   auto* sent_prefix = channel_prefix.mutable_data_ptr<int32_t>();
   for (int64_t e = 0; e < num_experts; ++e) sent_prefix[e] = counts[e] + (e % L > 0 ? sent_prefix[e - 1] : 0);
 
-  Tensor recv_x = recv.take(op, x, delivered);
+  Tensor recv_x = recv.take(op, x);
   op.finish();
   return {recv_x,      recv_topk_idx,  recv_topk_weights,   counts_out,   num_dropped,
           rank_prefix, channel_prefix, recv_channel_prefix, recv_src_idx, send_head};

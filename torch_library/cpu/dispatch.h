@@ -5,7 +5,7 @@
 
 namespace deep_ep {
 
-// As the op dispatch returns them, in the order of its schema.
+// As the op dispatch returns them, in the order of its schema; low latency has no recv_topk_idx and recv_topk_weights.
 struct Dispatched {
   Tensor recv_x, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert, num_dropped, rank_prefix_matrix,
       channel_prefix_matrix, recv_channel_prefix_matrix, recv_src_idx, send_head;

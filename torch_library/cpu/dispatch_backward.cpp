@@ -22,18 +22,21 @@ std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_rec
   if (checks.passed())
     checks.tensor("grad_recv_topk_weights", grad_recv_topk_weights, {ScalarType::Float},
                   {grad_recv_x.size(0), topk_idx.size(1)});
-  const HandleArguments arguments(Op::dispatch_backward, *group, checks, grad_recv_x, topk_idx, recv_src_idx, send_head,
-                                  num_experts, num_ranks);
+  HandleArguments arguments(Op::dispatch_backward, *group, checks, grad_recv_x, topk_idx, recv_src_idx, send_head,
+                            num_experts, num_ranks);
   SendBack back{.handle = arguments.handle};
   std::vector<float> of_row;
-  std::vector<Region> regions;
-  Operation op(group, arguments.post, arguments.words, arguments.wrong, [&](const Operation& op) {
+  if (arguments.right()) {
     back.dtype = dtype_of(grad_recv_x);
     back.hidden = grad_recv_x.size(1);
     back.rows = grad_recv_x.const_data_ptr();
     of_row = weight_gradients(grad_recv_topk_weights, back.handle);
     back.has_scalars = true;
     back.scalars = of_row.data();
+    back.attach_to(arguments.contribution);
+  }
+  std::vector<Region> regions;
+  Operation op(group, arguments.contribution, [&](const Operation& op) {
     regions = back.place(op);
     return Handle::check(op);
   });

@@ -6,7 +6,7 @@
 #include <optional>
 
 #include "arguments.h"
-#include "copy.h"
+#include "private_memory.h"
 
 namespace deep_ep {
 
@@ -20,48 +20,56 @@ class RecvRows {
     for (int r = 0; r < op.size(); ++r) {
       const auto pooled = op.pool_region(r, delivered(r), total(r), row_bytes_, meta_bytes);
       if (r == op.rank()) pooled_ = pooled.has_value() && total(r) > 0;
-      regions_.push_back(pooled ? *pooled : op.staging_region(r, delivered(r), 1, row_bytes_, meta_bytes));
+      if (!op.all_attached())
+        regions_.push_back(pooled ? *pooled : op.staging_region(r, delivered(r), 1, row_bytes_, meta_bytes));
     }
     rows_ = total(op.rank());
+    delivered_ = delivered(op.rank());
   }
 
   const std::vector<Region>& regions() const { return regions_; }
   uint64_t row_bytes() const { return row_bytes_; }
 
-  // Private memory is made before rows arrive, window memory needs none.
-  void allocate(const Tensor& like) {
-    if (!pooled_) private_ = tensor_at(private_memory(rows_ * row_bytes_), like);
+  // Before rows arrive. Those that were attached are written to rows() by this rank itself.
+  void allocate(Operation& op) {
+    const uint64_t used = delivered_ * row_bytes_, bytes = rows_ * row_bytes_;
+    if (op.all_attached() && bytes - used >= kManyZeros)
+      memory_ = zeros_behind(used, bytes);
+    else if (!pooled_)
+      memory_ = private_memory(bytes);
+    else if (op.all_attached())
+      memory_ = op.keep(bytes);
   }
+
+  std::byte* rows() const { return memory_.get(); }
 
   // Where row `first` of a chunk that arrived at `chunk` now lies for good.
   std::byte* settle(int64_t first, int64_t end, std::byte* chunk) {
-    if (pooled_) return chunk;
-    std::byte* to = static_cast<std::byte*>(private_->mutable_data_ptr()) + first * row_bytes_;
+    if (!memory_) return chunk;
+    std::byte* to = rows() + first * row_bytes_;
     std::memcpy(to, chunk, (end - first) * row_bytes_);
     return to;
   }
 
-  // The tensor, once all rows have arrived; rows from `delivered` on are set to 0.
-  Tensor take(Operation& op, const Tensor& like, int64_t delivered) {
-    if (pooled_) {
-      private_ = tensor_at(op.keep(rows_ * row_bytes_), like);
-    }
-    std::memset(static_cast<std::byte*>(private_->mutable_data_ptr()) + delivered * row_bytes_, 0,
-                (rows_ - delivered) * row_bytes_);
-    return *private_;
+  // The tensor, once all rows have arrived; the rows behind them are set to 0.
+  Tensor take(Operation& op, const Tensor& like) {
+    const uint64_t used = delivered_ * row_bytes_, bytes = rows_ * row_bytes_;
+    if (!memory_) memory_ = op.keep(bytes);
+    if (!op.all_attached() || bytes - used < kManyZeros) std::memset(rows() + used, 0, bytes - used);
+    return torch::stable::from_blob(rows(), {rows_, like.size(1)}, {like.size(1), 1}, like.device(), like.scalar_type(),
+                                    [memory = memory_](void*) {});
   }
 
  private:
-  Tensor tensor_at(std::shared_ptr<std::byte> memory, const Tensor& like) const {
-    return torch::stable::from_blob(memory.get(), {rows_, like.size(1)}, {like.size(1), 1}, like.device(),
-                                    like.scalar_type(), [memory](void*) {});
-  }
+  // From here on it takes less time to map memory than to write it.
+  static constexpr uint64_t kManyZeros = 256 << 10;
 
   std::vector<Region> regions_;
   uint64_t row_bytes_ = 0;
   int64_t rows_ = 0;
+  int64_t delivered_ = 0;
   bool pooled_ = false;
-  std::optional<Tensor> private_;
+  std::shared_ptr<std::byte> memory_;  // none yet: rows arrive in the pool
 };
 
 }  // namespace deep_ep

@@ -5,25 +5,44 @@
 
 namespace deep_ep {
 
+void SendBack::attach_to(Contribution& mine) const {
+  int64_t rows_sent = 0;  // up to the last one for another rank
+  for (int64_t n = 0; n < handle.num_rows; ++n)
+    if (handle.goes_away(n)) rows_sent = n + 1;
+  mine.attached_bytes = rows_at(handle.num_rows) + rows_sent * row_bytes();
+  mine.attach = [back = *this, rows_sent](std::byte* to) {
+    std::memcpy(to, back.scalars, back.handle.num_rows * back.scalar_bytes());
+    to += back.rows_at(back.handle.num_rows);
+    const auto* rows = static_cast<const std::byte*>(back.rows);
+    const uint64_t row_bytes = back.row_bytes();
+    for (int64_t n = 0; n < rows_sent && row_bytes > 0; ++n)
+      if (back.handle.goes_away(n)) std::memcpy(to + n * row_bytes, rows + n * row_bytes, row_bytes);
+  };
+}
+
 std::vector<Region> SendBack::place(const Operation& op) const {
   std::vector<Region> regions;
-  for (int r = 0; r < op.size(); ++r)
+  for (int r = 0; r < op.size() && !op.all_attached(); ++r)
     regions.push_back(
         op.staging_region(r, op.post(r).tokens * handle.top_k, handle.top_k, row_bytes(), scalar_bytes()));
   return regions;
 }
 
 void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
-  const int64_t K = handle.top_k;
-  const auto* own_rows = static_cast<const std::byte*>(rows);
-  const auto write = [&](const Entry& entry, std::byte* scalar) {
-    if (has_scalars) std::memcpy(scalar, scalars + entry.row, sizeof(float));
-    return own_rows + entry.row * row_bytes();
+  struct Place {
+    const std::byte* row;
+    const std::byte* scalar;
   };
-  // The terms of two tokens: one is summed up while the next one's rows are fetched.
+  const int64_t K = handle.top_k;
+  const auto place_in = [&](const void* rows, const void* scalars, int64_t n) {
+    return Place{static_cast<const std::byte*>(rows) + n * row_bytes(),
+                 static_cast<const std::byte*>(scalars) + n * scalar_bytes()};
+  };
+  // What a token sums up: one is done while the next one's rows are fetched.
   std::vector<const void*> parts(2 * K);
   std::vector<float> factors(2 * K);
-  const auto consume = [&](int64_t first, int64_t end, std::byte* arrived_rows, std::byte* arrived_scalars) {
+  // Of the slots first..end-1; arrived(slot, rank, row) is where the row that `rank` has sent lies.
+  const auto reduce = [&](int64_t first, int64_t end, const auto& arrived) {
     const auto terms_of = [&](int64_t begin) {
       const int64_t at = begin / K % 2 * K;
       int64_t count = 0;
@@ -32,13 +51,10 @@ void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
         const int64_t head = handle.send_head[slot];
         if (head < 0) continue;
         // What this rank sent to itself is where it was.
-        const bool own = handle.destination(slot) == op.rank();
-        if (has_scalars)
-          std::memcpy(scalars_out + slot,
-                      own ? reinterpret_cast<const std::byte*>(scalars + head)
-                          : arrived_scalars + (slot - first) * sizeof(float),
-                      sizeof(float));
-        parts[at + count] = own ? own_rows + head * row_bytes() : arrived_rows + (slot - first) * row_bytes();
+        const int64_t from = handle.destination(slot);
+        const Place place = from == op.rank() ? place_in(rows, scalars, head) : arrived(slot, from, head);
+        if (has_scalars) std::memcpy(scalars_out + slot, place.scalar, sizeof(float));
+        parts[at + count] = place.row;
         factors[at + count++] = weights != nullptr ? weights[slot] : 1.0f;
       }
       return Terms{parts.data() + at, factors.data() + at, count};
@@ -50,14 +66,34 @@ void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
       terms = next;
     }
   };
-  op.exchange(handle.returns(), regions, row_bytes(), scalar_bytes(), write, consume);
+
+  if (op.all_attached()) {
+    op.enter(Phase::reduce);
+    reduce(0, handle.num_tokens * K, [&](int64_t, int64_t from, int64_t row) {
+      const std::byte* attached = op.attachment(static_cast<int>(from));
+      return place_in(attached + rows_at(op.post(static_cast<int>(from)).rows), attached, row);
+    });
+    return;
+  }
+  op.exchange(
+      handle.returns(), regions, row_bytes(), scalar_bytes(),
+      [&](const Entry& entry, std::byte* scalar) {
+        const Place place = place_in(rows, scalars, entry.row);
+        std::memcpy(scalar, place.scalar, scalar_bytes());
+        return place.row;
+      },
+      [&](int64_t first, int64_t end, std::byte* arrived_rows, std::byte* arrived_scalars) {
+        reduce(first, end,
+               [&](int64_t slot, int64_t, int64_t) { return place_in(arrived_rows, arrived_scalars, slot - first); });
+      });
 }
 
 HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks, const Tensor& expert_rows,
                                  const Tensor& topk_idx, const Tensor& recv_src_idx, const Tensor& send_head,
-                                 int64_t num_experts, int64_t num_ranks)
-    : wrong(checks.wrong()) {
+                                 int64_t num_experts, int64_t num_ranks) {
+  Post& post = contribution.post;
   post.op = op;
+  contribution.rejected = checks.wrong();
   if (!checks.passed()) return;
   handle = {recv_src_idx.const_data_ptr<int32_t>(),
             topk_idx.const_data_ptr<int64_t>(),
@@ -74,22 +110,25 @@ HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks
   post.experts = num_experts;
   post.dtype = static_cast<int64_t>(dtype_of(expert_rows));
   post.rows = handle.num_rows;
-  words = handle.words(wrong);
+  contribution.words = handle.words(contribution.rejected);
 }
 
 Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
                     int64_t num_experts, int64_t num_ranks) {
   checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx));
-  const HandleArguments arguments(op_code, turn.group(), checks, x, topk_idx, recv_src_idx, send_head, num_experts,
-                                  num_ranks);
+  HandleArguments arguments(op_code, turn.group(), checks, x, topk_idx, recv_src_idx, send_head, num_experts,
+                            num_ranks);
   SendBack back{.handle = arguments.handle};
-  std::vector<Region> regions;
-  Operation op(std::move(turn), arguments.post, arguments.words, arguments.wrong, [&](const Operation& op) {
+  if (arguments.right()) {
     back.dtype = dtype_of(x);
     back.hidden = x.size(1);
     back.rows = x.const_data_ptr();
     back.weights = topk_weights.const_data_ptr<float>();
+    back.attach_to(arguments.contribution);
+  }
+  std::vector<Region> regions;
+  Operation op(std::move(turn), arguments.contribution, [&](const Operation& op) {
     regions = back.place(op);
     return Handle::check(op);
   });

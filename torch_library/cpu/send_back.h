@@ -21,23 +21,30 @@ struct SendBack {
   uint64_t row_bytes() const { return hidden * bytes_of(dtype); }
   uint64_t scalar_bytes() const { return has_scalars ? sizeof(float) : 0; }
 
+  // Attaches what there is to send.
+  void attach_to(Contribution& mine) const;
+
   // A place for all slots of every rank; for use in the check of an Operation.
   std::vector<Region> place(const Operation& op) const;
 
   // `sums` and `scalars_out` must have been set.
   void run(Operation& op, const std::vector<Region>& regions) const;
+
+ private:
+  // Where the rows of a rank lie in its attachment, behind the scalars of `num_rows` rows.
+  uint64_t rows_at(int64_t num_rows) const { return round_up(num_rows * scalar_bytes(), kLine); }
 };
 
-// What an op that has a handle publishes: made of its arguments if they are right, else `wrong` says what is not.
+// What an op that has a handle brings: made of its arguments, if they are right.
 struct HandleArguments {
-  // `expert_rows` is the argument [N, H] called `rows_name`; `checks` has been made of the op's other arguments.
+  // `expert_rows` is the argument [N, H]; `checks` has been made of the op's other arguments.
   HandleArguments(Op op, const Group& group, const Checks& checks, const Tensor& expert_rows, const Tensor& topk_idx,
                   const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts, int64_t num_ranks);
 
+  bool right() const { return contribution.rejected.empty(); }
+
   Handle handle{};
-  Post post{};
-  std::vector<int32_t> words;
-  std::string wrong;
+  Contribution contribution;
 };
 
 // Each token's weighted sum of the rows x [N, H], as the operation `op`: what combine and low_latency_combine are made

@@ -22,6 +22,9 @@ from ..windows import exchange, raise_everywhere
 _HEADER = 8
 """Words of a table before the addresses of the ranks' windows (torch_library/npu/kernels.h)."""
 
+DEFAULT_BYTES = 256 << 20
+"""Bytes of a rank's window unless something else is asked for."""
+
 _open: dict[str, "Windows"] = {}
 
 
@@ -91,7 +94,8 @@ def _windows(name: str) -> "Windows":
 class Windows:
     """The windows of one group on NPUs, kept until `close()` or until the group is gone. Collective."""
 
-    def __init__(self, group: dist.ProcessGroup, num_bytes: int, timeout: timedelta) -> None:
+    def __init__(self, group: dist.ProcessGroup, num_bytes: int | None, timeout: timedelta) -> None:
+        num_bytes = num_bytes or DEFAULT_BYTES
         self.num_bytes, self.timeout = num_bytes, timeout
         if group.group_name in _open:
             _open[group.group_name].close()  # they go by the group's name, so that a name has one at a time
