@@ -14,50 +14,99 @@
 namespace deep_ep {
 namespace {
 
-DEEP_EP_INLINE uint32_t bits(float value) {
-  uint32_t out;
-  std::memcpy(&out, &value, 4);
+// Functions that take or return vectors are all inlined: no convention of calls concerns them.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+// Vectors of 16 columns, in as many registers as they take. All arithmetic is written once, for these and for scalars.
+constexpr int64_t kWidth = 16;
+using Floats = float __attribute__((vector_size(4 * kWidth)));
+using Words = uint32_t __attribute__((vector_size(4 * kWidth)));
+
+template <typename To, typename From>
+DEEP_EP_INLINE To bits(const From& value) {
+  To out;
+  static_assert(sizeof out == sizeof value);
+  std::memcpy(&out, &value, sizeof out);
   return out;
 }
 
-DEEP_EP_INLINE float from_bits(uint32_t value) {
-  float out;
-  std::memcpy(&out, &value, 4);
-  return out;
-}
+// Formats of 16 bits, in the lower half of words.
+
+struct BF16 {
+  template <typename Float, typename Word>
+  static DEEP_EP_INLINE Float load(const Word& value) {
+    return bits<Float>(Word(value << 16));
+  }
+  template <typename Word, typename Float>
+  static DEEP_EP_INLINE Word store(const Float& value) {
+    const Word u = bits<Word>(value);
+    const Word rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    return (u & 0x7fffffff) > 0x7f800000 ? Word(rounded * 0 + 0x7fc0) : rounded;
+  }
+};
+
+struct F16 {
+  // The exponent is rebased by a multiplication, which also normalises subnormals; infinities and NaN by hand.
+  template <typename Float, typename Word>
+  static DEEP_EP_INLINE Float load(const Word& value) {
+    const Word magnitude = (value & 0x7fff) << 13;
+    const Word finite = bits<Word>(Float(bits<Float>(magnitude) * 0x1p112f));
+    const Word special = magnitude | 0x7f800000;
+    return bits<Float>(Word((value & 0x8000) << 16 | ((value & 0x7c00) == 0x7c00 ? special : finite)));
+  }
+  template <typename Word, typename Float>
+  static DEEP_EP_INLINE Word store(const Float& value) {
+    const Word sign = bits<Word>(value) >> 16 & 0x8000, u = bits<Word>(value) & 0x7fffffff;
+    const Word normal = (u - (112u << 23) + 0xfff + (u >> 13 & 1)) >> 13;
+    const Word subnormal = bits<Word>(Float(bits<Float>(u) + 0.5f)) - bits<uint32_t>(0.5f);  // rounds at 2^-24
+    const Word zero = u * 0;
+    const Word large = u > 0x7f800000 ? Word(zero + 0x7e00) : Word(zero + 0x7c00);
+    const Word finite = u < (113u << 23) ? subnormal : normal;
+    return sign | (u >= 0x477ff000 ? large : finite);
+  }
+};
+
+// 32 columns in fp32: column i is in `first` or `second`, as the format says.
+struct Columns {
+  static constexpr int64_t kCount = 2 * kWidth;
+  Floats first, second;
+};
+
+template <typename Format>
+struct Half {
+  using Storage = uint16_t;
+  static DEEP_EP_INLINE float load(uint16_t value) { return Format::template load<float>(uint32_t{value}); }
+  static DEEP_EP_INLINE uint16_t store(float value) {
+    return static_cast<uint16_t>(Format::template store<uint32_t>(value));
+  }
+  // Even columns and odd ones: two of a word.
+  static DEEP_EP_INLINE Columns load(const uint16_t* from) {
+    Words words;
+    std::memcpy(&words, from, sizeof words);
+    return {Format::template load<Floats>(Words(words & 0xffff)), Format::template load<Floats>(Words(words >> 16))};
+  }
+  static DEEP_EP_INLINE void store(const Columns& values, uint16_t* to) {
+    const Words words = Format::template store<Words>(values.first) | Format::template store<Words>(values.second)
+                                                                          << 16;
+    std::memcpy(to, &words, sizeof words);
+  }
+  static DEEP_EP_INLINE float column(const Columns& values, int64_t i) {
+    return i % 2 == 0 ? values.first[i / 2] : values.second[i / 2];
+  }
+};
 
 struct F32 {
   using Storage = float;
   static DEEP_EP_INLINE float load(float value) { return value; }
   static DEEP_EP_INLINE float store(float value) { return value; }
-};
-
-struct BF16 {
-  using Storage = uint16_t;
-  static DEEP_EP_INLINE float load(uint16_t value) { return from_bits(uint32_t{value} << 16); }
-  static DEEP_EP_INLINE uint16_t store(float value) {
-    const uint32_t u = bits(value);
-    const uint32_t rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-    return static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  static DEEP_EP_INLINE Columns load(const float* from) {
+    Columns values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
   }
-};
-
-struct F16 {
-  using Storage = uint16_t;
-  // The exponent is rebased by a multiplication, which also normalises subnormals; infinities and NaN by hand.
-  static DEEP_EP_INLINE float load(uint16_t value) {
-    const uint32_t magnitude = uint32_t(value & 0x7fff) << 13;
-    const uint32_t finite = bits(from_bits(magnitude) * 0x1p112f);
-    const uint32_t special = magnitude | 0x7f800000;
-    return from_bits(uint32_t(value & 0x8000) << 16 | ((value & 0x7c00) == 0x7c00 ? special : finite));
-  }
-  static DEEP_EP_INLINE uint16_t store(float value) {
-    const uint32_t u = bits(value) & 0x7fffffff;
-    const uint32_t normal = (u - (112u << 23) + 0xfff + (u >> 13 & 1)) >> 13;
-    const uint32_t subnormal = bits(from_bits(u) + 0.5f) - bits(0.5f);  // the addition rounds at 2^-24
-    const uint32_t large = u > 0x7f800000 ? 0x7e00 : 0x7c00;
-    const uint32_t finite = u < (113u << 23) ? subnormal : normal;
-    return static_cast<uint16_t>((bits(value) >> 16 & 0x8000) | (u >= 0x477ff000 ? large : finite));
+  static DEEP_EP_INLINE void store(const Columns& values, float* to) { std::memcpy(to, &values, sizeof values); }
+  static DEEP_EP_INLINE float column(const Columns& values, int64_t i) {
+    return i < kWidth ? values.first[i] : values.second[i - kWidth];
   }
 };
 
@@ -66,21 +115,26 @@ struct F16 {
 template <typename T>
 DEEP_EP_INLINE void weighted_sum(void* out, const Terms& terms, const Terms& next, int64_t hidden) {
   using Storage = typename T::Storage;
-  constexpr int64_t kLine = 64 / sizeof(Storage);
-  constexpr int64_t kColumns = 2 * kLine;
+  constexpr int64_t kLine = 64 / sizeof(Storage), kBlock = Columns::kCount;
   const int64_t fetched = std::min(next.count, terms.count);
   auto* to = static_cast<Storage*>(out);
   const auto row = [](const Terms& of, int64_t k) { return static_cast<const Storage*>(of.rows[k]); };
   int64_t begin = 0;
-  for (; begin + kColumns <= hidden; begin += kColumns) {
-    float sum[kColumns] = {};
+  for (; begin + 2 * kBlock <= hidden; begin += 2 * kBlock) {
+    Columns a{}, b{};
     for (int64_t k = 0; k < terms.count; ++k) {
       const Storage* from = row(terms, k) + begin;
-      for (int64_t line = 0; k < fetched && line < kColumns; line += kLine)
+      for (int64_t line = 0; k < fetched && line < 2 * kBlock; line += kLine)
         __builtin_prefetch(row(next, k) + begin + line);
-      for (int64_t i = 0; i < kColumns; ++i) sum[i] += terms.weights[k] * T::load(from[i]);
+      const float weight = terms.weights[k];
+      const Columns x = T::load(from), y = T::load(from + kBlock);
+      a.first += weight * x.first;
+      a.second += weight * x.second;
+      b.first += weight * y.first;
+      b.second += weight * y.second;
     }
-    for (int64_t i = 0; i < kColumns; ++i) to[begin + i] = T::store(sum[i]);
+    T::store(a, to + begin);
+    T::store(b, to + begin + kBlock);
   }
   for (; begin < hidden; ++begin) {
     float sum = 0.0f;
@@ -91,19 +145,19 @@ DEEP_EP_INLINE void weighted_sum(void* out, const Terms& terms, const Terms& nex
 
 template <typename T>
 DEEP_EP_INLINE float dot_and_scale(void* row, const void* other, float weight, int64_t hidden) {
-  constexpr int64_t kLanes = 32;
-  float lanes[kLanes] = {};
+  constexpr int64_t kLanes = Columns::kCount;
   auto* a = static_cast<typename T::Storage*>(row);
   const auto* b = static_cast<const typename T::Storage*>(other);
   const int64_t even = hidden / kLanes * kLanes;
-  for (int64_t begin = 0; begin < even; begin += kLanes)
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const float value = T::load(a[begin + i]);
-      lanes[i] += value * T::load(b[begin + i]);
-      a[begin + i] = T::store(weight * value);
-    }
+  Columns lanes{};
+  for (int64_t begin = 0; begin < even; begin += kLanes) {
+    const Columns x = T::load(a + begin), y = T::load(b + begin);
+    lanes.first += x.first * y.first;
+    lanes.second += x.second * y.second;
+    T::store(Columns{weight * x.first, weight * x.second}, a + begin);
+  }
   float sum = 0.0f;
-  for (int64_t i = 0; i < kLanes; ++i) sum += lanes[i];
+  for (int64_t i = 0; i < kLanes; ++i) sum += T::column(lanes, i);
   for (int64_t i = even; i < hidden; ++i) {
     const float value = T::load(a[i]);
     sum += value * T::load(b[i]);
@@ -116,19 +170,19 @@ DEEP_EP_CLONES void weighted_sum_f32(void* out, const Terms& terms, const Terms&
   weighted_sum<F32>(out, terms, next, hidden);
 }
 DEEP_EP_CLONES void weighted_sum_f16(void* out, const Terms& terms, const Terms& next, int64_t hidden) {
-  weighted_sum<F16>(out, terms, next, hidden);
+  weighted_sum<Half<F16>>(out, terms, next, hidden);
 }
 DEEP_EP_CLONES void weighted_sum_bf16(void* out, const Terms& terms, const Terms& next, int64_t hidden) {
-  weighted_sum<BF16>(out, terms, next, hidden);
+  weighted_sum<Half<BF16>>(out, terms, next, hidden);
 }
 DEEP_EP_CLONES float dot_and_scale_f32(void* row, const void* other, float weight, int64_t hidden) {
   return dot_and_scale<F32>(row, other, weight, hidden);
 }
 DEEP_EP_CLONES float dot_and_scale_f16(void* row, const void* other, float weight, int64_t hidden) {
-  return dot_and_scale<F16>(row, other, weight, hidden);
+  return dot_and_scale<Half<F16>>(row, other, weight, hidden);
 }
 DEEP_EP_CLONES float dot_and_scale_bf16(void* row, const void* other, float weight, int64_t hidden) {
-  return dot_and_scale<BF16>(row, other, weight, hidden);
+  return dot_and_scale<Half<BF16>>(row, other, weight, hidden);
 }
 
 }  // namespace
