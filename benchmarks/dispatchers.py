@@ -254,8 +254,24 @@ class DeepEP:
         return self.combine_op(y, *state, *self.sizes, self.group_name)
 
 
+class DeepEPLowLatencyCalls:
+    """deep_ep's low-latency ops called by C++, with room for M = T tokens per rank; results live until the next one."""
+
+    def __init__(self, group: dist.ProcessGroup, point: Point) -> None:
+        self.name = DEEP_EP
+        self.sum_eps = torch.finfo(torch.float32).eps
+        sizes = point.tokens, point.hidden, point.topk, point.experts, point.ranks
+        self.calls = native.LowLatency(*sizes, DTYPES[point.dtype], group.group_name)
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, Any]:
+        return self.calls.dispatch(x, topk_idx), (topk_idx, topk_weights)
+
+    def combine(self, y: Tensor, state: Any) -> Tensor:
+        return self.calls.combine(y, *state)
+
+
 class DeepEPLowLatency:
-    """One overload of deep_ep's low-latency ops, called eagerly, with room for M = T tokens per rank."""
+    """One overload of deep_ep's low-latency ops, called from Python, with room for M = T tokens per rank."""
 
     def __init__(self, group: dist.ProcessGroup, point: Point, overload: str) -> None:
         self.name = f"deep_ep.{overload}"
@@ -306,7 +322,10 @@ def make_dispatchers(group: dist.ProcessGroup, point: Point) -> list[Dispatcher 
     E, rank = point.experts, group.rank()
     competitors: list[Dispatcher | Memory] = []
     if point.mode == "low_latency":
-        competitors += [DeepEPLowLatency(group, point, overload) for overload in ("default", "alltoall")]
+        competitors += [DeepEPLowLatency(group, point, "alltoall")]
+        competitors += [
+            DeepEPLowLatency(group, point, "default") if point.backward else DeepEPLowLatencyCalls(group, point)
+        ]
     elif point.rows == "rank":
         competitors += [DeepEPBuffer(group, E)]
     else:

@@ -14,8 +14,8 @@ between times of the same repetition. Before anything is timed, the result of ev
 expected one.
 
 Where OpenMPI is installed (Debian: libopenmpi-dev, openmpi-bin) its mpirun starts the ranks, and MPI competes: one
-call of C++ for each of dispatch and combine. deep_ep's ops are called through torch.ops and gloo through
-torch.distributed, both from Python.
+call of C++ for each of dispatch and combine. So are deep_ep's low-latency ops, without backward. All other ops of
+deep_ep are called through torch.ops and gloo through torch.distributed, both from Python.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""benchmarks/native by ctypes: what the tuned competitors do with rows, MPI, and the speed of memory."""
+"""benchmarks/native by ctypes: what the tuned competitors do with rows, MPI, calls of ops, and the speed of memory."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ class Exchange(ctypes.Structure):
 
 def make() -> None:
     """Build the library, with MPI where that is installed, for this process and those that it starts."""
-    build(SOURCE, FOLDER, "competitors")
+    build(SOURCE, FOLDER, "competitors", Python_EXECUTABLE=sys.executable)
 
 
 @functools.cache
@@ -41,6 +43,10 @@ def library() -> ctypes.CDLL:
         "exchange_unpack": [exchange],
         "exchange_pack_back": [exchange, pointer],
         "exchange_unpack_back": [exchange, pointer],
+        "low_latency_make": [*[number] * 6, ctypes.c_char_p],
+        "low_latency_drop": [pointer],
+        "low_latency_dispatch": [pointer, pointer, pointer, ctypes.POINTER(number)],
+        "low_latency_combine": [pointer, pointer, number, pointer, pointer],
         "memory_copy": [pointer, pointer, number, number],
         "memory_write_read": [pointer, number, number],
         "mpi_dispatch": [exchange, pointer, pointer, pointer],
@@ -48,7 +54,8 @@ def library() -> ctypes.CDLL:
     }.items():
         if not name.startswith("mpi_") or hasattr(loaded, "mpi_start"):
             function = getattr(loaded, name)
-            function.argtypes, function.restype = arguments, ctypes.c_int64
+            function.argtypes = arguments
+            function.restype = pointer if name.startswith("low_latency_") else number
     return loaded
 
 
@@ -82,3 +89,41 @@ class Buffers:
         """The struct with these pointers; they live as long as this object."""
         pointers: dict[str, Tensor] = {name: getattr(self, name) for name in _POINTERS}
         return Exchange(**numbers, **{name: tensor.data_ptr() for name, tensor in pointers.items()})
+
+
+class LowLatency:
+    """deep_ep's low-latency ops, called by C++ in inference mode, as for decoding: low_latency.cpp."""
+
+    def __init__(
+        self, tokens: int, hidden: int, top_k: int, experts: int, ranks: int, dtype: torch.dtype, group: str
+    ) -> None:
+        self.dtype, self.shape = dtype, (tokens, hidden)
+        code = (torch.float32, torch.float16, torch.bfloat16).index(dtype)
+        self.calls = library().low_latency_make(tokens, hidden, top_k, experts, ranks, code, group.encode())
+        weakref.finalize(self, library().low_latency_drop, self.calls)
+        self.num_rows = ctypes.c_int64()
+        self.tensors: dict[int, Tensor] = {}
+
+    def _at(self, address: int, num_rows: int) -> Tensor:
+        """The tensor at the address: making one takes longer than the call."""
+        found = self.tensors.get(address)
+        if found is None or found.shape[0] != num_rows:
+            count = num_rows * self.shape[1]
+            memory = (ctypes.c_char * (count * self.dtype.itemsize)).from_address(address)
+            found = torch.frombuffer(memory, dtype=self.dtype, count=count).view(num_rows, self.shape[1])
+            self.tensors[address] = found
+        return found
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor) -> Tensor:
+        """recv_x, in memory that the next call gives back."""
+        with torch.inference_mode():
+            pointers = x.data_ptr(), topk_idx.data_ptr()
+            address = library().low_latency_dispatch(self.calls, *pointers, ctypes.byref(self.num_rows))
+        return self._at(address, self.num_rows.value)
+
+    def combine(self, y: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        """[T, H], in memory that the next call gives back."""
+        with torch.inference_mode():
+            pointers = topk_idx.data_ptr(), topk_weights.data_ptr()
+            address = library().low_latency_combine(self.calls, y.data_ptr(), len(y), *pointers)
+        return self._at(address, self.shape[0])

@@ -56,6 +56,13 @@ class Checks {
   std::string wrong_;
 };
 
+// A tensor with any values, contiguous, where `like` is. (Called by its name, as torch::stable::new_empty does, an op
+// takes several times as long to find as to run.)
+Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
+inline Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
+  return empty_tensor(like, shape, like.scalar_type());
+}
+
 DType dtype_of(const Tensor& tensor);
 std::vector<int64_t> sizes_of(const Tensor& tensor);
 

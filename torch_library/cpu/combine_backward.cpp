@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
     regions = back.place(op);
     return std::string();
   });
-  Tensor grad_topk_weights = new_empty(topk_weights, {topk_idx.size(0), topk_idx.size(1)});
+  Tensor grad_topk_weights = empty_tensor(topk_weights, {topk_idx.size(0), topk_idx.size(1)});
   back.scalars_out = grad_topk_weights.mutable_data_ptr<float>();
   back.run(op, regions);
   op.finish();

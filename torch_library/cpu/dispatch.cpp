@@ -75,7 +75,9 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
   const int64_t T = post.tokens, K = post.top_k, R = num_ranks, L = routing->num_local_experts();
   const int64_t delivered = routing->delivered(op.rank());
   const int64_t N = routing->total_rows(op.rank());
-  const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) { return new_empty(x, shape, dtype); };
+  const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
+    return empty_tensor(x, shape, dtype);
+  };
   // Low latency does without.
   const bool with_topk = op_code == Op::dispatch;
   Tensor recv_topk_idx = empty({with_topk ? N : 0, K}, ScalarType::Long);

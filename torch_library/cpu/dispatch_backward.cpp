@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_rec
     return Handle::check(op);
   });
 
-  Tensor grad_x = new_empty(grad_recv_x, {topk_idx.size(0), grad_recv_x.size(1)});
-  Tensor grad_topk_weights = new_empty(grad_recv_topk_weights, {topk_idx.size(0), topk_idx.size(1)});
+  Tensor grad_x = empty_tensor(grad_recv_x, {topk_idx.size(0), grad_recv_x.size(1)});
+  Tensor grad_topk_weights = empty_tensor(grad_recv_topk_weights, {topk_idx.size(0), topk_idx.size(1)});
   back.sums = grad_x.mutable_data_ptr();
   back.scalars_out = grad_topk_weights.mutable_data_ptr<float>();
   back.run(op, regions);

@@ -15,7 +15,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> get_dispatch_layout(Tensor topk_idx, 
   }
   if (!checks.passed()) throw Error("deep_ep.get_dispatch_layout: " + checks.wrong());
 
-  const auto empty = [&](std::initializer_list<int64_t> shape) { return new_empty(topk_idx, shape, ScalarType::Int); };
+  const auto empty = [&](std::initializer_list<int64_t> shape) {
+    return empty_tensor(topk_idx, shape, ScalarType::Int);
+  };
   Tensor per_rank = empty({num_ranks});
   Tensor per_node = empty({num_nodes});
   Tensor per_expert = empty({num_experts});

@@ -133,7 +133,7 @@ Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const
     return Handle::check(op);
   });
 
-  Tensor combined = new_empty(x, {topk_idx.size(0), x.size(1)});
+  Tensor combined = empty_tensor(x, {topk_idx.size(0), x.size(1)});
   back.sums = combined.mutable_data_ptr();
   back.run(op, regions);
   op.finish();

@@ -12,8 +12,8 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
   checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx));
   if (checks.passed()) checks.tensor("grad_out", grad_out, {x.scalar_type()}, {topk_idx.size(0), x.size(1)});
   require(op, checks);
-  Tensor grad_x = new_empty(x, {x.size(0), x.size(1)});
-  Tensor grad_topk_weights = new_empty(topk_weights, {topk_idx.size(0), topk_idx.size(1)});
+  Tensor grad_x = empty_tensor(x, {x.size(0), x.size(1)});
+  Tensor grad_topk_weights = empty_tensor(topk_weights, {topk_idx.size(0), topk_idx.size(1)});
   run(op, group.value, {grad_out, x, topk_idx, topk_weights, recv_src_idx, send_head}, {num_experts, num_ranks},
       {grad_x, grad_topk_weights});
   return {grad_x, grad_topk_weights};

@@ -13,7 +13,7 @@ int64_t exact_rows(const Tensor& topk_idx, int64_t num_experts, int64_t num_rank
         str("deep_ep.", op,
             ": num_worst_tokens is 0, so the number of rows depends on data, which a captured graph cannot wait "
             "for; pass num_worst_tokens"));
-  const Tensor rows = new_empty(topk_idx, {1}, ScalarType::Long);
+  const Tensor rows = empty_tensor(topk_idx, {1}, ScalarType::Long);
   run("notify_dispatch", group, {topk_idx}, {num_experts, num_ranks}, {rows});
   return *to(rows, torch::stable::Device(torch::headeronly::kCPU)).const_data_ptr<int64_t>();
 }
@@ -25,8 +25,10 @@ Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_exp
                              group_size(op, group.value)));
   const int64_t T = x.size(0), K = topk_idx.size(1), R = num_ranks, L = num_experts / R;
   const int64_t N = num_worst_tokens > 0 ? num_worst_tokens : exact_rows(topk_idx, num_experts, R, group.value);
-  const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) { return new_empty(x, shape, dtype); };
-  const Outputs out = {new_empty(x, {N, x.size(1)}),     empty({N, K}, ScalarType::Long),
+  const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
+    return empty_tensor(x, shape, dtype);
+  };
+  const Outputs out = {empty_tensor(x, {N, x.size(1)}),  empty({N, K}, ScalarType::Long),
                        empty({N, K}, ScalarType::Float), empty({L}, ScalarType::Long),
                        empty({}, ScalarType::Long),      empty({R, R}, ScalarType::Int),
                        empty({R, L}, ScalarType::Int),   empty({L, R}, ScalarType::Int),

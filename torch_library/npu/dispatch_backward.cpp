@@ -13,8 +13,8 @@ std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_rec
     checks.tensor("grad_recv_topk_weights", grad_recv_topk_weights, {ScalarType::Float},
                   {grad_recv_x.size(0), topk_idx.size(1)});
   require(op, checks);
-  Tensor grad_x = new_empty(grad_recv_x, {topk_idx.size(0), grad_recv_x.size(1)});
-  Tensor grad_topk_weights = new_empty(grad_recv_topk_weights, {topk_idx.size(0), topk_idx.size(1)});
+  Tensor grad_x = empty_tensor(grad_recv_x, {topk_idx.size(0), grad_recv_x.size(1)});
+  Tensor grad_topk_weights = empty_tensor(grad_recv_topk_weights, {topk_idx.size(0), topk_idx.size(1)});
   run(op, group.value, {grad_recv_x, grad_recv_topk_weights, recv_src_idx, topk_idx, send_head},
       {num_experts, num_ranks}, {grad_x, grad_topk_weights});
   return {grad_x, grad_topk_weights};

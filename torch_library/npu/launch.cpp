@@ -177,7 +177,7 @@ void run(const char* op, const std::string& group, std::initializer_list<Tensor>
   if (kernels.prepare(&call, &plan, &workspace_bytes, error) != 0) throw Error(str("deep_ep.", op, ": ", error));
   // Given back before the kernel has run, but on this stream: the allocator gives it to work that comes later.
   const Tensor& like = *inputs.begin();
-  const Tensor workspace = new_empty(like, {static_cast<int64_t>(workspace_bytes)}, ScalarType::Byte);
+  const Tensor workspace = empty_tensor(like, {static_cast<int64_t>(workspace_bytes)}, ScalarType::Byte);
   void* const memory = workspace.mutable_data_ptr();
   void* const stream = current_stream(like);
   enqueue(str("deep_ep.", op), [&kernels, plan, memory, stream, op] {

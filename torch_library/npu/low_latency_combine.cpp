@@ -17,7 +17,7 @@ Results queued(const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weigh
   checks.tensor("layout_range", layout_range, {ScalarType::Int}, {num_experts});
   checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx));
   require(op, checks);
-  const Tensor combined = new_empty(x, {topk_idx.size(0), x.size(1)});
+  const Tensor combined = empty_tensor(x, {topk_idx.size(0), x.size(1)});
   run(op, group, {x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head}, {num_experts, num_ranks},
       {combined});
   return {combined};

@@ -18,24 +18,24 @@ Results queued(Op op, Rows&& rows, const Tensor& x, const Tensor& topk_idx, int6
   require(name, check_low_latency_dispatch(x, topk_idx, num_max, num_experts, num_ranks, group_size(name, group)));
   const int64_t L = num_experts / num_ranks, N = num_ranks * num_max * std::min(topk_idx.size(1), L);
   Results results = rows(N);
-  results.push_back(new_empty(x, {L}, ScalarType::Long));                                  // recv_count
-  results.push_back(new_empty(x, {N, 3}, ScalarType::Int));                                // recv_src_idx
-  results.push_back(new_empty(x, {num_experts}, ScalarType::Int));                         // layout_range
-  results.push_back(new_empty(x, {topk_idx.size(0), topk_idx.size(1)}, ScalarType::Int));  // send_head
+  results.push_back(empty_tensor(x, {L}, ScalarType::Long));                                  // recv_count
+  results.push_back(empty_tensor(x, {N, 3}, ScalarType::Int));                                // recv_src_idx
+  results.push_back(empty_tensor(x, {num_experts}, ScalarType::Int));                         // layout_range
+  results.push_back(empty_tensor(x, {topk_idx.size(0), topk_idx.size(1)}, ScalarType::Int));  // send_head
   run(name, group, {x, topk_idx}, {num_experts, num_ranks, num_max}, results);
   return results;
 }
 
 Results queued(const Tensor& x, const Tensor& topk_idx, int64_t num_max, int64_t num_experts, int64_t num_ranks,
                const std::string& group) {
-  const auto rows = [&](int64_t N) { return Results{new_empty(x, {N, x.size(1)})}; };
+  const auto rows = [&](int64_t N) { return Results{empty_tensor(x, {N, x.size(1)})}; };
   return queued(kOp, rows, x, topk_idx, num_max, num_experts, num_ranks, group);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> low_latency_dispatch_int8(
     Tensor x, Tensor topk_idx, int64_t num_max, int64_t num_experts, int64_t num_ranks, GroupName group) {
   const auto rows = [&](int64_t N) {
-    return Results{new_empty(x, {N, x.size(1)}, ScalarType::Char), new_empty(x, {N}, ScalarType::Float)};
+    return Results{empty_tensor(x, {N, x.size(1)}, ScalarType::Char), empty_tensor(x, {N}, ScalarType::Float)};
   };
   const Results out =
       queued(Op::low_latency_dispatch_int8, rows, x, topk_idx, num_max, num_experts, num_ranks, group.value);
