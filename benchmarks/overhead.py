@@ -99,11 +99,13 @@ def _windows() -> dict[Path, list[int]]:
 
 def memory(group: dist.ProcessGroup, point: Point) -> list[Value]:
     """Memory of all windows, touched or not, and of recv_x where it lies elsewhere, over the bytes of recv_x of all
-    ranks; measured after some rounds of dispatch and combine, with a recv_x alive. The kernel tells root alone.
+    ranks; measured after some rounds of dispatch and combine, of which one recv_x at a time is alive. The kernel tells
+    root alone.
     """
     inputs = make_inputs(point, group.rank())
     deep_ep = DeepEP(group, point.experts, "default")
     for _ in range(3):
+        recv_x = state = None  # gives memory back before the next call
         recv_x, state = deep_ep.dispatch(inputs.x, inputs.topk_idx, inputs.topk_weights)
         deep_ep.combine(recv_x, state)
     windows = _windows()
