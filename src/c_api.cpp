@@ -6,6 +6,8 @@
 #include <exception>
 #include <memory>
 
+#include "error.h"
+#include "fused_layout.h"
 #include "group.h"
 
 #define DEEP_EP_API extern "C" __attribute__((visibility("default")))
@@ -73,9 +75,44 @@ DEEP_EP_API uint64_t deep_ep_group_phases(void* handle, uint32_t op, int64_t* na
   return finished;
 }
 
+// An operation in which nothing moves: all ranks of the group `name` agree on `op`, or all fail. `sizes` has T, H, K,
+// E, a DType and num_max_dispatch_tokens_per_rank; `rejected`, unless empty, says why this rank cannot take part.
+DEEP_EP_API int deep_ep_group_agree(const char* name, uint32_t op, const int64_t* sizes, const char* rejected,
+                                    char* error) {
+  return guarded(error, [&] {
+    deep_ep::Post post{};
+    post.op = static_cast<deep_ep::Op>(op);
+    post.tokens = sizes[0];
+    post.hidden = sizes[1];
+    post.top_k = sizes[2];
+    post.experts = sizes[3];
+    post.dtype = sizes[4];
+    post.rows = sizes[5];
+    const auto same_rows = [](const deep_ep::Operation& op) {
+      for (int r = 1; r < op.size(); ++r)
+        if (op.post(r).rows != op.post(0).rows)
+          return deep_ep::str("num_max_dispatch_tokens_per_rank must be the same on all ranks: rank 0 has ",
+                              op.post(0).rows, ", rank ", r, " has ", op.post(r).rows);
+      return std::string();
+    };
+    deep_ep::Operation(deep_ep::groups::get(deep_ep::name_of(post.op), name), {post, {}, rejected}, same_rows).finish();
+  });
+}
+
 // Frees the handle; the group goes with the last operation and the registry entry under `name`, if it is its own.
 DEEP_EP_API void deep_ep_group_destroy(void* handle, const char* name) {
   auto* group = static_cast<Handle*>(handle);
   deep_ep::groups::remove(name, group->get());
   delete group;
 }
+
+// The layout of fused_deep_moe's weights (fused_layout.h).
+DEEP_EP_API int64_t deep_ep_fused_tile() { return deep_ep::FusedLayout::kTile; }
+
+DEEP_EP_API void deep_ep_fused_places(int64_t columns, int64_t* places) {
+  for (int64_t column = 0; column < columns; ++column) places[column] = deep_ep::FusedLayout::place(column, columns);
+}
+
+DEEP_EP_API int64_t deep_ep_fused_bits_of(float scale) { return deep_ep::FusedLayout::bits_of(scale); }
+
+DEEP_EP_API float deep_ep_fused_scale_of(int64_t bits) { return deep_ep::FusedLayout::scale_of(bits); }

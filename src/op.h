@@ -14,7 +14,10 @@ enum class Op : uint32_t {
   low_latency_dispatch,
   low_latency_combine,
   notify_dispatch,
-  low_latency_dispatch_int8
+  low_latency_dispatch_int8,
+  fused_deep_moe,
+  dispatch_ffn_combine,
+  fused_deep_moe_backward
 };
 
 constexpr const char* name_of(Op op) {
@@ -26,7 +29,10 @@ constexpr const char* name_of(Op op) {
                                    "low_latency_dispatch",
                                    "low_latency_combine",
                                    "notify_dispatch",
-                                   "low_latency_dispatch_int8"};
+                                   "low_latency_dispatch_int8",
+                                   "fused_deep_moe",
+                                   "fused_deep_moe.dispatch_ffn_combine",
+                                   "fused_deep_moe_backward"};
   return names[static_cast<uint32_t>(op)];
 }
 

@@ -12,10 +12,12 @@ with left_out_if_broken():
 from . import npu
 from .buffer import Buffer
 from .config import Config
+from .fused_weights import FusedWeights, FuseMode, fused_weights, quantize_weight
 from .groups import destroy, init
-from .ops import combine_backward, dispatch_backward  # noqa: F401  (registers them)
+from .ops import combine_backward, dispatch_backward, fused_deep_moe_backward  # noqa: F401  (registers them)
 from .ops.combine import combine
 from .ops.dispatch import DispatchHandle, DispatchOutput, dispatch
+from .ops.fused_deep_moe import fused_deep_moe
 from .ops.get_dispatch_layout import get_dispatch_layout
 from .ops.low_latency_combine import low_latency_combine
 from .ops.low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, low_latency_dispatch
@@ -32,6 +34,8 @@ __all__ = [
     "DispatchOutput",
     "EventHandle",
     "EventOverlap",
+    "FuseMode",
+    "FusedWeights",
     "LowLatencyHandle",
     "LowLatencyOutput",
     "LowLatencyStrategy",
@@ -39,10 +43,13 @@ __all__ = [
     "combine",
     "destroy",
     "dispatch",
+    "fused_deep_moe",
+    "fused_weights",
     "get_dispatch_layout",
     "init",
     "low_latency_combine",
     "low_latency_dispatch",
     "npu",
+    "quantize_weight",
     "topk_idx_t",
 ]

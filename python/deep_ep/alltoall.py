@@ -31,6 +31,9 @@ _OPS = (
     "combine_backward",
     "low_latency_dispatch",
     "low_latency_combine",
+    "fused_deep_moe",
+    "fused_deep_moe.dispatch_ffn_combine",
+    "fused_deep_moe_backward",
 )
 _TEXT_BYTES = 512
 # Elements of a block of rows whose fp32 sums stay in a core's cache.
@@ -279,6 +282,21 @@ def _exclusive_cumsum(counts: Tensor) -> Tensor:
 
 
 # Ops
+
+
+def agree(op: str, group: str, error: str | None, x: Tensor, topk_idx: Tensor, num_experts: int, M: int) -> None:
+    """All ranks issue `op` with the same sizes, dtype and M, or RuntimeError on all of them. Nothing else moves.
+
+    error: what is wrong with the arguments of this rank, if anything.
+    """
+    call = _Call(op, group, x)
+    headers = call.agree(call.device_error or error, x, topk_idx, num_experts, M)
+    for rank, header in enumerate(headers):
+        if header.W != headers[0].W:
+            raise RuntimeError(
+                f"deep_ep.{op}: num_max_dispatch_tokens_per_rank must be the same on all ranks: rank 0 has "
+                f"{headers[0].W}, rank {rank} has {header.W}"
+            )
 
 
 def get_dispatch_layout(

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from . import quantization, rank_rows
 from .config import Config
+from .fused import FusedCalls
+from .fused_weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
 from .groups import GroupInfo, init
 from .low_latency import LowLatencyCalls, Rows, event_of
 from .ops import combine as combine_op
@@ -55,7 +57,7 @@ class AlignedHandle(NamedTuple):
 Handle = DispatchHandle | AlignedHandle | RankHandle
 
 
-class Buffer(LowLatencyCalls):
+class Buffer(LowLatencyCalls, FusedCalls):
     """Expert-parallel communication for one group of ranks.
 
     Making a Buffer is collective and happens outside of compiled code. Several may exist at once, also of one group;

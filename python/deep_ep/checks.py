@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._library import library
+
 MAX_ROWS = 2**31 - 1
 """Rows are numbered in int32."""
 
@@ -16,6 +18,9 @@ MAX_EXPERTS = 1 << 15
 """Counts per expert are published in a space of fixed size."""
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+TILE: int = library.deep_ep_fused_tile()
+"""Columns of a tile of fused_deep_moe's first weights under FUSED_DEEP_MOE: half of gate, half of up."""
 
 
 def _differ(a: Any, b: Any) -> bool:
@@ -28,7 +33,12 @@ def _differ(a: Any, b: Any) -> bool:
 
 
 def _tensor(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device, shape: dict[str, Any]
+    name: str,
+    tensor: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    shape: dict[str, Any],
+    any_strides: bool = False,
 ) -> str | None:
     """`shape` names the dimensions and says how long they must be, if that is given."""
     names = f"[{', '.join(shape)}]"
@@ -43,7 +53,7 @@ def _tensor(
         return f"{name} must be {allowed}, got {tensor.dtype}"
     if tensor.device != device:
         return f"{name} must be on {device}, got {tensor.device}"
-    if not torch.compiler.is_compiling() and not tensor.is_contiguous():
+    if not any_strides and not torch.compiler.is_compiling() and not tensor.is_contiguous():
         return f"{name} must be contiguous, got the strides {list(tensor.stride())}"
     return None
 
@@ -219,3 +229,109 @@ def combine_backward(
         return error
     shape = {"T": topk_idx.shape[0], "H": x.shape[1]}
     return _tensor("grad_out", grad_out, (x.dtype,), x.device, shape)
+
+
+def fused_deep_moe(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    gmm1_weight: Tensor,
+    gmm1_weight_scale: Tensor,
+    gmm2_weight: Tensor,
+    gmm2_weight_scale: Tensor,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    quant_mode: int,
+    strategy: str,
+    overload: str,
+) -> str | None:
+    if quant_mode not in (0, 1):
+        return f"quant_mode must be 0 (none) or 1 (int8), got {quant_mode}"
+    error = _fused(
+        x,
+        topk_idx,
+        topk_weights,
+        gmm1_weight,
+        gmm2_weight,
+        num_max_dispatch_tokens_per_rank,
+        num_experts,
+        num_ranks,
+        strategy,
+        overload,
+        torch.int8 if quant_mode == 1 else x.dtype,
+    )
+    if error:
+        return error
+    L, H, columns = gmm1_weight.shape
+    dtype = torch.float32 if overload == "default" else torch.int64
+    for name, scale, N in (
+        ("gmm1_weight_scale", gmm1_weight_scale, columns),
+        ("gmm2_weight_scale", gmm2_weight_scale, H),
+    ):
+        if quant_mode == 1 and not _differ(scale.numel(), 0):
+            return f"{name} is missing: quant_mode 1 needs {dtype} {[L, N]}"
+        if quant_mode == 0 and _differ(scale.numel(), 0):
+            return f"{name} must be None or empty with quant_mode 0, got {list(scale.shape)}"
+        if quant_mode == 1 and (
+            error := _tensor(name, scale, (dtype,), x.device, {"L": L, "2I" if N is columns else "H": N})
+        ):
+            return error
+    return None
+
+
+def fused_deep_moe_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    gmm1_weight: Tensor,
+    gmm2_weight: Tensor,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    strategy: str,
+    overload: str,
+) -> str | None:
+    sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
+    return _fused(x, topk_idx, topk_weights, gmm1_weight, gmm2_weight, *sizes, strategy, overload, x.dtype) or _tensor(
+        "grad_out", grad_out, (x.dtype,), x.device, {"T": x.shape[0], "H": x.shape[1]}
+    )
+
+
+def _fused(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    gmm1_weight: Tensor,
+    gmm2_weight: Tensor,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    strategy: str,
+    overload: str,
+    dtype: torch.dtype,
+) -> str | None:
+    """`dtype`: that of the weights."""
+    if strategy not in ("default", "alltoall"):
+        return f"strategy must be default or alltoall, got {strategy!r}"
+    if error := dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, 0):
+        return error
+    M = num_max_dispatch_tokens_per_rank
+    if not 1 <= M <= MAX_ROWS:
+        return f"num_max_dispatch_tokens_per_rank must be 1..{MAX_ROWS}, got {M}"
+    permuted = overload == "default"
+    if permuted and isinstance(x.shape[0], int) and x.shape[0] > M:
+        return f"x has {x.shape[0]} tokens; allowed are at most num_max_dispatch_tokens_per_rank = {M}"
+    L, H = num_experts // num_ranks, x.shape[1]
+    shape = {"L": L, "H": H, "2I": None}
+    if error := _tensor("gmm1_weight", gmm1_weight, (dtype,), x.device, shape, any_strides=True):
+        return error
+    columns = gmm1_weight.shape[2]
+    if columns < 2 or columns % 2:
+        return f"gmm1_weight must have an even number of columns (2I), I of gate and I of up, got {columns}"
+    if permuted and columns % TILE:
+        return f"gmm1_weight must have a multiple of {TILE} columns (2I), tiles of gate and up, got {columns}"
+    I = columns // 2
+    shape = {"L": L, "H": H, "I": I} if permuted else {"L": L, "I": I, "H": H}
+    return _tensor("gmm2_weight", gmm2_weight, (dtype,), x.device, shape, any_strides=True)

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import quantization
+
 
 class DispatchResult(NamedTuple):
     """The outputs of the op dispatch on one rank, in the order of its schema."""
@@ -178,6 +180,49 @@ def _sum_rows(ys: list[Tensor], weights: list[Tensor], recv_src_idxs: list[Tenso
                 acc[token] = acc[token] + w[token, k].unsqueeze(1) * y[row].float()
         outs.append(acc.to(ys[s].dtype))
     return outs
+
+
+def fused_deep_moe(
+    xs: list[Tensor],
+    topk_idxs: list[Tensor],
+    topk_weights: list[Tensor],
+    gate_ups: list[Tensor],
+    downs: list[Tensor],
+    gate_up_scales: list[Tensor] | None = None,
+    down_scales: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """Each token's weighted sum of its experts' results, [T, H] per rank: in k order in fp32, rounded once.
+
+    Weights are ordinary ones, by rank: gate_ups [L, 2I, H], gate first, downs [L, H, I]. With scales [L, 2I] and [L, H]
+    they are int8, and so are rows before either product. Without, autograd gives the gradients.
+    """
+    L = gate_ups[0].shape[0]
+    outs = []
+    for x, ids, weights in zip(xs, topk_idxs, topk_weights, strict=True):
+        total = torch.zeros(x.shape)
+        for k in range(ids.shape[1]):
+            for e in ids[:, k].unique().tolist():
+                if e < 0:
+                    continue
+                rank, local = divmod(e, L)
+                token = torch.nonzero(ids[:, k] == e).view(-1)
+                gate_up, down = gate_ups[rank][local], downs[rank][local]
+                if gate_up_scales is None or down_scales is None:
+                    gate, up = (x[token] @ gate_up.t()).float().chunk(2, 1)
+                    y = (gate * gate.sigmoid() * up).to(x.dtype) @ down.t()
+                else:
+                    gate, up = _int8_linear(x[token], gate_up, gate_up_scales[rank][local]).chunk(2, 1)
+                    y = _int8_linear(gate * gate.sigmoid() * up, down, down_scales[rank][local]).to(x.dtype)
+                total = total.index_add(0, token, weights[token, k].unsqueeze(1) * y.float())
+        outs.append(total.to(x.dtype))
+    return outs
+
+
+def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """fp32 [n, N] of rows x [n, K], quantised by themselves, and int8 weight [N, K] with scale [N]."""
+    q, s = quantization.quantize(x, "int8", low_latency=True)
+    # The sums of products are integers that float64 holds.
+    return (q.double() @ weight.double().t()).float() * scale * s.unsqueeze(1)
 
 
 def all_gather_ragged(tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:

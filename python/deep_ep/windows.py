@@ -27,7 +27,16 @@ _OPS = (
     "combine_backward_weights",
     "low_latency_dispatch",
     "low_latency_combine",
+    "notify_dispatch",
+    "low_latency_dispatch_int8",
+    "fused_deep_moe",
+    "fused_deep_moe.dispatch_ffn_combine",
+    "fused_deep_moe_backward",
 )
+"""enum Op of src/op.h."""
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""enum DType of src/arithmetic.h."""
 
 PHASES = ("counts", "wait", "allocate", "copy", "reduce", "finish")
 """enum Phase of src/phases.h."""
@@ -52,6 +61,23 @@ def raise_everywhere(group: dist.ProcessGroup, error: str | None) -> None:
     errors = [f"rank {rank}: {text}" for rank, text in enumerate(exchange(group, error)) if text]
     if errors:
         raise RuntimeError(f"deep_ep: cannot make windows for the group '{group.group_name}': {'; '.join(errors)}")
+
+
+def agree(
+    op: str, group: str, rejected: str | None, sizes: tuple[int, ...] = (), dtype: torch.dtype = _DTYPES[0]
+) -> None:
+    """All ranks issue `op` with the same H, K, E, M and dtype, or RuntimeError on all of them. Nothing else moves.
+
+    Args:
+        rejected: what is wrong with the arguments of this rank, if anything; then its sizes are of no interest.
+        sizes: T, H, K, E, M.
+        dtype: of rows.
+    """
+    T, H, K, E, M = (0,) * 5 if rejected else sizes
+    numbers = (ctypes.c_int64 * 6)(T, H, K, E, 0 if rejected else _DTYPES.index(dtype), M)
+    error = ctypes.create_string_buffer(ERROR_BYTES)
+    if library.deep_ep_group_agree(group.encode(), _OPS.index(op), numbers, (rejected or "").encode(), error):
+        raise RuntimeError(error.value.decode())
 
 
 def _host() -> tuple[str, str, int]:

@@ -16,7 +16,8 @@ def register(
     name: str,
     *,
     fake: Callable[..., Any],
-    alltoall: Callable[..., Any],
+    alltoall: Callable[..., Any] | None = None,
+    kernel: Callable[..., Any] | None = None,
     cpu: Callable[..., Any] | None = None,
     ops: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
@@ -28,8 +29,10 @@ def register(
     """Registers the Python parts of op `name` for its overloads.
 
     Args:
-        fake: shapes and dtypes of the results; called with `overload=` too where there is an overload `.ops`.
-        alltoall: the kernel of the overload `.alltoall`, for every device.
+        fake: shapes and dtypes of the results; called with `overload=` too where there is an overload `.ops`, or
+            `kernel`.
+        alltoall: the kernel of the overload `.alltoall`, for every device, where there is such an overload.
+        kernel: that of all overloads, for every device, where overloads are no strategies; called with `overload=`.
         cpu: the kernel on the CPU, where it is not in C++.
         ops: the kernel of the overload `.ops`, for every device, where there is such an overload.
         setup_context, backward: the autograd formula; `backward` is called with `overload=`, the name of the overload
@@ -38,7 +41,8 @@ def register(
         decompose: the overload `.alltoall` out of torch's operators, which torchair converts.
         communicates: whether ranks talk to each other in it.
     """
-    _fragment.impl(f"{name}.alltoall", alltoall, "CompositeExplicitAutograd")
+    if alltoall is not None:
+        _fragment.impl(f"{name}.alltoall", alltoall, "CompositeExplicitAutograd")
     if cpu is not None:
         _fragment.impl(name, cpu, "CPU")
     if ops is not None:
@@ -47,12 +51,14 @@ def register(
 
     def prepared_fake(*args: Any, overload: str) -> Any:
         _compile.prepare()
-        return fake(*args, overload=overload) if ops is not None else fake(*args)
+        return fake(*args, overload=overload) if ops is not None or kernel is not None else fake(*args)
 
     if decompose is not None:
         ge.decomposition(packet.alltoall, decompose)
     for overload in packet.overloads():
         op = getattr(packet, overload)
+        if kernel is not None:
+            _fragment.impl(op, functools.partial(kernel, overload=overload), "CompositeExplicitAutograd")
         torch.library.register_fake(op, functools.partial(prepared_fake, overload=overload), lib=_fragment)
         if backward is not None:
             formula = functools.partial(backward, overload=overload)

@@ -1,0 +1,74 @@
+"""fused_deep_moe of deep_ep.Buffer. Dynamo traces through it.
+
+T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · I intermediate size.
+"""
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATS
+from .fused_weights import FuseMode, as_fuse_mode
+from .groups import GroupInfo
+from .ops import fused_deep_moe as fused_op
+
+
+class FusedCalls:
+    """What Buffer inherits for MoE layers in one call."""
+
+    def _live(self) -> GroupInfo:
+        raise NotImplementedError
+
+    def fused_deep_moe(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        gmm1_permuted_weight: Tensor,
+        gmm1_permuted_weight_scale: Tensor | None,
+        gmm2_weight: Tensor,
+        gmm2_weight_scale: Tensor | None,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        quant_mode: int = 1,
+        fuse_mode: FuseMode = FuseMode.FUSED_DEEP_MOE,
+        profile_enable: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """As `deep_ep.fused_deep_moe`, whose arguments these are, with what DeepEP-Ascend's callers may give besides.
+
+        `rows` and low_latency_strategy of the Buffer play no part; the strategy is that of normal mode.
+
+        Args:
+            topk_idx: int32 as well.
+            gmm1_permuted_weight, gmm2_weight: int8 weights mean int8 whether quant_mode is 0 or 1, as in DeepEP-Ascend,
+                whose kernels go by the weights; others need quant_mode 0.
+            gmm1_permuted_weight_scale, gmm2_weight_scale: under FUSED_DEEP_MOE of any float dtype; under
+                DISPATCH_FFN_COMBINE also [L·2I] and [L·H].
+            fuse_mode: FuseMode, 1 or 2.
+            profile_enable: accepted for compatibility; torch.profiler shows the op.
+
+        Returns:
+            output [T, H], and ep_recv_count int32 [L·R] (FUSED_DEEP_MOE) or expert_token_nums int32 [L]
+            (DISPATCH_FFN_COMBINE).
+
+        Raises:
+            ValueError, RuntimeError: as `deep_ep.fused_deep_moe`; RuntimeError after `destroy`.
+        """
+        info, fuse_mode = self._live(), as_fuse_mode(fuse_mode)
+        if quant_mode == 0 and gmm1_permuted_weight.dtype == torch.int8:
+            quant_mode = 1
+        if topk_idx.dtype == torch.int32:
+            topk_idx = topk_idx.to(torch.int64)
+        scales = [gmm1_permuted_weight_scale, gmm2_weight_scale]
+        for i, scale in enumerate(scales):
+            if scale is None or scale.numel() == 0:
+                scales[i] = None
+            elif fuse_mode == FuseMode.FUSED_DEEP_MOE and scale.dtype in FLOATS:
+                scales[i] = scale.to(torch.float32)
+            elif fuse_mode == FuseMode.DISPATCH_FFN_COMBINE and scale.dim() == 1:
+                L = gmm1_permuted_weight.shape[0]
+                scales[i] = scale.view(L, -1) if L and scale.shape[0] % L == 0 else scale
+        return fused_op.call(
+            *(info, x, topk_idx, topk_weights),
+            *(gmm1_permuted_weight, scales[0], gmm2_weight, scales[1]),
+            *(num_max_dispatch_tokens_per_rank, num_experts, quant_mode, fuse_mode),
+        )

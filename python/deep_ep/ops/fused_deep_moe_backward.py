@@ -1,0 +1,42 @@
+"""fused_deep_moe_backward: the gradients of fused_deep_moe without quantisation.
+
+T local tokens · H hidden · K top-k · L local experts · I intermediate size.
+"""
+
+from torch import Tensor
+
+from .. import checks, fused_kernel
+from ._registration import no_second_derivative, register, reject
+
+
+def fake(
+    grad_out: Tensor,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    gmm1_weight: Tensor,
+    gmm2_weight: Tensor,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    strategy: str,
+    *,
+    overload: str,
+) -> tuple[Tensor, ...]:
+    """grad_x [T, H], grad_topk_weights fp32 [T, K], and the gradients of both weights, like these."""
+    sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
+    error = checks.fused_deep_moe_backward(
+        grad_out, x, topk_idx, topk_weights, gmm1_weight, gmm2_weight, *sizes, strategy, overload
+    )
+    reject("fused_deep_moe_backward", error)
+    return tuple(like.new_empty(like.shape) for like in (x, topk_weights, gmm1_weight, gmm2_weight))
+
+
+register(
+    "fused_deep_moe_backward",
+    fake=fake,
+    kernel=fused_kernel.backward,
+    backward=no_second_derivative("fused_deep_moe_backward"),
+    convert={},
+)
