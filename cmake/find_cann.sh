@@ -4,7 +4,8 @@
 #   dir FOLDER            of the toolkit
 #   version MAJOR.MINOR…  of the toolkit
 #   asc FOLDER            of its CMake package ASC
-#   kernel TYPE FILE      for every operator definition, its kernel under ops/
+#   kernel TYPE FILE      for every operator definition, its kernel under ops/, but for operators without op_kernel/,
+#                         which are for graphs that no NPU can run yet
 # Otherwise it says on standard error everything that is missing and where it looked, and exits with 1.
 set -euo pipefail
 soc="$1"
@@ -92,6 +93,7 @@ kernels=()
 while IFS=: read -r definition type; do
   type="${type#OP_ADD(}"
   type="${type%%[,)]*}"
+  [[ -d "$(dirname "$(dirname "$definition")")/op_kernel" ]] || continue
   name="$(sed 's/^DeepEp//; s/\([A-Z]\)/_\L\1/g; s/^_//' <<<"$type")"
   file="$(dirname "$(dirname "${definition#"$root/ops/"}")")/op_kernel/$name.cpp"
   kernels+=("kernel $type $file")

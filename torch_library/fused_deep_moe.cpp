@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(deep_ep, library) {
   define("fused_deep_moe",
          "(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor gmm1_weight, Tensor gmm1_weight_scale, "
          "Tensor gmm2_weight, Tensor gmm2_weight_scale, int num_max_dispatch_tokens_per_rank, int num_experts, "
-         "int num_ranks, int quant_mode, str group, str strategy) -> (Tensor combined_x, Tensor recv_count)");
+         "int num_ranks, int quant_mode, str group, str strategy) -> (Tensor combined_x, Tensor num_recv_tokens)");
   define("fused_deep_moe_backward",
          "(Tensor grad_out, Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor gmm1_weight, Tensor gmm2_weight, "
          "int num_max_dispatch_tokens_per_rank, int num_experts, int num_ranks, str group, str strategy) -> "

@@ -320,14 +320,15 @@ def window_table(group: str) -> Tensor:
 
 def run_deep_ep(op_type: str, **given: Any) -> Any:
     """The torch op of this type."""
-    words = re.findall("[A-Z][a-z0-9]*", op_type.removeprefix("DeepEp").removesuffix("Exact"))
-    op = getattr(torch.ops.deep_ep, "_".join(words).lower()).default
+    name = op_type.removeprefix("DeepEp").removesuffix("Exact").removesuffix("DispatchFfnCombine")
+    overload = "dispatch_ffn_combine" if op_type.endswith("DispatchFfnCombine") else "default"
+    op = getattr(getattr(torch.ops.deep_ep, "_".join(re.findall("[A-Z][a-z0-9]*", name)).lower()), overload)
     if "group" in given:
         assert torch.equal(given.pop("windows"), window_table(given["group"])), f"{op_type}: another group's windows"
     names = [argument.name for argument in op._schema.arguments]
     if "num_worst_tokens" in names:
         given["num_worst_tokens"] = 0 if op_type.endswith("Exact") else int(given["num_worst_tokens"])
-    not_in_graphs = {"comm_alg": "", "started": None}
+    not_in_graphs = {"comm_alg": "", "started": None, "strategy": "default"}
     return op(**given, **{name: value for name, value in not_in_graphs.items() if name in names})
 
 

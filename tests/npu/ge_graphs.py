@@ -27,6 +27,7 @@ DTYPES = {
     "DT_INT32": torch.int32,
     "DT_INT64": torch.int64,
     "DT_BOOL": torch.bool,
+    "DT_INT8": torch.int8,
 }
 
 HOST_SYNCS = {"HcomAllToAllV", "HcomAllToAllVC", "DeepEpDispatchExact", "NonZero", "Where", "Unique", "MaskedSelect"}

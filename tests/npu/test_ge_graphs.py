@@ -2,7 +2,8 @@
 and backward; and what these graphs compute, operation by operation, is what eager code computes.
 
 T tokens · H hidden · K top-k · E experts · R ranks · L = E/R · N rows · W num_worst_tokens · M
-num_max_dispatch_tokens_per_rank. All sizes differ, so that a shape tells which tensor a node has got.
+num_max_dispatch_tokens_per_rank · I intermediate size · J = 2I. All sizes differ, so that a shape tells which tensor a
+node has got.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import deep_ep
 from deep_ep import groups
 
-R, H, K, L, W, M = 2, 16, 4, 6, 50, 9
+R, H, K, L, W, M, I = 2, 16, 4, 6, 50, 9, 64
 E = R * L
 DTYPES = (torch.bfloat16, torch.float32)
 ROWS = "rows"  # the dtype of x
@@ -59,13 +60,59 @@ INPUTS: dict[str, dict[str, Any]] = {
         "send_head": (torch.int32, "TK"),
         "windows": None,
     },
+    "DeepEpFusedDeepMoe": {
+        "x": (ROWS, "TH"),
+        **ROUTED,
+        "gmm1_weight": (torch.int8, "LHJ"),
+        "gmm1_weight_scale": (torch.float32, "LJ"),
+        "gmm2_weight": (torch.int8, "LHI"),
+        "gmm2_weight_scale": (torch.float32, "LH"),
+        "windows": None,
+    },
+    "DeepEpFusedDeepMoeDispatchFfnCombine": {
+        "x": (ROWS, "TH"),
+        **ROUTED,
+        "gmm1_weight": (torch.int8, "LHJ"),
+        "gmm1_weight_scale": (torch.int64, "LJ"),
+        "gmm2_weight": (torch.int8, "LIH"),
+        "gmm2_weight_scale": (torch.int64, "LH"),
+        "windows": None,
+    },
+    "DeepEpFusedDeepMoeBackward": {
+        "grad_out": (ROWS, "TH"),
+        "x": (ROWS, "TH"),
+        **ROUTED,
+        "gmm1_weight": (ROWS, "LHJ"),
+        "gmm2_weight": (ROWS, "LHI"),
+        "windows": None,
+    },
+    "DeepEpFusedDeepMoeBackwardDispatchFfnCombine": {
+        "grad_out": (ROWS, "TH"),
+        "x": (ROWS, "TH"),
+        **ROUTED,
+        "gmm1_weight": (ROWS, "LHJ"),
+        "gmm2_weight": (ROWS, "LIH"),
+        "windows": None,
+    },
 }
-"""By type: the inputs in order, with dtype and shape; None for what no FX node stands for."""
+"""By type: the inputs in order, with dtype and shape; None for what no FX node stands for. Those of fused_deep_moe are
+for int8.
+"""
 
 ATTRIBUTES = {
     "DeepEpGetDispatchLayout": {"num_experts": E, "num_ranks": R, "num_nodes": 1},
     "DeepEpLowLatencyDispatch": {"num_experts": E, "num_ranks": R, "num_max_dispatch_tokens_per_rank": M},
     "DeepEpLowLatencyDispatchInt8": {"num_experts": E, "num_ranks": R, "num_max_dispatch_tokens_per_rank": M},
+    **{
+        f"DeepEpFusedDeepMoe{part}{mode}": {
+            "num_experts": E,
+            "num_ranks": R,
+            "num_max_dispatch_tokens_per_rank": M,
+            **({} if part else {"quant_mode": 1}),
+        }
+        for part in ("", "Backward")
+        for mode in ("", "DispatchFfnCombine")
+    },
 }
 
 
@@ -76,14 +123,21 @@ class Sizes:
     dtype: torch.dtype
     T: int
     N: int
+    quant_mode: int = 1
 
     def of(self, symbols: str) -> list[int]:
-        known = {"T": self.T, "N": self.N, "H": H, "K": K, "E": E, "3": 3}
+        known = {"T": self.T, "N": self.N, "H": H, "K": K, "E": E, "L": L, "I": I, "J": 2 * I, "3": 3, "0": 0}
         return [known[symbol] for symbol in symbols]
 
 
 def check_node(node: Node, group: str, sizes: Sizes) -> None:
     wanted = INPUTS[node.type]
+    attributes = ATTRIBUTES.get(node.type, {"num_experts": E, "num_ranks": R})
+    if "quant_mode" in attributes and sizes.quant_mode == 0:
+        attributes = attributes | {"quant_mode": 0}
+        for gmm in ("gmm1_weight", "gmm2_weight"):
+            scale = f"{gmm}_scale"
+            wanted = wanted | {gmm: (ROWS, wanted[gmm][1]), scale: (wanted[scale][0], "00")}
     assert list(node.inputs) == list(wanted), node
     for name, what in wanted.items():
         fake = node.input_fakes[name]
@@ -92,11 +146,12 @@ def check_node(node: Node, group: str, sizes: Sizes) -> None:
             continue
         dtype, symbols = what
         assert fake.dtype == (sizes.dtype if dtype is ROWS else dtype), (node.type, name, fake)
-        shape = [dim if s in "HK3E" or sizes.of(s)[0] != -1 else -1 for dim, s in zip(fake.shape, symbols, strict=True)]
+        shape = [
+            dim if s not in "TN" or sizes.of(s)[0] != -1 else -1 for dim, s in zip(fake.shape, symbols, strict=True)
+        ]
         assert shape == sizes.of(symbols), (node.type, name, fake)
         for s, dim in zip(symbols, fake.shape, strict=True):
-            assert ge_graphs.is_static(dim) == (sizes.of(s)[0] != -1) or s in "HK3E", (node.type, name, fake)
-    attributes = ATTRIBUTES.get(node.type, {"num_experts": E, "num_ranks": R})
+            assert ge_graphs.is_static(dim) == (sizes.of(s)[0] != -1) or s not in "TN", (node.type, name, fake)
     if "windows" in wanted:
         assert node.inputs["windows"] == ("Data", 0)
         attributes = attributes | {"group": group}
@@ -336,6 +391,77 @@ def test_low_latency(pool: RankPool, strategy: str, dynamic: bool) -> None:
 @pytest.mark.parametrize("strategy", ["default", "alltoall"])
 def test_receive_hooks_leave_no_trace(pool: RankPool, strategy: str) -> None:
     pool.run(R, low_latency, strategy, False, True, timeout=240)
+
+
+# Fused
+
+
+def fused(ctx: RankContext, mode: deep_ep.FuseMode, quant_mode: int, dynamic: bool) -> None:
+    """What eager code gives, with one node forward and one backward."""
+    group, variant = ctx.prepared_group("default").group_name, "" if mode == 1 else "DispatchFfnCombine"
+    generator = torch.Generator().manual_seed(ctx.rank)
+    gate_up, down = (torch.randn(L, *shape, generator=generator) / 8 for shape in ((2 * I, H), (H, I)))
+    scales: list[Tensor] = []
+    if quant_mode:
+        (gate_up, *scales), (down, down_scale) = deep_ep.quantize_weight(gate_up), deep_ep.quantize_weight(down)
+        scales.append(down_scale)
+    w1, s1, w2, s2 = deep_ep.fused_weights(gate_up, down, *scales, fuse_mode=mode)
+    limit = M if mode == 1 else R * M * K
+
+    def step(x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+        return deep_ep.fused_deep_moe(
+            x, ids, weights, w1, s1, w2, s2, limit, E, quant_mode=quant_mode, fuse_mode=mode, group=group
+        )
+
+    fn = ge_graphs.compiled(step, dynamic=dynamic)
+    for T in (5, 7, 3) if dynamic else (5,):
+        x, ids, weights, _ = inputs_of(ctx.rank, T, torch.float32, seed=T)
+        leaves = [tensor.clone().requires_grad_(quant_mode == 0) for tensor in (x, weights, w1, w2)]
+        results = []
+        for call in (step, fn):
+            out, counts = call(leaves[0], ids, *leaves[1:])
+            grads = torch.autograd.grad(out.pow(2).sum(), leaves) if quant_mode == 0 else ()
+            results.append((out.detach(), counts, *grads))
+        for expected, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+    graphs = ge_graphs.recorded()
+    assert [graph.types for graph in graphs] == [
+        [f"DeepEpFusedDeepMoe{part}{variant}"] for part in ("", "Backward")[: 2 - quant_mode]
+    ]
+    for graph in graphs:
+        assert ge_graphs.check_outputs(graph) > 1
+        (node,) = graph.communicating
+        if mode == 2:
+            assert node.attrs.pop("num_max_dispatch_tokens_per_rank") == limit
+            node.attrs["num_max_dispatch_tokens_per_rank"] = M
+        check_node(node, group, Sizes(torch.float32, -1 if dynamic else 5, 0, quant_mode))
+
+
+@pytest.mark.parametrize(
+    ("mode", "quant_mode", "dynamic"),
+    [(1, 0, True), (1, 1, False), (2, 0, False), (2, 1, True)],
+)
+def test_fused(pool: RankPool, mode: int, quant_mode: int, dynamic: bool) -> None:
+    pool.run(R, fused, deep_ep.FuseMode(mode), quant_mode, dynamic, timeout=240)
+
+
+def fused_alltoall(ctx: RankContext) -> str:
+    """The converter says what to do instead."""
+    group, x = ctx.prepared_group("alltoall").group_name, torch.ones(2, H)
+    weights = deep_ep.fused_weights(torch.ones(L, 2 * I, H), torch.ones(L, H, I))
+
+    def step(x: Tensor) -> Tensor:
+        ids, w = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+        return deep_ep.fused_deep_moe(x, ids, w, *weights, M, E, quant_mode=0, group=group)[0]
+
+    with pytest.raises(Exception, match="under the strategy default only") as error:
+        ge_graphs.compiled(step)(x)
+    return str(error.value)
+
+
+def test_fused_converts_under_default_only(pool: RankPool) -> None:
+    for message in pool.run(R, fused_alltoall):
+        assert "call dispatch, the experts and combine one by one" in message
 
 
 def layout(ctx: RankContext, strategy: str, dynamic: bool) -> None:

@@ -34,6 +34,10 @@ OVERLOADS = {
     "DeepEpLowLatencyDispatch": ("low_latency_dispatch", "default"),
     "DeepEpLowLatencyDispatchInt8": ("low_latency_dispatch_int8", "default"),
     "DeepEpLowLatencyCombine": ("low_latency_combine", "default"),
+    "DeepEpFusedDeepMoe": ("fused_deep_moe", "default"),
+    "DeepEpFusedDeepMoeDispatchFfnCombine": ("fused_deep_moe", "dispatch_ffn_combine"),
+    "DeepEpFusedDeepMoeBackward": ("fused_deep_moe_backward", "default"),
+    "DeepEpFusedDeepMoeBackwardDispatchFfnCombine": ("fused_deep_moe_backward", "dispatch_ffn_combine"),
     "MoeDistributeDispatchV2": ("low_latency_dispatch", "ops"),
     "MoeDistributeCombineV2": ("low_latency_combine", "ops"),
 }
@@ -47,6 +51,8 @@ NUMBERS = {
     "num_max_dispatch_tokens_per_rank": M,
     "comm_alg": "fullmesh_v2",
     "started": None,
+    "quant_mode": 1,
+    "strategy": "default",
 }
 
 
@@ -70,6 +76,11 @@ class Converted:
                     fake = node = group if argument.name == "group" else NUMBERS[argument.name]
                 fakes.append(fake)
                 nodes.append(node)
+            self.fakes = {
+                argument.name: fake
+                for argument, fake in zip(op._schema.arguments, fakes, strict=True)
+                if isinstance(fake, Tensor)
+            }
             results = op(*fakes)
             call = self._call(op, fakes, results)
             converted = ge._converters[op](*nodes)
@@ -111,7 +122,8 @@ class Converted:
 
 def check(op_type: str, group: str, rank: int) -> None:
     """Converts the op and checks the node of this type, and nothing but it."""
-    graph = Graph(Converted(op_type, group))
+    converted = Converted(op_type, group)
+    graph = Graph(converted)
     if op_type.startswith("Moe"):
         check_moe_distribute_node(graph, op_type, group, rank)
         return
@@ -119,6 +131,8 @@ def check(op_type: str, group: str, rank: int) -> None:
     assert node.type == op_type
     rows = N_LOW_LATENCY if "LowLatency" in op_type else W
     check_node(node, group, Sizes(torch.bfloat16, T, rows))
+    for name, fake in converted.fakes.items():
+        assert node.input_fakes[name] is fake, (op_type, name)
     ge_graphs.check_definition(node)
     assert ge_graphs.check_outputs(graph) >= len(node.outputs)
     for output in node.outputs:
@@ -201,6 +215,10 @@ def infer_rank(op_type: str, output: int) -> list[Any]:
         "DeepEpLowLatencyDispatch": ("NH", "L", "N3", "E", "TK"),
         "DeepEpLowLatencyDispatchInt8": ("NH", "N", "L", "N3", "E", "TK"),
         "DeepEpLowLatencyCombine": ("TH",),
+        "DeepEpFusedDeepMoe": ("TH", "E"),
+        "DeepEpFusedDeepMoeDispatchFfnCombine": ("TH", "L"),
+        "DeepEpFusedDeepMoeBackward": ("TH", "TK", "LHJ", "LHI"),
+        "DeepEpFusedDeepMoeBackwardDispatchFfnCombine": ("TH", "TK", "LHJ", "LIH"),
     }
     return list(symbols[op_type][output])
 
@@ -211,9 +229,12 @@ def converter_mutants(op_type: str) -> Iterator[Mutant]:
     inputs = [name for name, what in INPUTS[op_type].items() if name != "windows"]
     integers = [name for name in ATTRIBUTES.get(op_type, {"num_experts": E, "num_ranks": R}) if name != "group"]
 
-    def made(change: Callable[..., tuple[Any, ...]]) -> Callable[[pytest.MonkeyPatch], None]:
+    def made(
+        change: Callable[..., tuple[Any, ...]], other_variant: str | None = None
+    ) -> Callable[[pytest.MonkeyPatch], None]:
         def make_otherwise(op: str, inputs: Any, integers: Any, group: str | None = None, variant: str = "") -> Any:
-            return node(*change(op, dict(inputs), dict(integers), group), variant)
+            changed = change(op, dict(inputs), dict(integers), group)
+            return node(*changed, variant if other_variant is None else other_variant)
 
         return lambda patch: patch.setattr(ge, "node", make_otherwise)
 
@@ -241,8 +262,9 @@ def converter_mutants(op_type: str) -> Iterator[Mutant]:
                 made(lambda t, x, n, g, a=name, b=other: (t, x, n | {a: n[b], b: n[a]}, g)),
             )
     for other, (op, overload) in OVERLOADS.items():
-        if other != op_type and overload == "default":
-            yield f"type {other}", made(lambda t, x, n, g, op=op: (op, x, n, g))
+        if other != op_type and overload != "ops":
+            variant = "" if overload == "default" else "DispatchFfnCombine"
+            yield f"type {other}", made(lambda t, x, n, g, op=op: (op, x, n, g), variant)
     outputs = len(op_definitions.definitions()[op_type]["outputs"])
     if outputs > 1:
         yield "results in another order", lambda patch: patch.setattr(ge, "node", lambda *args: node(*args)[::-1])

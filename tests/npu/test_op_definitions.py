@@ -35,11 +35,27 @@ TORCH_OPS = {
     "DeepEpLowLatencyDispatch": "low_latency_dispatch",
     "DeepEpLowLatencyDispatchInt8": "low_latency_dispatch_int8",
     "DeepEpLowLatencyCombine": "low_latency_combine",
+    "DeepEpFusedDeepMoe": "fused_deep_moe",
+    "DeepEpFusedDeepMoeDispatchFfnCombine": "fused_deep_moe.dispatch_ffn_combine",
+    "DeepEpFusedDeepMoeBackward": "fused_deep_moe_backward",
+    "DeepEpFusedDeepMoeBackwardDispatchFfnCombine": "fused_deep_moe_backward.dispatch_ffn_combine",
 }
 every_type = pytest.mark.parametrize("op_type", TORCH_OPS)
 
+WITHOUT_KERNEL = {op_type for op_type in TORCH_OPS if op_type.startswith("DeepEpFused")}
+
+
+def torch_op(op_type: str) -> Any:
+    """The op's overload."""
+    name, _, overload = TORCH_OPS[op_type].partition(".")
+    return getattr(getattr(torch.ops.deep_ep, name), overload or "default")
+
+
 ROWS = ("float32", "float16", "bfloat16")
 """Dtypes of rows, in the order of the columns."""
+
+WEIGHTS = (*ROWS, "int8")
+"""Those of weights that may be int8 as well: then everything else has its columns twice."""
 
 DTYPES = {
     **dict.fromkeys(("x", "recv_x", "combined_x", "grad_x", "grad_out", "grad_recv_x"), ROWS),
@@ -47,12 +63,23 @@ DTYPES = {
     **dict.fromkeys(("topk_idx", "recv_topk_idx", "num_recv_tokens_per_expert", "num_dropped", "recv_count"), "int64"),
     **dict.fromkeys(("windows", "num_worst_tokens"), "int64"),
     "recv_data": "int8",
+    "num_recv_tokens": "int32",
     "recv_scales": "float32",
     **dict.fromkeys(("recv_src_idx", "send_head", "layout_range", "is_token_in_rank"), "int32"),
     **dict.fromkeys(("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert"), "int32"),
+    **dict.fromkeys(("grad_gmm1_weight", "grad_gmm2_weight"), ROWS),
     **dict.fromkeys(("rank_prefix_matrix", "channel_prefix_matrix", "recv_channel_prefix_matrix"), "int32"),
 }
 """Of every parameter by its name; equal names mean equal things."""
+
+
+def dtype_of(op_type: str, name: str) -> Any:
+    """Of a parameter. What is said of weights and their scales depends on the operator."""
+    if name in ("gmm1_weight", "gmm2_weight"):
+        return ROWS if "Backward" in op_type else WEIGHTS
+    if name in ("gmm1_weight_scale", "gmm2_weight_scale"):
+        return "int64" if op_type.endswith("FfnCombine") else "float32"
+    return DTYPES[name]
 
 
 # definitions against schemas
@@ -60,7 +87,7 @@ DTYPES = {
 
 @every_type
 def test_definition_has_the_names_of_the_schema(op_type: str) -> None:
-    schema = getattr(torch.ops.deep_ep, TORCH_OPS[op_type]).default._schema
+    schema = torch_op(op_type)._schema
     arguments = {a.name: str(a.type) for a in schema.arguments}
     tensors = [name for name, type in arguments.items() if type == "Tensor"]
     numbers = [name for name, type in arguments.items() if type == "int" and name != "num_worst_tokens"]
@@ -112,11 +139,15 @@ def test_notify_dispatch() -> None:
 @every_type
 def test_parameters(op_type: str) -> None:
     definition = op_definitions.definitions()[op_type]
+    has_weights = any(dtype_of(op_type, param["name"]) is WEIGHTS for param in definition["inputs"])
     for param in definition["inputs"] + definition["outputs"]:
         dtypes = tuple(op_definitions.NAMES[number] for number in param["dtypes"])
-        expected = DTYPES[param["name"]]
-        assert dtypes == (expected if expected is ROWS else (expected,) * len(ROWS)), param["name"]
-        assert param["formats"] == [2] * len(ROWS), param["name"]  # ND
+        expected = dtype_of(op_type, param["name"])
+        columns = ROWS if isinstance(expected, tuple) else (expected,) * len(ROWS)
+        if has_weights:
+            columns += ("int8",) * len(ROWS) if expected is WEIGHTS else columns
+        assert dtypes == columns, param["name"]
+        assert param["formats"] == [2] * len(columns), param["name"]  # ND
     for param in definition["inputs"]:
         by_value = param["name"] == "num_worst_tokens"
         assert param["value_depend"] == ("optional" if by_value else "ignore")
@@ -163,10 +194,23 @@ class Sizes:
     def E(self) -> int:
         return self.L * self.R
 
-    def shape_of(self, name: str) -> list[int]:
+    @property
+    def width(self) -> int:
+        """I."""
+        return 64 * self.S
+
+    @property
+    def quant_mode(self) -> int:
+        return self.T % 2
+
+    def shape_of(self, name: str, op_type: str) -> list[int]:
         """Of an input of any op but `x`, which is [T, H] or [N, H]."""
-        T, H, K, N = self.T, self.H, self.K, self.N
+        T, H, K, N, L = self.T, self.H, self.K, self.N, self.L
         return {
+            "gmm1_weight": [L, H, 2 * self.width],
+            "gmm2_weight": [L, self.width, H] if op_type.endswith("FfnCombine") else [L, H, self.width],
+            "gmm1_weight_scale": [L, 2 * self.width] if self.quant_mode else [0, 0],
+            "gmm2_weight_scale": [L, H] if self.quant_mode else [0, 0],
             **{name: [T, K] for name in ("topk_idx", "topk_weights", "send_head")},
             "grad_out": [T, H],
             "grad_recv_x": [N, H],
@@ -183,6 +227,7 @@ class Sizes:
             "num_experts": self.E,
             "num_ranks": self.R,
             "num_nodes": self.S,
+            "quant_mode": self.quant_mode,
             "num_max_dispatch_tokens_per_rank": self.M,
         }
 
@@ -206,21 +251,26 @@ def sizes(draw: st.DrawFn) -> Sizes:
 def arguments(op_type: str, s: Sizes, rows: str) -> tuple[list[Input], dict[str, int | str]]:
     """A correct call. `x` is [T, H] where tokens are sent, [N, H] where rows come back."""
     definition = op_definitions.definitions()[op_type]
-    x = [s.T if "Dispatch" in op_type else s.N, s.H]
+    x = [s.T if "Dispatch" in op_type or "Fused" in op_type else s.N, s.H]
     inputs = []
     for param in definition["inputs"]:
         name = param["name"]
-        dtype = rows if DTYPES[name] is ROWS else DTYPES[name]
-        inputs.append(Input(dtype, x if name == "x" else s.shape_of(name), s.N if name == "num_worst_tokens" else None))
+        dtype = dtype_of(op_type, name)
+        if dtype is WEIGHTS and s.quant_mode:
+            dtype = "int8"
+        elif isinstance(dtype, tuple):
+            dtype = rows
+        shape = x if name == "x" else s.shape_of(name, op_type)
+        inputs.append(Input(dtype, shape, s.N if name == "num_worst_tokens" else None))
     return inputs, {attr["name"]: s.numbers()[attr["name"]] for attr in definition["attrs"]}
 
 
 def fake_results(op_type: str, inputs: list[Input], attrs: dict[str, int | str]) -> list[Output]:
     """What the fake of the torch op makes of the same call; -1 for a dimension that depends on data."""
-    op = getattr(torch.ops.deep_ep, TORCH_OPS[op_type]).default
+    op = torch_op(op_type)
     names = [param["name"] for param in op_definitions.definitions()[op_type]["inputs"]]
     with FakeTensorMode(shape_env=ShapeEnv()):
-        given: dict[str, Any] = {"num_worst_tokens": 0, "comm_alg": "", "started": None, **attrs}
+        given: dict[str, Any] = {"num_worst_tokens": 0, "comm_alg": "", "started": None, "strategy": "default", **attrs}
         for name, (dtype, shape, value) in zip(names, inputs, strict=True):
             given[name] = torch.empty(shape, dtype=getattr(torch, dtype)) if value is None else value
         results = op(**{a.name: given[a.name] for a in op._schema.arguments})
@@ -335,6 +385,26 @@ WRONG = [
         "num_max_dispatch_tokens_per_rank: makes more than 2147483647 rows",
     ),
     ("DeepEpDispatch", "num_worst_tokens", 0, "num_worst_tokens: must be 1 to 2147483647"),
+    (
+        "DeepEpFusedDeepMoe",
+        "num_max_dispatch_tokens_per_rank",
+        4,
+        "x: has more tokens than num_max_dispatch_tokens_per_rank",
+    ),
+    (
+        "DeepEpFusedDeepMoe",
+        "gmm1_weight",
+        [2, 32, 128],
+        "gmm1_weight: must have twice as many columns as gmm2_weight has rows",
+    ),
+    ("DeepEpFusedDeepMoeDispatchFfnCombine", "gmm1_weight", [2, 31, 256], "gmm1_weight: H is 31 here and 32 elsewhere"),
+    ("DeepEpFusedDeepMoeBackward", "gmm2_weight", [2, 128, 32], "gmm2_weight: H is 128 here and 32 elsewhere"),
+    (
+        "DeepEpFusedDeepMoeBackwardDispatchFfnCombine",
+        "gmm2_weight",
+        [3, 128, 32],
+        "gmm2_weight: L is 3 here and 2 elsewhere",
+    ),
 ]
 
 
@@ -361,6 +431,14 @@ def test_rows_of_two_dtypes_are_refused(capfd: pytest.CaptureFixture[str]) -> No
     with pytest.raises(Refused):
         op_definitions.infer("DeepEpCombineBackward", inputs, attrs)
     assert capfd.readouterr().err == "DeepEpCombineBackward: x: all rows of a call have one dtype\n"
+
+
+def test_columns_stand_in_whole_tiles(capfd: pytest.CaptureFixture[str]) -> None:
+    inputs, attrs = arguments("DeepEpFusedDeepMoe", SIZES, "bfloat16")
+    inputs[3], inputs[5] = inputs[3]._replace(shape=[2, 32, 200]), inputs[5]._replace(shape=[2, 32, 100])
+    with pytest.raises(Refused):
+        op_definitions.infer("DeepEpFusedDeepMoe", inputs, attrs)
+    assert capfd.readouterr().err == "DeepEpFusedDeepMoe: gmm1_weight: must have a multiple of 128 columns\n"
 
 
 # tilings
@@ -398,6 +476,15 @@ def launch(op_type: str, s: Sizes, rows: str, soc: Soc) -> Launch:
     inputs, attrs = arguments(op_type, s, rows)
     call = Call(op_type, inputs, attrs)
     return call.tile(soc, [[s.N if n == -1 else n for n in output.shape] for output in call.infer()])
+
+
+@pytest.mark.parametrize("op_type", sorted(WITHOUT_KERNEL))
+def test_operators_without_a_kernel_say_so(op_type: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Refused):
+        launch(op_type, SIZES, "bfloat16", SOCS["ascend910_93"])
+    assert capfd.readouterr().err == f"{op_type}: this version has no kernel for this operator\n"
+    folder = native.root() / "ops" / TORCH_OPS[op_type].partition(".")[0]
+    assert (folder / "op_host").is_dir() and not (folder / "op_kernel").exists()
 
 
 SLOTS = ("DeepEpLowLatencyDispatch", "DeepEpLowLatencyDispatchInt8", "DeepEpLowLatencyCombine")
@@ -441,7 +528,11 @@ def bytes_of_tiles(t: Tiling) -> int:
 
 
 @every_soc
-@given(s=large_sizes(), rows=st.sampled_from(ROWS), op_type=st.sampled_from([*TORCH_OPS]))
+@given(
+    s=large_sizes(),
+    rows=st.sampled_from(ROWS),
+    op_type=st.sampled_from([op for op in TORCH_OPS if op not in WITHOUT_KERNEL]),
+)
 def test_tiling(soc: Soc, s: Sizes, rows: str, op_type: str) -> None:
     if op_type in SLOTS:
         s = dataclasses.replace(s, T=s.T % 513, M=512)

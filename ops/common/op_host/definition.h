@@ -26,6 +26,7 @@ namespace deep_ep {
 inline std::vector<ge::DataType> columns(Elements elements) {
   switch (elements) {
     case Elements::rows:
+    case Elements::weights:
       return {ge::DT_FLOAT, ge::DT_FLOAT16, ge::DT_BF16};
     case Elements::f32:
       return {ge::DT_FLOAT, ge::DT_FLOAT, ge::DT_FLOAT};
@@ -53,7 +54,7 @@ Sizes sizes_of(const Context& context, const Signature& signature, ShapeOf&& sha
   Sizes sizes;
   for (size_t i = 0; i < signature.attrs.size(); ++i) {
     const AttrDef& attr = signature.attrs[i];
-    if (!attr.symbol) continue;
+    if (!attr.symbol || attr.symbol == AttrDef::kNumber) continue;
     const int64_t* value = context.GetAttrs()->GetInt(i);
     sizes.require(value && *value > 0, attr.name, "must be at least 1");
     if (sizes.ok()) sizes.set(attr.symbol, *value, attr.name);
@@ -71,6 +72,7 @@ Sizes sizes_of(const Context& context, const Signature& signature, ShapeOf&& sha
     }
   }
   if (signature.num_rows && sizes.ok()) sizes.set('N', signature.num_rows(sizes), "the number of rows");
+  if (signature.require && sizes.ok()) signature.require(sizes);
   return sizes;
 }
 
@@ -133,6 +135,7 @@ ge::graphStatus infer_data_type(gert::InferDataTypeContext* context) {
 template <typename Op>
 ge::graphStatus tile(gert::TilingContext* context) {
   const Signature signature = Op::signature();
+  if (!signature.has_kernel) return status(*context, "this version has no kernel for this operator");
   Sizes sizes = sizes_of(
       *context, signature, [&](size_t i) { return &context->GetInputShape(i)->GetOriginShape(); },
       [](size_t) -> const int64_t* { return nullptr; });
@@ -171,23 +174,30 @@ ge::graphStatus tile(gert::TilingContext* context) {
   return ge::GRAPH_SUCCESS;
 }
 
-inline ops::OpParamDef& define(ops::OpParamDef& param, const TensorDef& tensor) {
-  const std::vector<ge::DataType> types = columns(tensor.elements);
+// Weights have the columns of rows, and as many of int8, for which everything else repeats itself.
+inline ops::OpParamDef& define(ops::OpParamDef& param, const TensorDef& tensor, bool has_weights) {
+  std::vector<ge::DataType> types = columns(tensor.elements);
+  if (has_weights) {
+    const auto again = columns(tensor.elements == Elements::weights ? Elements::i8 : tensor.elements);
+    types.insert(types.end(), again.begin(), again.end());
+  }
   return param.ParamType(ops::REQUIRED).DataType(types).Format(std::vector<ge::Format>(types.size(), ge::FORMAT_ND));
 }
 
 template <typename Op>
 void define(ops::OpDef& def) {
   const Signature signature = Op::signature();
+  const bool has_weights = std::any_of(signature.inputs.begin(), signature.inputs.end(),
+                                       [](const TensorDef& input) { return input.elements == Elements::weights; });
   for (const TensorDef& input : signature.inputs) {
-    ops::OpParamDef& param = define(def.Input(input.name), input);
+    ops::OpParamDef& param = define(def.Input(input.name), input, has_weights);
     if (*input.shape == '=')
       param.ValueDepend(ops::OPTIONAL);  // where it is not known in time, dimensions are -1
     else
       param.AutoContiguous();
   }
   for (const TensorDef& output : signature.outputs) {
-    ops::OpParamDef& param = define(def.Output(output.name), output);
+    ops::OpParamDef& param = define(def.Output(output.name), output, has_weights);
     if (signature.most_rows && std::strchr(output.shape, 'N')) param.OutputShapeDependOnCompute();
   }
   for (const AttrDef& attr : signature.attrs) {

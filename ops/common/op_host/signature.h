@@ -2,7 +2,7 @@
 // its tiling all come from it (definition.h).
 //
 // T tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N expert rows · S nodes ·
-// W num_worst_tokens · M num_max_dispatch_tokens_per_rank.
+// W num_worst_tokens · M num_max_dispatch_tokens_per_rank · I intermediate size · J = 2I.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ namespace deep_ep {
 
 class Sizes;
 
-enum class Elements { rows, f32, i8, i32, i64 };  // rows: fp32, fp16 or bf16, the same in all tensors of a call
+// rows: fp32, fp16 or bf16, the same in all tensors of a call; weights: the same, or int8.
+enum class Elements { rows, weights, f32, i8, i32, i64 };
 
 struct TensorDef {
   const char* name;
@@ -32,7 +33,9 @@ inline constexpr TensorDef kLayoutRange{"layout_range", Elements::i32, "E"};
 
 struct AttrDef {
   const char* name;
-  char symbol;  // of the size that it gives; 0: it is a string
+  char symbol;  // of the size that it gives; kNumber: it is a number, but no size; 0: it is a string
+
+  static constexpr char kNumber = '#';
 };
 
 // What the kernel does with rows. Sums are in fp32, with weights or without; rows that are multiplied with others are
@@ -52,6 +55,10 @@ struct Signature {
   int64_t (*max_tokens)(const Sizes& sizes) = nullptr;
   // Whether each (token, k) brings back a number besides rows.
   bool answers = false;
+  // What else sizes must be; -1 for those that are not known.
+  void (*require)(Sizes& sizes) = nullptr;
+  // false: there is a definition, for graphs, and no kernel yet.
+  bool has_kernel = true;
 };
 
 // An operator in which ranks talk to each other. The window table is an ordinary input, built once per group. The other

@@ -30,6 +30,10 @@ _TYPES = (
     "DeepEpCombineBackward",
     "DeepEpLowLatencyDispatch",
     "DeepEpLowLatencyCombine",
+    "DeepEpFusedDeepMoe",
+    "DeepEpFusedDeepMoeDispatchFfnCombine",
+    "DeepEpFusedDeepMoeBackward",
+    "DeepEpFusedDeepMoeBackwardDispatchFfnCombine",
 )
 """The types of this project's operators, which ops/ defines."""
 

@@ -4,6 +4,7 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 M num_max_dispatch_tokens_per_rank.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .. import checks, fused_kernel
 from ..fused_weights import FuseMode, as_fuse_mode
 from ..groups import Group, GroupInfo, info_of
+from ..npu import ge
 from ._registration import register, reject
 
 OVERLOADS = {FuseMode.FUSED_DEEP_MOE: "default", FuseMode.DISPATCH_FFN_COMBINE: "dispatch_ffn_combine"}
@@ -59,8 +61,8 @@ def fused_deep_moe(
     Returns:
         combined_x [T, H] in x's dtype, summed up in fp32 in the order of k and rounded once; 0 for tokens without
         experts.
-        recv_count, rows that this rank received: int32 [L·R] by (local expert, source rank) under FUSED_DEEP_MOE, int32
-        [L] under DISPATCH_FFN_COMBINE.
+        num_recv_tokens, rows that this rank received: int32 [L·R] by (local expert, source rank) under FUSED_DEEP_MOE,
+        int32 [L] under DISPATCH_FFN_COMBINE.
 
     Raises:
         ValueError: an unknown fuse_mode.
@@ -147,11 +149,73 @@ def backward(ctx: Any, grad_combined_x: Tensor, *_: Any, overload: str) -> Any:
     return grad_x, None, grad_topk_weights, grad_gmm1, None, grad_gmm2, *[None] * 7
 
 
+def convert(
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    gmm1_weight: Any,
+    gmm1_weight_scale: Any,
+    gmm2_weight: Any,
+    gmm2_weight_scale: Any,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    quant_mode: int,
+    group: str,
+    strategy: str,
+    *,
+    overload: str,
+) -> Any:
+    """DeepEpFusedDeepMoe, or DeepEpFusedDeepMoeDispatchFfnCombine."""
+    inputs = {
+        "x": x,
+        "topk_idx": topk_idx,
+        "topk_weights": topk_weights,
+        "gmm1_weight": gmm1_weight,
+        "gmm1_weight_scale": gmm1_weight_scale,
+        "gmm2_weight": gmm2_weight,
+        "gmm2_weight_scale": gmm2_weight_scale,
+    }
+    sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
+    return node("fused_deep_moe", inputs, *sizes, {"quant_mode": quant_mode}, group, strategy, overload)
+
+
+def node(
+    op: str,
+    inputs: dict[str, Any],
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    numbers: dict[str, int],
+    group: str,
+    strategy: str,
+    overload: str,
+) -> Any:
+    """That of a fused op or of its backward."""
+    if strategy != "default":
+        raise RuntimeError(
+            f"deep_ep.{op}: NPU graphs hold it under the strategy default only, got {strategy!r}; call dispatch, the "
+            "experts and combine one by one"
+        )
+    if inputs["x"].meta.device.type == "npu":
+        raise RuntimeError(
+            f"deep_ep.{op}: the operator has no AscendC kernel yet (ops/{op}/op_kernel), so no NPU can run a graph "
+            "that holds it; call dispatch, the experts and combine one by one"
+        )
+    integers = {
+        "num_experts": num_experts,
+        "num_ranks": num_ranks,
+        "num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank,
+        **numbers,
+    }
+    return ge.node(op, inputs, integers, group, "" if overload == "default" else "DispatchFfnCombine")
+
+
 register(
     "fused_deep_moe",
     fake=fake,
     kernel=fused_kernel.forward,
     setup_context=setup_context,
     backward=backward,
-    convert={},
+    convert={overload: functools.partial(convert, overload=overload) for overload in OVERLOADS.values()},
 )

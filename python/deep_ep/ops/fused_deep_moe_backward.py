@@ -3,10 +3,14 @@
 T local tokens · H hidden · K top-k · L local experts · I intermediate size.
 """
 
+import functools
+from typing import Any
+
 from torch import Tensor
 
 from .. import checks, fused_kernel
 from ._registration import no_second_derivative, register, reject
+from .fused_deep_moe import OVERLOADS, node
 
 
 def fake(
@@ -33,10 +37,38 @@ def fake(
     return tuple(like.new_empty(like.shape) for like in (x, topk_weights, gmm1_weight, gmm2_weight))
 
 
+def convert(
+    grad_out: Any,
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    gmm1_weight: Any,
+    gmm2_weight: Any,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    strategy: str,
+    *,
+    overload: str,
+) -> Any:
+    """DeepEpFusedDeepMoeBackward, or DeepEpFusedDeepMoeBackwardDispatchFfnCombine."""
+    inputs = {
+        "grad_out": grad_out,
+        "x": x,
+        "topk_idx": topk_idx,
+        "topk_weights": topk_weights,
+        "gmm1_weight": gmm1_weight,
+        "gmm2_weight": gmm2_weight,
+    }
+    sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
+    return node("fused_deep_moe_backward", inputs, *sizes, {}, group, strategy, overload)
+
+
 register(
     "fused_deep_moe_backward",
     fake=fake,
     kernel=fused_kernel.backward,
     backward=no_second_derivative("fused_deep_moe_backward"),
-    convert={},
+    convert={overload: functools.partial(convert, overload=overload) for overload in OVERLOADS.values()},
 )
