@@ -75,27 +75,33 @@ DEEP_EP_API uint64_t deep_ep_group_phases(void* handle, uint32_t op, int64_t* na
   return finished;
 }
 
-// An operation in which nothing moves: all ranks of the group `name` agree on `op`, or all fail. `sizes` has T, H, K,
-// E, a DType and num_max_dispatch_tokens_per_rank; `rejected`, unless empty, says why this rank cannot take part.
+// An operation in which nothing moves: all ranks of the group `name` agree on `op`, or all fail. `sizes` has H, K, E, a
+// DType, num_max_dispatch_tokens_per_rank and quant_mode; `rejected`, unless empty, says why this rank cannot take
+// part.
 DEEP_EP_API int deep_ep_group_agree(const char* name, uint32_t op, const int64_t* sizes, const char* rejected,
                                     char* error) {
   return guarded(error, [&] {
-    deep_ep::Post post{};
-    post.op = static_cast<deep_ep::Op>(op);
-    post.tokens = sizes[0];
-    post.hidden = sizes[1];
-    post.top_k = sizes[2];
-    post.experts = sizes[3];
-    post.dtype = sizes[4];
-    post.rows = sizes[5];
-    const auto same_rows = [](const deep_ep::Operation& op) {
-      for (int r = 1; r < op.size(); ++r)
+    deep_ep::Contribution mine;
+    mine.post.op = static_cast<deep_ep::Op>(op);
+    mine.post.hidden = sizes[0];
+    mine.post.top_k = sizes[1];
+    mine.post.experts = sizes[2];
+    mine.post.dtype = sizes[3];
+    mine.post.rows = sizes[4];
+    mine.words = {static_cast<int32_t>(sizes[5])};
+    mine.rejected = rejected;
+    const auto check = [](const deep_ep::Operation& op) {
+      const auto differ = [](const char* what, int r, int64_t first, int64_t other) {
+        return deep_ep::str(what, " must be the same on all ranks: rank 0 has ", first, ", rank ", r, " has ", other);
+      };
+      for (int r = 1; r < op.size(); ++r) {
         if (op.post(r).rows != op.post(0).rows)
-          return deep_ep::str("num_max_dispatch_tokens_per_rank must be the same on all ranks: rank 0 has ",
-                              op.post(0).rows, ", rank ", r, " has ", op.post(r).rows);
+          return differ("num_max_dispatch_tokens_per_rank", r, op.post(0).rows, op.post(r).rows);
+        if (*op.words(r) != *op.words(0)) return differ("quant_mode", r, *op.words(0), *op.words(r));
+      }
       return std::string();
     };
-    deep_ep::Operation(deep_ep::groups::get(deep_ep::name_of(post.op), name), {post, {}, rejected}, same_rows).finish();
+    deep_ep::Operation(deep_ep::groups::get(deep_ep::name_of(mine.post.op), name), std::move(mine), check).finish();
   });
 }
 

@@ -21,7 +21,7 @@ from torch import Tensor
 import deep_ep
 from deep_ep import FuseMode, reference
 from deep_ep._library import library
-from deep_ep.fused_weights import bits_to_scale
+from deep_ep.fused_weights import bits_to_scale, scale_to_bits
 from deep_ep.ops import fused_deep_moe as fused_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -451,6 +451,40 @@ def test_wrong_arguments(pool: RankPool, what: str, strategy: str) -> None:
     assert "deep_ep.fused_deep_moe" in message or what == "ids"
 
 
+def different(ctx: RankContext, what: str, strategy: str) -> tuple[str, str]:
+    """Rank 1 does something else than rank 0, each by itself correct."""
+    group, first = ctx.prepared_group(strategy), Layer(Case((4, 3), H=32, dtype=torch.bfloat16), 64)
+    other = {
+        "quant_mode": replace(first, quant_mode=1),
+        "mode": replace(first, mode=FuseMode.DISPATCH_FFN_COMBINE),
+        "E": replace(first, case=replace(first.case, local_experts=3)),
+    }
+    if ctx.rank == 1 and what == "op":
+        x, ids, topk_weights, *_ = Inputs(first).arguments(1)
+        error = error_of(deep_ep.dispatch, x, ids, topk_weights, num_experts=first.case.E, group=group)
+    else:
+        layer = other[what] if ctx.rank == 1 else first
+        options = {"quant_mode": layer.quant_mode, "fuse_mode": layer.mode, "group": group}
+        error = error_of(deep_ep.fused_deep_moe, *Inputs(layer).arguments(ctx.rank), **options)
+    one(ctx, first, strategy)
+    return error
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("op", ("dispatch", "fused_deep_moe")),
+        ("mode", ("fused_deep_moe", "fused_deep_moe.dispatch_ffn_combine")),
+        ("quant_mode", ("quant_mode must be the same on all ranks: rank 0 has 0, rank 1 has 1",)),
+        ("E", ("num_experts", "4", "6")),
+    ],
+)
+def test_ranks_that_differ(pool: RankPool, what: str, says: tuple[str, ...], strategy: str) -> None:
+    for kind, message in pool.run(2, different, what, strategy):
+        assert kind == "RuntimeError" and all(text in message for text in says), message
+
+
 def too_many_rows(ctx: RankContext, strategy: str) -> tuple[str, str]:
     layer = Layer(Case((4, 3), H=16, absent=0), 64, FuseMode.DISPATCH_FFN_COMBINE)
     inputs, group = Inputs(layer), ctx.prepared_group(strategy)
@@ -465,3 +499,56 @@ def test_more_rows_than_allowed(pool: RankPool, strategy: str) -> None:
     for kind, message in pool.run(2, too_many_rows, strategy):
         assert kind == "RuntimeError"
         assert "would compute M rows; allowed are at most num_max_dispatch_tokens_per_rank = M-1" in message, message
+
+
+# Against the parts that it fuses, in DeepEP-Ascend's sizes
+
+
+def experts_in_shared_memory(L: int, rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """int8 [L, rows, columns], each expert's matrix 64 elements behind the one before: 128 experts of these sizes would
+    take 5.6 GB."""
+    memory = torch.randint(-16, 16, (rows * columns + 64 * L,), dtype=torch.int8, generator=generator)
+    return memory.as_strided((L, rows, columns), (64, columns, 1))
+
+
+def fused_and_unfused(ctx: RankContext, T: int, K: int, mode: FuseMode) -> tuple[float, float]:
+    """The mean absolute difference, and the mean of absolute values."""
+    R, H, I, E = ctx.size, 7168, 2048, 256
+    L, group, permuted = E // R, ctx.prepared_group("default"), mode is FuseMode.FUSED_DEEP_MOE
+    generator = torch.Generator().manual_seed(ctx.rank)
+    x = torch.randn(T, H, generator=generator).bfloat16()
+    ids = (torch.randn(T, E, generator=generator).abs() + 1).topk(K, -1)[1]
+    topk_weights = torch.randn(T, K, generator=generator).abs()
+    w1 = experts_in_shared_memory(L, H, 2 * I, generator)
+    w2 = experts_in_shared_memory(L, *((H, I) if permuted else (I, H)), generator)
+    s1, s2 = (torch.rand(L, n, generator=generator) * 0.0004 + 0.0015 for n in (2 * I, H))
+    scales = (s1, s2) if permuted else (scale_to_bits(s1), scale_to_bits(s2))
+
+    buffer = deep_ep.Buffer(group, low_latency_mode=True)
+    (data, data_scale), count, handle, *_ = buffer.low_latency_dispatch(x, ids, T, E, use_fp8=True)
+    rows = torch.zeros(data.shape, dtype=torch.bfloat16)
+    begin = 0
+    for expert, n in enumerate(count.tolist()):
+        if n:
+            block = slice(begin, begin + n)
+            h = torch._int_mm(data[block], w1[expert]) * s1[expert] * data_scale[block].unsqueeze(1)
+            gate, up = h.view(n, -1, 2, 64).unbind(2) if permuted else h.view(n, 2, I).unbind(1)
+            a = (gate * torch.sigmoid(gate) * up).reshape(n, I)
+            a_scale = a.abs().amax(1, keepdim=True) / 127
+            product = torch._int_mm((a / a_scale).round().to(torch.int8), w2[expert].t() if permuted else w2[expert])
+            rows[block] = (product * s2[expert] * a_scale).bfloat16()
+        begin += n
+    unfused, *_ = buffer.low_latency_combine(rows, ids, topk_weights, handle)
+
+    limit = T if permuted else R * T * K
+    out, counts = buffer.fused_deep_moe(x, ids, topk_weights, w1, scales[0], w2, scales[1], limit, E, 1, mode)
+    by_source = torch.diff(handle.layout_range, prepend=torch.zeros(1, dtype=torch.int32))
+    assert torch.equal(counts, by_source if permuted else count.int())
+    return float((out - unfused).abs().float().mean()), float(unfused.abs().float().mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("T", "K", "mode"), [(256, 8, 1), (48, 12, 2), (2, 1, 1)])
+def test_fused_against_unfused(pool: RankPool, T: int, K: int, mode: int) -> None:
+    for off, mean in pool.run(2, fused_and_unfused, T, K, FuseMode(mode), timeout=240):
+        assert off < 4e-4 and mean > 0.1, (off, mean)

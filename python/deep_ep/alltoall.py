@@ -284,19 +284,28 @@ def _exclusive_cumsum(counts: Tensor) -> Tensor:
 # Ops
 
 
-def agree(op: str, group: str, error: str | None, x: Tensor, topk_idx: Tensor, num_experts: int, M: int) -> None:
-    """All ranks issue `op` with the same sizes, dtype and M, or RuntimeError on all of them. Nothing else moves.
+def agree(
+    op: str, group: str, error: str | None, x: Tensor, topk_idx: Tensor, num_experts: int, M: int, quant_mode: int
+) -> None:
+    """All ranks issue `op` with the same dtype, sizes, M and quant_mode, or RuntimeError on all of them.
 
     error: what is wrong with the arguments of this rank, if anything.
     """
     call = _Call(op, group, x)
-    headers = call.agree(call.device_error or error, x, topk_idx, num_experts, M)
+    # A header has one number to spare, for both.
+    headers = call.agree(call.device_error or error, x, topk_idx, num_experts, 2 * M + quant_mode)
     for rank, header in enumerate(headers):
-        if header.W != headers[0].W:
-            raise RuntimeError(
-                f"deep_ep.{op}: num_max_dispatch_tokens_per_rank must be the same on all ranks: rank 0 has "
-                f"{headers[0].W}, rank {rank} has {header.W}"
-            )
+        given = zip(
+            ("num_max_dispatch_tokens_per_rank", "quant_mode"),
+            divmod(headers[0].W, 2),
+            divmod(header.W, 2),
+            strict=True,
+        )
+        for what, first, other in given:
+            if first != other:
+                raise RuntimeError(
+                    f"deep_ep.{op}: {what} must be the same on all ranks: rank 0 has {first}, rank {rank} has {other}"
+                )
 
 
 def get_dispatch_layout(

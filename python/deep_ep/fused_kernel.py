@@ -70,14 +70,22 @@ def _blocks(counts: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _agree(
-    op: str, strategy: str, group: str, error: str | None, x: Tensor, topk_idx: Tensor, num_experts: int, M: int
+    op: str,
+    strategy: str,
+    group: str,
+    error: str | None,
+    x: Tensor,
+    topk_idx: Tensor,
+    num_experts: int,
+    M: int,
+    quant_mode: int,
 ) -> None:
     """Raises the same on all ranks if `error`, or what ranks have given does not fit together."""
     if strategy == "alltoall":
-        alltoall.agree(op, group, error, x, topk_idx, num_experts, M)
+        alltoall.agree(op, group, error, x, topk_idx, num_experts, M, quant_mode)
     elif x.device.type == "cpu":
-        sizes = () if error else (*x.shape, topk_idx.shape[1], num_experts, M)
-        windows.agree(op, group, error, sizes, x.dtype)
+        sizes = () if error else (x.shape[1], topk_idx.shape[1], num_experts, M, quant_mode)
+        windows.agree(op, group, error, x.dtype, sizes)
     elif error:
         raise RuntimeError(f"deep_ep.{op}: {error}")
 
@@ -108,7 +116,7 @@ def forward(
     )
     if not error and quant_mode == 1 and x.device.type != "cpu":
         error = f"quant_mode 1 on {x.device.type} needs an AscendC kernel for fused_deep_moe, which there is not yet"
-    _agree(op, strategy, group, error, x, topk_idx, num_experts, M)
+    _agree(op, strategy, group, error, x, topk_idx, num_experts, M, quant_mode)
 
     sent = quantization.quantize(x, "int8", low_latency=True) if quant_mode == 1 else None
     rows = x if sent is None else quantization.pack(*sent)
@@ -171,7 +179,7 @@ def backward(
     error = checks.fused_deep_moe_backward(
         grad_out, x, topk_idx, topk_weights, gmm1_weight, gmm2_weight, M, num_experts, num_ranks, strategy, overload
     )
-    _agree(op, strategy, group, error, x, topk_idx, num_experts, M)
+    _agree(op, strategy, group, error, x, topk_idx, num_experts, M, 0)
 
     received = _dispatch(strategy, x, topk_idx, topk_weights, num_experts, num_ranks, group)
     experts = _Experts(overload, gmm1_weight, gmm2_weight)

@@ -63,18 +63,16 @@ def raise_everywhere(group: dist.ProcessGroup, error: str | None) -> None:
         raise RuntimeError(f"deep_ep: cannot make windows for the group '{group.group_name}': {'; '.join(errors)}")
 
 
-def agree(
-    op: str, group: str, rejected: str | None, sizes: tuple[int, ...] = (), dtype: torch.dtype = _DTYPES[0]
-) -> None:
-    """All ranks issue `op` with the same H, K, E, M and dtype, or RuntimeError on all of them. Nothing else moves.
+def agree(op: str, group: str, rejected: str | None, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    """All ranks issue `op` with the same dtype and sizes, or RuntimeError on all of them. Nothing else moves.
 
     Args:
-        rejected: what is wrong with the arguments of this rank, if anything; then its sizes are of no interest.
-        sizes: T, H, K, E, M.
+        rejected: what is wrong with the arguments of this rank, if anything; then the rest is of no interest.
         dtype: of rows.
+        sizes: H, K, E, num_max_dispatch_tokens_per_rank, quant_mode.
     """
-    T, H, K, E, M = (0,) * 5 if rejected else sizes
-    numbers = (ctypes.c_int64 * 6)(T, H, K, E, 0 if rejected else _DTYPES.index(dtype), M)
+    H, K, E, M, quant_mode = (0,) * 5 if rejected else sizes
+    numbers = (ctypes.c_int64 * 6)(H, K, E, 0 if rejected else _DTYPES.index(dtype), M, quant_mode)
     error = ctypes.create_string_buffer(ERROR_BYTES)
     if library.deep_ep_group_agree(group.encode(), _OPS.index(op), numbers, (rejected or "").encode(), error):
         raise RuntimeError(error.value.decode())

@@ -19,9 +19,11 @@ from ge_graphs import HOST_SYNCS, Graph, Node
 from ranks import RankContext, RankPool
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torchair.ge._ge_graph import Data, DataType, GeGraph, default_ge_graph
 
 import deep_ep
 from deep_ep import groups
+from deep_ep.npu.ge import _converters as ge_converters
 
 R, H, K, L, W, M, I = 2, 16, 4, 6, 50, 9, 64
 E = R * L
@@ -457,6 +459,28 @@ def fused_alltoall(ctx: RankContext) -> str:
     with pytest.raises(Exception, match="under the strategy default only") as error:
         ge_graphs.compiled(step)(x)
     return str(error.value)
+
+
+def fused_on_npu(ctx: RankContext) -> str:
+    """What is missing is named before a graph is made, or anything sent."""
+    data, scale = torch.ones(L, 2 * I, H, dtype=torch.int8), torch.ones(L, 2 * I)
+    weights = deep_ep.fused_weights(data, data[:, :H, :1].repeat(1, 1, I), scale, scale[:, :H])
+    group = ctx.prepared_group("default").group_name
+    given = torch.ones(2, H), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), *weights
+    x, *rest = (tensor.npu() for tensor in given)
+    with pytest.raises(RuntimeError, match="quant_mode 1 on npu needs an AscendC kernel for fused_deep_moe"):
+        deep_ep.fused_deep_moe(x, *rest, M, E, group=group)
+    with default_ge_graph(GeGraph(name="fused")):
+        node = Data(index=0, dtype=DataType.DT_FLOAT, shape=[2, H], placement="NPU", node_name="x")
+    node.set_meta(x)
+    with pytest.raises(RuntimeError) as error:
+        ge_converters[torch.ops.deep_ep.fused_deep_moe.default](node, *rest, M, E, R, 1, group, "default")
+    return str(error.value)
+
+
+def test_fused_on_an_npu(pool: RankPool) -> None:
+    for message in pool.run(R, fused_on_npu):
+        assert "has no AscendC kernel yet (ops/fused_deep_moe/op_kernel)" in message
 
 
 def test_fused_converts_under_default_only(pool: RankPool) -> None:
