@@ -5,6 +5,8 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <string>
+#include <utility>
 
 #include "error.h"
 #include "fused_layout.h"

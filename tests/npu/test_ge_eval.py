@@ -11,6 +11,7 @@ from typing import Any
 import ge_eval
 import ge_graphs
 import pytest
+import test_ge_graphs
 import test_ge_quantised
 import test_npu_training
 import torch
@@ -89,6 +90,18 @@ def low_latency(ctx: RankContext, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", ["default", "alltoall"])
 def test_low_latency(pool: RankPool, strategy: str) -> None:
     pool.run(R, low_latency, strategy, timeout=240)
+
+
+def fused(ctx: RankContext, mode: int, quant_mode: int) -> None:
+    with ge_eval.in_place_of_ge() as ran:
+        test_ge_graphs.fused(ctx, deep_ep.FuseMode(mode), quant_mode, True)
+    parts = [name.removeprefix("DeepEpFusedDeepMoe") for name in ran if name.startswith("DeepEpFused")]
+    assert parts == 3 * (["DispatchFfnCombine"] if mode == 2 else ["", "Backward"])
+
+
+@pytest.mark.parametrize(("mode", "quant_mode"), [(1, 0), (2, 1)])
+def test_fused(pool: RankPool, mode: int, quant_mode: int) -> None:
+    pool.run(R, fused, mode, quant_mode, timeout=240)
 
 
 def quantised(ctx: RankContext, mode: str) -> None:
