@@ -4,7 +4,11 @@ parts that it fuses.
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · I intermediate size.
 """
 
+import os
+import platform
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +25,7 @@ from torch import Tensor
 import deep_ep
 from deep_ep import FuseMode, reference
 from deep_ep._library import library
+from deep_ep.fused_kernel import int8_product
 from deep_ep.fused_weights import bits_to_scale, scale_to_bits
 from deep_ep.ops import fused_deep_moe as fused_op
 
@@ -199,6 +204,27 @@ def test_wrong_weights() -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(says)):
             deep_ep.fused_weights(*arguments, **options)
+
+
+EXACT = """
+import itertools, torch
+from deep_ep import fused_kernel
+generator = torch.Generator().manual_seed(0)
+for (n, K, N), least in itertools.product(((1, 1, 2), (3, 2049, 40), (17, 7168, 64)), (-128, 120)):
+    a, w = (torch.randint(least, 128, shape, dtype=torch.int8, generator=generator) for shape in ((n, K), (K, N)))
+    for given in (w, w.t().contiguous().t()):
+        product = fused_kernel.int8_product(a, given)
+        assert product.dtype == torch.int32 and torch.equal(product.double(), a.double() @ w.double()), (n, K, N, least)
+print(fused_kernel._int_mm_is_exact())
+"""
+
+
+def test_int8_products_are_exact() -> None:
+    """On older CPUs as well, whose products torch gets wrong."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    result = subprocess.run([sys.executable, "-c", EXACT], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert platform.machine() != "x86_64" or result.stdout == "False\n"
 
 
 # Buffer
@@ -538,11 +564,11 @@ def fused_and_unfused(ctx: RankContext, T: int, K: int, mode: FuseMode) -> tuple
     for expert, n in enumerate(count.tolist()):
         if n:
             block = slice(begin, begin + n)
-            h = torch._int_mm(data[block], w1[expert]) * s1[expert] * data_scale[block].unsqueeze(1)
+            h = int8_product(data[block], w1[expert]) * s1[expert] * data_scale[block].unsqueeze(1)
             gate, up = h.view(n, -1, 2, 64).unbind(2) if permuted else h.view(n, 2, I).unbind(1)
             a = (gate * torch.sigmoid(gate) * up).reshape(n, I)
             a_scale = a.abs().amax(1, keepdim=True) / 127
-            product = torch._int_mm((a / a_scale).round().to(torch.int8), w2[expert].t() if permuted else w2[expert])
+            product = int8_product((a / a_scale).round().to(torch.int8), w2[expert].t() if permuted else w2[expert])
             rows[block] = (product * s2[expert] * a_scale).bfloat16()
         begin += n
     unfused, *_ = buffer.low_latency_combine(rows, ids, topk_weights, handle)

@@ -13,30 +13,15 @@ expert computes, for a row x [H], with W1 [H, 2I] and W2 [I, H]:
 int8 is `quantization.quantize` for low latency: of a row of zeros it makes zeros.
 """
 
+import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from . import alltoall, checks, quantization, windows
+from . import alltoall, checks, quantization, reference, windows
 from .fused_weights import bits_to_scale, places
-
-
-class _Received(NamedTuple):
-    """What dispatch brought, by the names of its results."""
-
-    recv_x: Tensor
-    recv_topk_idx: Tensor
-    recv_topk_weights: Tensor
-    num_recv_tokens_per_expert: Tensor
-    num_dropped: Tensor
-    rank_prefix_matrix: Tensor
-    channel_prefix_matrix: Tensor
-    recv_channel_prefix_matrix: Tensor
-    recv_src_idx: Tensor
-    send_head: Tensor
 
 
 class _Experts:
@@ -69,25 +54,24 @@ def _blocks(counts: Tensor) -> Iterator[tuple[int, slice]]:
         begin += count
 
 
-def _agree(
-    op: str,
-    strategy: str,
-    group: str,
-    error: str | None,
-    x: Tensor,
-    topk_idx: Tensor,
-    num_experts: int,
-    M: int,
-    quant_mode: int,
-) -> None:
-    """Raises the same on all ranks if `error`, or what ranks have given does not fit together."""
+def _agree(op: str, strategy: str, group: str, error: str | None, x: Tensor, topk_idx: Tensor, *sizes: int) -> None:
+    """Raises the same on all ranks if `error`, or what ranks have given does not fit together.
+
+    sizes: E, num_max_dispatch_tokens_per_rank, quant_mode.
+    """
     if strategy == "alltoall":
-        alltoall.agree(op, group, error, x, topk_idx, num_experts, M, quant_mode)
+        alltoall.agree(op, group, error, x, topk_idx, *sizes)
     elif x.device.type == "cpu":
-        sizes = () if error else (x.shape[1], topk_idx.shape[1], num_experts, M, quant_mode)
-        windows.agree(op, group, error, x.dtype, sizes)
+        windows.agree(op, group, error, x.dtype, () if error else (x.shape[1], topk_idx.shape[1], *sizes))
     elif error:
         raise RuntimeError(f"deep_ep.{op}: {error}")
+
+
+def _dispatch(
+    strategy: str, rows: Tensor, topk_idx: Tensor, topk_weights: Tensor, E: int, R: int, group: str
+) -> reference.DispatchResult:
+    op = getattr(torch.ops.deep_ep.dispatch, strategy)
+    return reference.DispatchResult(*op(rows, topk_idx, topk_weights, E, R, 0, group))
 
 
 def forward(
@@ -145,7 +129,9 @@ def forward(
             gate, up = experts.gate_up(h)
             a, a_scales = quantization.quantize(silu(gate) * up, "int8", low_latency=True)
             y[block] = _int8_mm(a, experts.w2[expert], scales[1][expert], a_scales)
-    combined = _combine(strategy, y, received, topk_idx, topk_weights, num_experts, num_ranks, group)
+    combined = getattr(torch.ops.deep_ep.combine, strategy)(
+        y, topk_idx, topk_weights, received.recv_src_idx, received.send_head, num_experts, num_ranks, group
+    )
     if overload == "dispatch_ffn_combine":
         return combined, counts.to(torch.int32)
     running = received.recv_channel_prefix_matrix.view(-1)
@@ -153,10 +139,30 @@ def forward(
 
 
 def _int8_mm(a: Tensor, w: Tensor, w_scale: Tensor, a_scale: Tensor) -> Tensor:
-    """fp32 [n, N] of int8 a [n, K] and w [K, N], whose product is exact in int32."""
-    # _int_mm of torch 2.13 is wrong where K is 1 and both strides of w are, too.
-    product = torch._int_mm(a, w) if a.shape[1] > 1 else a.to(torch.int32) * w
-    return product.to(torch.float32) * w_scale * a_scale.unsqueeze(1)
+    """fp32 [n, N] of int8 a [n, K] and w [K, N]."""
+    return int8_product(a, w).to(torch.float32) * w_scale * a_scale.unsqueeze(1)
+
+
+def int8_product(a: Tensor, w: Tensor) -> Tensor:
+    """a @ w in int32, exactly, of int8 a [n, K] and w [K, N]."""
+    # With K = 1 and both strides of w 1, torch 2.13's _int_mm is wrong.
+    if a.shape[1] > 1 and _int_mm_is_exact():
+        return torch._int_mm(a, w)
+    product = a.new_zeros((a.shape[0], w.shape[1]), dtype=torch.int32)
+    for a_part, w_part in zip(a.split(_EXACT, 1), w.split(_EXACT, 0), strict=True):
+        product += (a_part.to(torch.float32) @ w_part.to(torch.float32)).to(torch.int32)
+    return product
+
+
+_EXACT = 1024
+"""So many products of two int8, whatever their sum, are integers that fp32 holds."""
+
+
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    """Not on a CPU without VNNI, where pairs of products are added up in 16 bits, and saturate."""
+    a = torch.full((16, 128), 127, dtype=torch.int8, device="cpu")
+    return bool((torch._int_mm(a, a.t().contiguous()) == 128 * 127 * 127).all())
 
 
 def backward(
@@ -217,16 +223,3 @@ def backward(
         group,
     )
     return grad_x, grad_topk_weights, grad_w1, (grad_w2.transpose(1, 2) if experts.permuted else grad_w2).contiguous()
-
-
-def _dispatch(strategy: str, rows: Tensor, topk_idx: Tensor, topk_weights: Tensor, *sizes_and_group: Any) -> _Received:
-    *sizes, group = sizes_and_group
-    op = getattr(torch.ops.deep_ep.dispatch, strategy)
-    return _Received(*op(rows, topk_idx, topk_weights, *sizes, 0, group))
-
-
-def _combine(
-    strategy: str, y: Tensor, received: _Received, topk_idx: Tensor, topk_weights: Tensor, *sizes_and_group: Any
-) -> Tensor:
-    op = getattr(torch.ops.deep_ep.combine, strategy)
-    return op(y, topk_idx, topk_weights, received.recv_src_idx, received.send_head, *sizes_and_group)
