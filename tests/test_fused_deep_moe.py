@@ -484,6 +484,23 @@ def test_wrong_arguments(pool: RankPool, what: str, strategy: str) -> None:
     assert "deep_ep.fused_deep_moe" in message or what == "ids"
 
 
+def wrong_in_a_graph(ctx: RankContext, what: str) -> str:
+    mode, quant_mode, change, _ = WRONG[what]
+    inputs = Inputs(Layer(Case((4,), H=16), 64, FuseMode(mode), quant_mode))
+    given = dict(zip(ARGUMENTS, inputs.arguments(0), strict=True)) | {"quant_mode": quant_mode}
+    given |= change(given)
+    quant, group = given.pop("quant_mode"), ctx.prepared_group("default")
+    torch._dynamo.reset()  # else sizes are symbols, also in messages
+    run = torch.compile(deep_ep.fused_deep_moe, backend="aot_eager", fullgraph=True)
+    return error_of(run, *given.values(), quant_mode=quant, fuse_mode=mode, group=group.group_name)[1]
+
+
+@pytest.mark.parametrize("what", ["quant_mode", "w2 of the other mode", "no scale", "fp32 in mode 2"])
+def test_wrong_arguments_in_a_graph(pool: RankPool, what: str) -> None:
+    (message,) = pool.run(1, wrong_in_a_graph, what)
+    assert f"deep_ep.fused_deep_moe: {WRONG[what][3]}" in message, message
+
+
 def different(ctx: RankContext, what: str, strategy: str) -> tuple[str, str]:
     """Rank 1 does something else than rank 0, each by itself correct."""
     group, first = ctx.prepared_group(strategy), Layer(Case((4, 3), H=32, dtype=torch.bfloat16), 64)

@@ -132,7 +132,7 @@ def fused_weights(
 def as_fuse_mode(fuse_mode: FuseMode | int) -> FuseMode:
     """ValueError unless it is a FuseMode or its number."""
     for mode in FuseMode:
-        if mode == fuse_mode:
+        if mode.value == fuse_mode:
             return mode
     allowed = ", ".join(f"{mode.name} ({mode.value})" for mode in FuseMode)
     raise ValueError(f"fuse_mode must be one of {allowed}; got {fuse_mode!r}")
