@@ -129,10 +129,13 @@ def fused_weights(
     return FusedWeights(gmm1_weight.contiguous(), gmm1_scale, gmm2_weight.contiguous(), gmm2_scale)
 
 
+_MODES = {int(mode): mode for mode in FuseMode}
+
+
 def as_fuse_mode(fuse_mode: FuseMode | int) -> FuseMode:
     """ValueError unless it is a FuseMode or its number."""
-    for mode in FuseMode:
-        if mode.value == fuse_mode:
-            return mode
-    allowed = ", ".join(f"{mode.name} ({mode.value})" for mode in FuseMode)
-    raise ValueError(f"fuse_mode must be one of {allowed}; got {fuse_mode!r}")
+    number = int(fuse_mode) if isinstance(fuse_mode, int) else None  # under torch.compile it may be a symbol
+    if number not in _MODES:
+        allowed = ", ".join(f"{mode.name} ({number})" for number, mode in _MODES.items())
+        raise ValueError(f"fuse_mode must be one of {allowed}; got {fuse_mode!r}")
+    return _MODES[number]
