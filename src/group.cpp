@@ -28,7 +28,7 @@ uint64_t window_bytes(int num_ranks, uint64_t bytes) {
   if (bytes == 0) return std::max(memory.total / 2 / num_ranks, kMinWindowBytes);
   if (bytes > memory.available)
     throw Error(str("windows of ", bytes, " bytes are wanted, but the host has only ", memory.available,
-                    " bytes available; ask for less with num_nvl_bytes or num_bytes"));
+                    " bytes available", kAskForLess));
   return std::max(bytes, kMinWindowBytes);
 }
 
@@ -373,7 +373,7 @@ Region Operation::staging_region(int rank, int64_t num_slots, int64_t granularit
     if (region.slots_per_chunk == 0)
       throw Error(str("the window of rank ", rank, " is too small: ", granularity, " rows of ", slot_bytes,
                       " bytes do not fit into half of its staging memory (", region.stride,
-                      " bytes); ask for more with num_nvl_bytes or num_bytes"));
+                      " bytes); ask for more with num_nvl_bytes, num_bytes or HCCL_BUFFSIZE"));
   }
   region.metas = round_up(region.slots_per_chunk * row_bytes, kLine);
   return region;

@@ -14,8 +14,6 @@
 namespace deep_ep {
 namespace {
 
-constexpr const char* kAskForLess = "; ask for less with num_nvl_bytes or num_bytes";
-
 std::byte* map(int fd, uint64_t bytes) {
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (base == MAP_FAILED) throw Error(str("cannot map a window of ", bytes, " bytes: ", std::strerror(errno)));

@@ -8,6 +8,8 @@
 
 namespace deep_ep {
 
+inline constexpr const char* kAskForLess = "; ask for less with num_nvl_bytes, num_bytes or HCCL_BUFFSIZE";
+
 class Window {
  public:
   // A new window of `bytes`, none of which may be touched before it was reserved.

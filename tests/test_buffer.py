@@ -167,18 +167,6 @@ def test_arguments(pool: RankPool) -> None:
     pool.run(2, check_arguments)
 
 
-def check_environment(ctx: RankContext) -> None:
-    for name in ("DEEP_EP_ROWS", "MOE_EXPERT_TOKEN_NUMS_TYPE", "DEEP_NORMAL_MODE_USE_INT8_QUANT"):
-        with pytest.raises(ValueError, match=f"the environment variable {name} must be one of .*; got 'seven'"):
-            make_buffer(ctx, "default", **{name: "seven"})
-    with pytest.raises(ValueError, match="rows must be one of expert, rank; got 'token'"):
-        deep_ep.Buffer(ctx.prepared_group("default"), rows="token")
-
-
-def test_environment(pool: RankPool) -> None:
-    pool.run(1, check_environment)
-
-
 def test_size_hints() -> None:
     config = deep_ep.Config(20, 6, 256, 6, 128)
     assert config.get_nvl_buffer_size_hint(1024, 4) == 10 * 4 * 256 * (1024 + 256)

@@ -5,16 +5,15 @@ Dynamo traces through its methods.
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N received rows.
 """
 
-import os
-import time
-from dataclasses import replace
+import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import quantization, rank_rows
+from . import call_log, cost, env, quantization, rank_rows
 from .config import Config
 from .fused import FusedCalls
 from .fused_weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
@@ -24,12 +23,10 @@ from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
 from .ops import get_dispatch_layout as layout_op
 from .ops.dispatch import DispatchHandle
+from .other_calls import OtherCalls
 from .rank_rows import RankHandle
-from .strategies import LowLatencyStrategy
+from .strategies import MODES, LowLatencyStrategy, NormalStrategy, one_of
 from .utils import EventHandle, EventOverlap
-
-ROWS = ("expert", "rank")
-"""The row contracts, as the keyword `rows` and DEEP_EP_ROWS name them."""
 
 
 class AlignedHandle(NamedTuple):
@@ -57,7 +54,7 @@ class AlignedHandle(NamedTuple):
 Handle = DispatchHandle | AlignedHandle | RankHandle
 
 
-class Buffer(LowLatencyCalls, FusedCalls):
+class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
     """Expert-parallel communication for one group of ranks.
 
     Making a Buffer is collective and happens outside of compiled code. Several may exist at once, also of one group;
@@ -75,19 +72,20 @@ class Buffer(LowLatencyCalls, FusedCalls):
         num_rdma_bytes: as num_nvl_bytes, for clients that size the buffer with it; the larger one counts.
         low_latency_mode, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, meta_addr, use_fabric:
             accepted for compatibility; they concern links that a CPU does not have.
-        explicitly_destroy: accepted for compatibility; `destroy` may be called in any case, and need not be.
-        rows: "expert" or "rank"; None takes DEEP_EP_ROWS, read now, or "expert" if that is not set.
-        low_latency_strategy: "default", "alltoall" or "ops" for the low-latency calls; None is what DEEP_USE_MODE says.
+        normal_strategy, low_latency_strategy: "default" or "alltoall", and "default", "alltoall" or "ops", or members
+            of the enumerations of these names; None is what DEEP_USE_MODE says.
+        explicitly_destroy: the caller will call `destroy`, or leave a `with` block; a Buffer that goes without is told
+            of in a RuntimeWarning. Others may be destroyed, and need not be.
+        enable_shrink: must be False: all ranks of a group take part in every call. comm: must be None: ranks meet in
+            a ProcessGroup.
+        rows: "expert" or "rank"; None is what DEEP_EP_ROWS says.
         comm_alg: as in `deep_ep.init`.
         straight_through: quantised dispatch gives one tensor of dequantised rows, with the identity as its gradient.
 
-    Read from the environment when the Buffer is made: the strategy DEEP_USE_MODE (default, alltoall or ops),
-    DEEP_EP_ROWS, MOE_EXPERT_TOKEN_NUMS_TYPE (0: dispatch lists running counts of rows per expert under rows="expert";
-    1, the default: counts) and DEEP_NORMAL_MODE_USE_INT8_QUANT (1: dispatch without quant_mode means int8; 0, the
-    default: none).
+    What no argument says is read from the environment when the Buffer is made: see `deep_ep.env`.
 
     Raises:
-        ValueError: a negative size, or a choice that does not exist, with its name.
+        ValueError: a negative size, a choice that does not exist, with its name, or a wrong value in the environment.
         RuntimeError: as `deep_ep.init`.
     """
 
@@ -102,43 +100,55 @@ class Buffer(LowLatencyCalls, FusedCalls):
         num_qps_per_rank: int = 12,
         allow_nvlink_for_low_latency_mode: bool = True,
         allow_mnnvl: bool = False,
+        *,
+        normal_strategy: str | NormalStrategy | None = None,
+        low_latency_strategy: str | LowLatencyStrategy | None = None,
         meta_addr: int = 0,
         explicitly_destroy: bool = False,
         use_fabric: bool = False,
-        *,
+        enable_shrink: bool = False,
+        comm: Any = None,
         rows: str | None = None,
         straight_through: bool = False,
-        low_latency_strategy: str | None = None,
         comm_alg: str = "",
     ) -> None:
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
-        if rows is None:
-            rows = _from_env("DEEP_EP_ROWS", ROWS, "expert")
-        elif rows not in ROWS:
-            raise ValueError(f"rows must be one of {', '.join(ROWS)}; got {rows!r}")
-        strategies = [strategy.value for strategy in LowLatencyStrategy]
-        if low_latency_strategy not in (None, *strategies):
-            raise ValueError(
-                f"low_latency_strategy must be one of {', '.join(strategies)}; got {low_latency_strategy!r}"
-            )
-        self._rows = rows
-        self._running_counts = _from_env("MOE_EXPERT_TOKEN_NUMS_TYPE", ("0", "1"), "1") == "0"
-        int8 = _from_env("DEEP_NORMAL_MODE_USE_INT8_QUANT", ("0", "1"), "0") == "1"
-        self._quant_mode = "int8" if int8 else "none"
+        if enable_shrink:
+            raise ValueError("enable_shrink must be False: all ranks of a group take part; make a group of fewer ranks")
+        if comm is not None or group is None:
+            raise ValueError(f"group must be a ProcessGroup, and comm None; got {group!r} and {comm!r}")
+        self._rows = env.value("DEEP_EP_ROWS") if rows is None else one_of("rows", rows, env.ROWS)
+        self._running_counts = env.value("MOE_EXPERT_TOKEN_NUMS_TYPE") == "0"
+        self._quant_mode = "int8" if env.value("DEEP_NORMAL_MODE_USE_INT8_QUANT") == "1" else "none"
+        self._bf16_low_latency = env.value("SGLANG_DEEPEP_BF16_DISPATCH") in env.TRUE
         self._straight_through = straight_through
         self.explicitly_destroy = explicitly_destroy
+        self.enable_shrink = enable_shrink
         self._destroyed = False
+        is_logged = env.value("DEBUG_MODE") == "ON"
         self.group = group
         self.rank = group.rank()
         self.group_size = group.size()
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
         self.low_latency_mode = low_latency_mode
-        self._info = init(group, num_bytes=max(num_nvl_bytes, num_rdma_bytes) or None, comm_alg=comm_alg)
-        if low_latency_strategy is not None:
-            self._info = replace(self._info, low_latency=LowLatencyStrategy(low_latency_strategy))
+        if normal_strategy is not None:
+            normal_strategy = one_of("normal_strategy", normal_strategy, NormalStrategy)
+            low_latency_strategy = low_latency_strategy or MODES[env.value("DEEP_USE_MODE")][1]
+        self._info = init(
+            group,
+            num_bytes=max(num_nvl_bytes, num_rdma_bytes) or None,
+            strategy=normal_strategy,
+            low_latency_strategy=low_latency_strategy,
+            comm_alg=comm_alg,
+        )
+        self.normal_strategy, self.low_latency_strategy = self._info.normal, self._info.low_latency
+        if explicitly_destroy:
+            self._undestroyed = weakref.finalize(self, _warn_of_undestroyed, group.group_name)
+        if is_logged:
+            call_log.start(self, self.group.group_name)
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
@@ -199,6 +209,14 @@ class Buffer(LowLatencyCalls, FusedCalls):
         The windows stay, for other users of the group, until the group goes or `deep_ep.destroy`.
         """
         self._destroyed = True
+        if self.explicitly_destroy:
+            self._undestroyed.detach()
+
+    def __enter__(self) -> "Buffer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.destroy()
 
     def _live(self) -> GroupInfo:
         if self._destroyed:
@@ -288,7 +306,7 @@ class Buffer(LowLatencyCalls, FusedCalls):
         info = self._live()
         if expert_alignment < 1:
             raise ValueError(f"expert_alignment must be at least 1, got {expert_alignment}")
-        _check_stats("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, self.group_size)
+        cost.check("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, self.group_size)
         given = {
             "num_tokens_per_rank": num_tokens_per_rank,
             "is_token_in_rank": is_token_in_rank,
@@ -310,7 +328,7 @@ class Buffer(LowLatencyCalls, FusedCalls):
                     raise ValueError(f"{name} is missing; get_dispatch_layout gives the layout of topk_idx")
         rows, packed = self._rows_to_send(x, quant_mode, handle is not None)
 
-        start = _now(dispatch_wait_recv_cost_stats)
+        start = cost.now(dispatch_wait_recv_cost_stats)
         results: tuple[Any, ...]
         if self._rows == "rank":
             if handle is not None:
@@ -335,7 +353,7 @@ class Buffer(LowLatencyCalls, FusedCalls):
             E = num_tokens_per_expert.shape[0]
             out = dispatch_op.call(info, rows, topk_idx, topk_weights, E, num_worst_tokens, is_token_in_rank)
             results = self._expert_rows(out, expert_alignment, num_worst_tokens == 0)
-        _add_cost(dispatch_wait_recv_cost_stats, start, self.rank)
+        cost.add(dispatch_wait_recv_cost_stats, start, self.rank)
         recv_x, recv_topk_idx, recv_topk_weights, counts, handle = results
         assert handle is not None
         if packed is not None:
@@ -434,11 +452,11 @@ class Buffer(LowLatencyCalls, FusedCalls):
             RuntimeError: as `deep_ep.combine`; after `destroy`.
         """
         info = self._live()
-        _check_stats("combine_send_cost_stats", combine_send_cost_stats, self.group_size)
+        cost.check("combine_send_cost_stats", combine_send_cost_stats, self.group_size)
         known = rank_rows.check_handle(handle) if self._rows == "rank" else _expert_handle(handle)
         biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         _check_biases(biases, x, known.is_token_in_rank.shape[0])
-        start = _now(combine_send_cost_stats)
+        start = cost.now(combine_send_cost_stats)
         combined_weights = None
         if isinstance(known, RankHandle):
             combined, combined_weights = rank_rows.combine(info, x, known, topk_weights)
@@ -449,7 +467,7 @@ class Buffer(LowLatencyCalls, FusedCalls):
             if aligned is not None:
                 x = x.index_select(0, aligned.position)
             combined = combine_op.call(info, x, known)
-        _add_cost(combine_send_cost_stats, start, self.rank)
+        cost.add(combine_send_cost_stats, start, self.rank)
         if biases:
             total = combined.to(torch.float32)
             for one in biases:
@@ -512,11 +530,12 @@ def _spread(out: dispatch_op.DispatchOutput, position: Tensor, N: int) -> tuple[
     )
 
 
-def _from_env(name: str, choices: tuple[str, ...], default: str) -> str:
-    value = os.environ.get(name, default)
-    if value not in choices:
-        raise ValueError(f"the environment variable {name} must be one of {', '.join(choices)}; got {value!r}")
-    return value
+def _warn_of_undestroyed(group: str) -> None:
+    warnings.warn(
+        f"deep_ep: a Buffer of the group '{group}' was made with explicitly_destroy=True and went without destroy()",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _check_positive(**numbers: int) -> None:
@@ -533,28 +552,6 @@ def _check_biases(biases: tuple[Tensor, ...], x: Tensor, T: int) -> None:
             raise ValueError(
                 f"bias must be {x.dtype} [T, H] with T = {T} and H = {x.shape[1]}, got {one.dtype} {list(one.shape)}"
             )
-
-
-def _check_stats(name: str, stats: Tensor | None, num_ranks: int) -> None:
-    if stats is None:
-        return
-    if stats.dtype not in (torch.int32, torch.int64) or stats.dim() != 1 or stats.shape[0] != num_ranks:
-        raise ValueError(
-            f"{name} must be torch.int32 or torch.int64 [R] with R = {num_ranks}, got {stats.dtype} {list(stats.shape)}"
-        )
-
-
-def _now(stats: Tensor | None) -> int:
-    """Nanoseconds, or 0 where no time is taken: a graph has no clock."""
-    return 0 if stats is None or torch.compiler.is_compiling() else time.perf_counter_ns()
-
-
-def _add_cost(stats: Tensor | None, start: int, rank: int) -> None:
-    if stats is None or torch.compiler.is_compiling():
-        return
-    elapsed = (time.perf_counter_ns() - start) // 1000
-    stats[:rank] += elapsed
-    stats[rank + 1 :] += elapsed
 
 
 def _config(num_ranks: int) -> Config:

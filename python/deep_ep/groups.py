@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
-from . import _compile
+from . import _compile, env
 from .npu import windows as npu_windows
+from .npu.platform import platform
 from .npu_ops import check_comm_alg
-from .strategies import MODES, LowLatencyStrategy, NormalStrategy, mode_from
+from .strategies import MODES, LowLatencyStrategy, NormalStrategy, one_of
 from .windows import Windows, exchange, group_timeout
 
 Group = dist.ProcessGroup | str | None
@@ -52,7 +53,8 @@ def init(
     group: Group = None,
     *,
     num_bytes: int | None = None,
-    strategy: str | None = None,
+    strategy: str | NormalStrategy | None = None,
+    low_latency_strategy: str | LowLatencyStrategy | None = None,
     timeout: timedelta | None = None,
     comm_alg: str = "",
 ) -> GroupInfo:
@@ -60,30 +62,41 @@ def init(
 
     Args:
         group: the expert-parallel group; None is the default group.
-        num_bytes: most bytes of every rank's shared-memory window (strategies ``default`` and ``ops``). On CPU a
-            window grows as ops need it, and keeps what it has until the group goes; None is a rank's share in half of
-            the host's memory. On NPUs it has this size from the start; None is 256 MiB. Rows that do not fit go in
-            rounds, so this bounds speed, not sizes. A window that may be large enough already is kept; a smaller one,
-            or one that was given up after a failure, is replaced.
+        num_bytes: most bytes of every rank's window, where a strategy is ``default``; None takes HCCL_BUFFSIZE, read
+            now. On CPU a window grows as ops need it, and keeps what it has until the group goes; with neither, to a
+            rank's share in half of the host's memory. On NPUs it has this size from the start; with neither, 256 MiB.
+            Rows that do not fit go in rounds, so this bounds speed, not sizes. A window that may be large enough
+            already is kept; a smaller one, or one that was given up after a failure, is replaced.
         strategy: ``default``, ``alltoall`` or ``ops``; None takes DEEP_USE_MODE, read now.
+        low_latency_strategy: another one for the low-latency ops: ``default``, ``alltoall`` or ``ops``.
         timeout: how long an op waits for a peer without progress; None is the group's own timeout.
-        comm_alg: for the strategy ``ops``: hierarchy, fullmesh_v1, fullmesh_v2 or ccu; empty leaves it to torch_npu.
+        comm_alg: for the strategy ``ops``: hierarchy, fullmesh_v1, fullmesh_v2 or ccu; empty leaves it to torch_npu or,
+            on A2, to HCCL_INTRA_PCIE_ENABLE and HCCL_INTRA_ROCE_ENABLE.
 
     Raises:
-        ValueError: an unknown strategy or comm_alg, or num_bytes is not positive (on this rank, before it waits for
-            others).
+        ValueError: an unknown strategy or comm_alg, num_bytes is not positive, or a wrong value in the environment
+            (`deep_ep.env`) of what no argument says; on this rank, before it waits for others.
         RuntimeError: on every rank, when windows cannot be made: too little memory on a rank, or ranks on several
             hosts under ``default``.
     """
-    mode = mode_from(strategy)
+    normal, low_latency = MODES[env.value("DEEP_USE_MODE") if strategy is None else one_of("strategy", strategy, MODES)]
+    if low_latency_strategy is not None:
+        low_latency = LowLatencyStrategy(one_of("low_latency_strategy", low_latency_strategy, LowLatencyStrategy))
     if error := check_comm_alg(comm_alg):
         raise ValueError(error)
     pg = process_group(group)
     if num_bytes is not None and num_bytes <= 0:
         raise ValueError(f"num_bytes must be positive, got {num_bytes}")
-    normal, low_latency = MODES[mode]
-    wanted = _windowed_devices(pg) if normal is NormalStrategy.DEFAULT else []
+    env.value("MOE_SHARED_EXPERT_RANK_NUM")
+    on = {device.type for device in pg._device_types}
+    from_environment = env.comm_alg(platform() if "npu" in on else None)
+    comm_alg = comm_alg or from_environment
+    if num_bytes is None:
+        num_bytes = env.window_bytes()
+    is_default = normal is NormalStrategy.DEFAULT or low_latency is LowLatencyStrategy.DEFAULT
+    wanted = _windowed_devices(on) if is_default else []
     served = {device: _is_served(pg, device, num_bytes, timeout) for device in wanted}
+    mode = normal.value if normal.value == low_latency.value else f"{normal.value} and {low_latency.value}"
     wishes = exchange(pg, (mode, served))
     modes = [wish[0] for wish in wishes]
     if len(set(modes)) > 1:
@@ -135,9 +148,8 @@ def _close_windows(name: str, device: str) -> None:
         windows.close()
 
 
-def _windowed_devices(pg: dist.ProcessGroup) -> list[str]:
-    """The kinds of devices of the group for which there are kernels here."""
-    devices = {device.type for device in pg._device_types}
+def _windowed_devices(devices: set[str]) -> list[str]:
+    """The kinds of devices for which there are kernels here."""
     on_npu = "npu" in devices and npu_windows.load_kernels() is not None
     return ["cpu"] * ("cpu" in devices) + ["npu"] * on_npu
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from . import checks, quantization
+from . import checks, cost, quantization
 from .groups import GroupInfo
 from .ops import low_latency_combine as combine_op
 from .ops import low_latency_dispatch as dispatch_op
@@ -42,8 +42,11 @@ Rows = Tensor | tuple[Tensor, Tensor]
 class LowLatencyCalls:
     """What Buffer inherits for decoding."""
 
+    rank: int
+    group_size: int
     _rows: str
     _straight_through: bool
+    _bf16_low_latency: bool
 
     def _live(self) -> GroupInfo:
         raise NotImplementedError
@@ -58,10 +61,12 @@ class LowLatencyCalls:
         use_fp8: bool = True,
         round_scale: bool = False,
         use_ue8m0: bool = False,
+        use_mxfp4: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
         topk_weights: Tensor | None = None,
         quant_mode: str | None = None,
+        dispatch_wait_recv_cost_stats: Tensor | None = None,
     ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle, EventOverlap, Callable[[], None] | None]:
         """Sends every token once to each of its experts, with static shapes.
 
@@ -71,17 +76,22 @@ class LowLatencyCalls:
             num_max_dispatch_tokens_per_rank: M, the same on all ranks.
             num_experts: E, a multiple of R.
             cumulative_local_expert_recv_stats: int32 [L]; the rows of each local expert are added to it.
-            use_fp8: send quantised rows: int8 with one scale per row under rows="expert", float8_e4m3fn with one scale
-                per 128 channels under rows="rank".
+            use_fp8: send quantised rows: under rows="expert" int8 with one scale per row, or mx_fp8_e4m3 with
+                use_ue8m0; under rows="rank" float8_e4m3fn with one scale per 128 channels. No effect with
+                SGLANG_DEEPEP_BF16_DISPATCH=1.
             round_scale, use_ue8m0: scales of the latter, see `deep_ep.quantization.quantize`; other modes have their
                 own.
+            use_mxfp4: send mx_fp4_e2m1 rows instead.
             async_finish: the call is finished when it returns.
             return_recv_hook: the call does not wait for peers. The hook does, and fills the returned tensors, which
                 hold zeros until then, and adds to cumulative_local_expert_recv_stats. x and topk_idx may be written
                 to before. Errors that concern several ranks are raised by the hook. Every rank calls it, before it
                 uses what the call returned; other calls of the group wait for a call that has been started.
             topk_weights: accepted for compatibility; low_latency_combine takes them.
-            quant_mode: one of deep_ep.quantization.MODES instead of what use_fp8 says.
+            quant_mode: one of deep_ep.quantization.MODES instead of what use_fp8, use_mxfp4 and
+                SGLANG_DEEPEP_BF16_DISPATCH say.
+            dispatch_wait_recv_cost_stats: as in `dispatch`; with a hook, of the hook. Unchanged where the op itself
+                quantises.
 
         Returns:
             recv_x: under rows="expert" [N, H], ordered by local expert, source rank, token, without gaps; under
@@ -99,9 +109,14 @@ class LowLatencyCalls:
                 or dtype.
         """
         info = self._live()
+        cost.check("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, self.group_size)
         if quant_mode is None:
-            quantised = "block_fp8_e4m3" if self._rows == "rank" else "int8"
-            quant_mode = quantised if use_fp8 else "none"
+            quantised = "mx_fp8_e4m3" if use_ue8m0 else "int8"
+            if use_mxfp4:
+                quantised = "mx_fp4_e2m1"
+            elif self._rows == "rank":
+                quantised = "block_fp8_e4m3"
+            quant_mode = quantised if (use_fp8 or use_mxfp4) and not self._bf16_low_latency else "none"
         quant_mode = quantization.check_mode(quant_mode)
         stats, L = cumulative_local_expert_recv_stats, num_experts // info.size
         if stats is not None and (stats.dtype != torch.int32 or stats.shape != (L,)):
@@ -135,7 +150,9 @@ class LowLatencyCalls:
 
         # Wrong arguments raise at once, on all ranks, with a hook as well.
         if not return_recv_hook or checks.low_latency_dispatch(*call[1:], info.size):
+            begin = cost.now(dispatch_wait_recv_cost_stats)
             out = dispatch_op.call(*call)
+            cost.add(dispatch_wait_recv_cost_stats, begin, self.rank)
             if stats is not None:
                 stats.add_(out.recv_count.to(torch.int32))
             return *received(out), event_of(async_finish), None
@@ -144,7 +161,9 @@ class LowLatencyCalls:
         results = received(_nothing_yet(info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts))
 
         def hook() -> None:
+            begin = cost.now(dispatch_wait_recv_cost_stats)
             out = dispatch_op.call(*call, started)
+            cost.add(dispatch_wait_recv_cost_stats, begin, self.rank)
             if stats is not None:
                 stats.add_(out.recv_count.to(torch.int32))
             for to, arrived in zip(tree_leaves(results), tree_leaves(received(out)), strict=True):
@@ -204,6 +223,8 @@ class LowLatencyCalls:
         async_finish: bool = False,
         return_recv_hook: bool = False,
         out: Tensor | None = None,
+        use_logfmt: bool = False,
+        combine_wait_recv_cost_stats: Tensor | None = None,
     ) -> tuple[Tensor, EventOverlap, Callable[[], None] | None]:
         """Sums up each token's rows with its weights, in fp32, in the order of k, rounded once.
 
@@ -216,6 +237,9 @@ class LowLatencyCalls:
                 straight into the windows of their tokens' ranks, so that there is no copy to be saved.
             async_finish, return_recv_hook: as in low_latency_dispatch; the hook fills combined_x.
             out: [T, H] in x's dtype, to be written to and returned; of a longer one the first T rows are.
+            use_logfmt: accepted for compatibility; upstream may then send rows in 10 bits a value, here they travel as
+                they are.
+            combine_wait_recv_cost_stats: as dispatch_wait_recv_cost_stats.
 
         Returns:
             combined_x [T, H], event, hook.
@@ -229,6 +253,8 @@ class LowLatencyCalls:
             packed = handle.packed
             x = x.reshape(-1, x.shape[-1]).index_select(0, handle.place)
         call = self._live(), x, topk_idx, topk_weights, LowLatencyHandle(*packed)
+        stats = combine_wait_recv_cost_stats
+        cost.check("combine_wait_recv_cost_stats", stats, self.group_size)
         wrong = None
         if out is not None:
             T, H = topk_idx.shape[0], x.shape[-1]
@@ -236,7 +262,9 @@ class LowLatencyCalls:
                 wrong = f"out must be {x.dtype} {[T, H]}, got {out.dtype} {list(out.shape)}"
         # What is wrong on this rank alone must not keep it from taking part.
         if wrong or not return_recv_hook or x.dim() != 2 or topk_idx.dim() != 2:
+            begin = cost.now(stats)
             result = combine_op.call(*call)
+            cost.add(stats, begin, self.rank)
             if wrong:
                 raise ValueError(wrong)
             return (result if out is None else out[: result.shape[0]].copy_(result)), event_of(async_finish), None
@@ -245,7 +273,9 @@ class LowLatencyCalls:
         started = combine_op.start(*call)
 
         def hook() -> None:
+            begin = cost.now(stats)
             combined.copy_(combine_op.call(*call, started))
+            cost.add(stats, begin, self.rank)
 
         return combined, event_of(async_finish), hook
 

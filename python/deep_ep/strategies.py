@@ -4,7 +4,7 @@ They are resolved in Python that Dynamo traces, from a choice that is fixed when
 called), so a graph is guarded by the strategy it was traced with.
 """
 
-import os
+from collections.abc import Iterable
 from enum import Enum
 
 
@@ -34,10 +34,9 @@ MODES = {
 """What each value of DEEP_USE_MODE means."""
 
 
-def mode_from(strategy: str | None) -> str:
-    """`strategy`, or what DEEP_USE_MODE says now. Raises ValueError unless it is one of MODES."""
-    mode = os.environ.get("DEEP_USE_MODE", "default") if strategy is None else strategy
-    if mode not in MODES:
-        source = "the environment variable DEEP_USE_MODE" if strategy is None else "strategy"
-        raise ValueError(f"{source} must be one of {', '.join(MODES)}; got {mode!r}")
-    return mode
+def one_of(argument: str, given: str | Enum, allowed: Iterable[str | Enum]) -> str:
+    """What is given for `argument`, a name or a member of an enumeration, as a name. ValueError: it is not allowed."""
+    name, *names = (one.value if isinstance(one, Enum) else one for one in (given, *allowed))
+    if name not in names:
+        raise ValueError(f"{argument} must be one of {', '.join(names)}; got {name!r}")
+    return name

@@ -4,6 +4,7 @@ stand-in for CANN the kernels are host functions on the stream (tests/host_kerne
 T local tokens · H hidden · K top-k · E experts · R ranks · M num_max_dispatch_tokens_per_rank.
 """
 
+import ast
 import os
 import subprocess
 import sys
@@ -349,6 +350,37 @@ except RuntimeError as error:
 """
     message = python(code, DEEP_EP_KERNELS="/no/such/kernels.so")
     assert "the NPU kernels in /no/such/kernels.so cannot be used" in message
+
+
+ENVIRONMENT = """
+import contextlib, io, os
+import torch, torch_npu, torch.distributed as dist, deep_ep
+from deep_ep.env.__main__ import main
+
+torch.npu.set_device(0)
+dist.init_process_group("cpu:gloo,npu:hccl", rank=0, world_size=1, store=dist.HashStore())
+out = [deep_ep.init().comm_alg, deep_ep.init(comm_alg="fullmesh_v1").comm_alg]
+os.environ["HCCL_OP_EXPANSION_MODE"] = "AIV"
+try:
+    out.append(deep_ep.init().comm_alg)
+except ValueError as error:
+    out.append(str(error))
+with contextlib.redirect_stdout(io.StringIO()) as report:
+    out.append(main())
+print([*out, report.getvalue().splitlines()[0].split(", ", 1)[1]])
+"""
+
+
+@pytest.mark.parametrize(
+    "soc, comm_alg, told, report",
+    [("Ascend910B3", "hierarchy", "HCCL_OP_EXPANSION_MODE must not be set on A2", 1), ("Ascend910_9391", "", "", 0)],
+)
+def test_variables_of_hccl(soc: str, comm_alg: str, told: str, report: int) -> None:
+    links = {"HCCL_INTRA_PCIE_ENABLE": "1", "HCCL_INTRA_ROCE_ENABLE": "0"}
+    *out, machine = ast.literal_eval(python(ENVIRONMENT, CANN_STAND_IN_SOC=soc, **links))
+    error = f"the environment variable {told}; got 'AIV'" if told else comm_alg
+    assert out == [comm_alg, "fullmesh_v1", error, report]
+    assert machine == f"NPU {soc} ({'A2' if report else 'A3'}), kernels: host kernels for tests"
 
 
 def check_fakes(ctx: RankContext) -> None:

@@ -5,7 +5,6 @@ group's own: HCCL's collectives overwrite the memory of theirs.
 """
 
 import ctypes
-import os
 import uuid
 import weakref
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import env
 from .._library import ERROR_BYTES, find, library
 from ..windows import exchange, raise_everywhere
 
@@ -30,8 +30,7 @@ _open: dict[str, "Windows"] = {}
 
 def kernels_path() -> str | None:
     """The library of kernels that is meant: DEEP_EP_KERNELS, or the one that was built into this package, or None."""
-    given = os.environ.get("DEEP_EP_KERNELS")
-    if given:
+    if given := env.value("DEEP_EP_KERNELS"):
         return given
     built = find("libdeep_ep_kernels.so")
     return str(built) if built else None

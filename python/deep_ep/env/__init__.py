@@ -1,0 +1,215 @@
+"""The environment variables of deep_ep: one table of what they are, and their values.
+
+`deep_ep.init` and Buffer read them when they are called; ops and compiled code never do, since Dynamo has no guards for
+them. An argument that says the same counts instead. An empty value is no value. `python -m deep_ep.env` prints the
+table as it is in force.
+"""
+
+import os
+from typing import NamedTuple
+
+from ..strategies import MODES
+
+_SWITCH = ("0", "1")
+
+ROWS = ("expert", "rank")
+"""The row contracts, as DEEP_EP_ROWS and Buffer's keyword `rows` name them."""
+
+TRUE = ("1", "true", "yes", "y")
+"""Values of SGLANG_DEEPEP_BF16_DISPATCH that switch it on: those that SGLang knows."""
+
+
+class Variable(NamedTuple):
+    """A line of the table."""
+
+    name: str
+    default: str
+    """"" is none: the variable does nothing then."""
+    allowed: tuple[str, ...] | int | None
+    """The values, in any case; or the least whole number; or None for any text."""
+    effect: str
+    platforms: tuple[str, ...] = ()
+    """Where the effect is: of CPU, A2, A3 and A5; everywhere if empty."""
+    elsewhere: str = ""
+    """What is true on other platforms."""
+    reason: str = ""
+    """Why nothing else is allowed."""
+
+    @property
+    def values(self) -> str:
+        """What is allowed, in words."""
+        if isinstance(self.allowed, int):
+            return f"a whole number of at least {self.allowed}"
+        if self.allowed is None:
+            return "any text"
+        return f"one of {', '.join(self.allowed)}" if len(self.allowed) > 1 else f"{self.allowed[0]}{self.reason}"
+
+
+VARIABLES = {
+    variable.name: variable
+    for variable in (
+        Variable(
+            "DEEP_USE_MODE",
+            "default",
+            tuple(MODES),
+            "The strategy: default is this library's kernels, alltoall is torch.distributed, ops is torch_npu's "
+            "operators for low latency and default otherwise.",
+        ),
+        Variable(
+            "DEEP_EP_ROWS",
+            "expert",
+            ROWS,
+            "What a row of a Buffer is: one per (token, expert), as in DeepEP-Ascend, or one per (token, rank), as in "
+            "DeepEP.",
+        ),
+        Variable(
+            "DEEP_NORMAL_MODE_USE_INT8_QUANT",
+            "0",
+            _SWITCH,
+            "1: Buffer.dispatch without quant_mode and without a handle sends int8 rows with scales.",
+        ),
+        Variable(
+            "SGLANG_DEEPEP_BF16_DISPATCH",
+            "0",
+            ("0", "1", "false", "true", "no", "yes", "n", "y"),
+            "1: Buffer.low_latency_dispatch without quant_mode sends rows as they are, whatever use_fp8 and use_mxfp4 "
+            "say.",
+        ),
+        Variable(
+            "MOE_EXPERT_TOKEN_NUMS_TYPE",
+            "1",
+            _SWITCH,
+            'Under rows="expert", what Buffer.dispatch lists per local expert: 1 the rows, 0 running sums of them. Low '
+            'latency and rows="rank" have counts in either case.',
+        ),
+        Variable(
+            "MOE_SHARED_EXPERT_RANK_NUM",
+            "0",
+            ("0",),
+            "Ranks that hold nothing but a shared expert. There are none: experts are spread evenly over all ranks, "
+            "and torch_npu's operators are told so. A shared expert is a module of the model on every rank.",
+            reason=", since experts are spread evenly over all ranks (a shared expert is a module on every rank)",
+        ),
+        Variable(
+            "HCCL_BUFFSIZE",
+            "",
+            1,
+            "Most MiB of each rank's window where no argument (num_bytes, num_nvl_bytes, num_rdma_bytes) says it. "
+            "Messages that are larger go in rounds. If not set: on a CPU windows grow to a rank's share in half of the "
+            "host's memory, on NPUs they have 256 MiB. HCCL reads it, too, with a default of 200, for all "
+            "communicators but those of the windows.",
+        ),
+        Variable(
+            "HCCL_INTRA_PCIE_ENABLE",
+            "",
+            _SWITCH,
+            "1, with HCCL_INTRA_ROCE_ENABLE=0: the strategy ops sends in two steps, within servers and between them: "
+            "comm_alg is hierarchy where it is not given. 1 in both is refused: HCCL takes one link.",
+            ("A2",),
+            "HCCL reads it; comm_alg is as given.",
+        ),
+        Variable(
+            "HCCL_INTRA_ROCE_ENABLE",
+            "",
+            _SWITCH,
+            "0, with HCCL_INTRA_PCIE_ENABLE=1: see there.",
+            ("A2",),
+            "HCCL reads it; comm_alg is as given.",
+        ),
+        Variable(
+            "HCCL_OP_EXPANSION_MODE",
+            "",
+            None,
+            "Must not be set: any value is refused for groups with an NPU.",
+            ("A2",),
+            "HCCL reads it for its own collectives, those of the strategy alltoall among them; kernels of this library "
+            "do not.",
+        ),
+        Variable(
+            "DEBUG_MODE",
+            "OFF",
+            ("OFF", "ON"),
+            "ON: every call of a Buffer's methods outside of compiled code is logged at DEBUG by the logger deep_ep: "
+            "shapes, dtypes and numbers, no values of tensors.",
+        ),
+        Variable(
+            "DEEP_EP_KERNELS",
+            "",
+            None,
+            "A library of kernels for NPUs to load instead of the one in the package.",
+            ("A2", "A3", "A5"),
+            "Nothing is loaded from it.",
+        ),
+    )
+}
+"""Every variable that this library reads for its users, by name."""
+
+NOT_READ = {
+    "DEEP_NORMAL_MODE": "DEEP_USE_MODE chooses the strategy",
+    "DEEP_LOW_LATENCY_MODE": "DEEP_USE_MODE or Buffer(low_latency_strategy=...) chooses the strategy",
+    "DEEPEP_HCCL_BUFFSIZE": "HCCL_BUFFSIZE or num_bytes is the size of the windows",
+    "DEEPEP_NORMAL_LONG_SEQ_ROUND": "messages that are larger than the windows go in rounds by themselves",
+    "DEEPEP_NORMAL_LONG_SEQ_PER_ROUND_TOKENS": "messages that are larger than the windows go in rounds by themselves",
+    "DEEPEP_NORMAL_COMBINE_ENABLE_LONG_SEQ": "messages that are larger than the windows go in rounds by themselves",
+    "MOE_ENABLE_TOPK_NEG_ONE": "an id of -1 is always no expert",
+    "MOE_ENABLE_CCU": 'comm_alg="ccu" of Buffer or deep_ep.init says so',
+}
+"""Variables that other releases of DeepEP-Ascend read, and what there is here instead."""
+
+
+def given(name: str) -> str | None:
+    """What the environment says, unchecked; None if it is not set or empty."""
+    return os.environ.get(name) or None
+
+
+def value(name: str) -> str:
+    """What is in force: the default, or what the environment says, spelled as in the table.
+
+    ValueError: it is not allowed.
+    """
+    variable, text = VARIABLES[name], given(name)
+    if text is None:
+        return variable.default
+    if isinstance(variable.allowed, int):
+        if text.isdecimal() and int(text) >= variable.allowed:
+            return text
+    else:
+        for choice in variable.allowed or (text,):
+            if choice.lower() == text.lower():
+                return choice
+    raise ValueError(f"the environment variable {name} must be {variable.values}; got {text!r}")
+
+
+def window_bytes() -> int | None:
+    """HCCL_BUFFSIZE in bytes, if it is set."""
+    return int(value("HCCL_BUFFSIZE") or 0) << 20 or None
+
+
+def comm_alg(platform: str | None) -> str:
+    """What HCCL's variables mean for comm_alg on A2, A3, A5 or, if None, where there is no NPU.
+
+    ValueError: they contradict each other or may not be set.
+    """
+    links = value("HCCL_INTRA_PCIE_ENABLE"), value("HCCL_INTRA_ROCE_ENABLE")
+    if links == ("1", "1"):
+        raise ValueError(
+            "the environment variables HCCL_INTRA_PCIE_ENABLE=1 and HCCL_INTRA_ROCE_ENABLE=1 contradict each other: "
+            "HCCL takes one link within a server; set one of them to 0"
+        )
+    if platform != "A2":
+        return ""
+    if mode := given("HCCL_OP_EXPANSION_MODE"):
+        raise ValueError(f"the environment variable HCCL_OP_EXPANSION_MODE must not be set on A2; got {mode!r}")
+    return "hierarchy" if links == ("1", "0") else ""
+
+
+def errors(platform: str | None) -> list[str]:
+    """Everything that is wrong with the environment on that platform."""
+    found = []
+    for check in (*(lambda name=name: value(name) for name in VARIABLES), lambda: comm_alg(platform)):
+        try:
+            check()
+        except ValueError as error:
+            if str(error) not in found:
+                found.append(str(error))
+    return found
