@@ -18,7 +18,7 @@ CXX_INPUTS := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find $(CXX_FOLDER
 CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS)) \
   $(shell find benchmarks ops tests/cann tests/fake_cann tests/host_kernels tests/twin -name '*.cpp' -o -name '*.h')
 
-.PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-long mutate-kernels lint types format wheel \
+.PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-long mutate-kernels lint types format docs wheel \
   wheel-check clean
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make test-quick  within 2 minutes; test-long: with many more random cases"
 	@echo "make mutate-kernels   faults in the AscendC kernels, one at a time: how many the twin catches"
 	@echo "make lint types  check the style of the code and its types; format: rewrite the files in that style"
+	@echo "make docs        docs/api.md out of docstrings, schemas and the table of the environment"
 	@echo "make wheel       output/deep_ep-*.whl; wheel-check: build it and try what is in it"
 	@echo "make clean       remove what was built; .venv stays"
 
@@ -122,6 +123,9 @@ format: $(STAMPS)/setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: $(STAMPS)/build
+	$(BIN)/python docs/make_api.py
 
 wheel: $(STAMPS)/setup
 	rm -f output/deep_ep-*.whl

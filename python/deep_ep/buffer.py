@@ -76,8 +76,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             of the enumerations of these names; None is what DEEP_USE_MODE says.
         explicitly_destroy: the caller will call `destroy`, or leave a `with` block; a Buffer that goes without is told
             of in a RuntimeWarning. Others may be destroyed, and need not be.
-        enable_shrink: must be False: all ranks of a group take part in every call. comm: must be None: ranks meet in
-            a ProcessGroup.
+        enable_shrink: must be False: all ranks of a group take part in every call.
+        comm: must be None: ranks meet in a ProcessGroup.
         rows: "expert" or "rank"; None is what DEEP_EP_ROWS says.
         comm_alg: as in `deep_ep.init`.
         straight_through: quantised dispatch gives one tensor of dequantised rows, with the identity as its gradient.
