@@ -383,6 +383,16 @@ def test_variables_of_hccl(soc: str, comm_alg: str, told: str, report: int) -> N
     assert machine == f"NPU {soc} ({'A2' if report else 'A3'}), kernels: host kernels for tests"
 
 
+def check_comm_stream(ctx: RankContext) -> None:
+    buffer, stream = deep_ep.Buffer(npu_group(ctx)), torch.npu.Stream()
+    with torch.npu.stream(stream):
+        assert buffer.get_comm_stream() == stream
+
+
+def test_comm_stream(npus: RankPool) -> None:
+    npus.run(2, check_comm_stream)
+
+
 def check_fakes(ctx: RankContext) -> None:
     """Fakes and autograd of NPU tensors, compiled: aot_eager runs the same kernels."""
     torch._dynamo.reset()
