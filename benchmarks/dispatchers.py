@@ -277,7 +277,7 @@ class DeepEPLowLatency:
         self.name = f"deep_ep.{overload}"
         self.sum_eps = torch.finfo(torch.float32).eps
         self.max_tokens = point.tokens
-        self.rest = point.experts, point.ranks, group.group_name, "", None
+        self.rest = point.experts, point.ranks, group.group_name, ""
         self.dispatch_op = getattr(torch.ops.deep_ep.low_latency_dispatch, overload)
         self.combine_op = getattr(torch.ops.deep_ep.low_latency_combine, overload)
 

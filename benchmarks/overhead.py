@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import deep_ep
 from benchmarks.dispatchers import DeepEP
 from benchmarks.points import Point, make_inputs
 from benchmarks.report import Value
@@ -28,6 +30,7 @@ LAYERS = 4  # of the graph that is timed against eager calls
 EAGER_CALL = "eager call, µs"
 GRAPH_CALL = "call in a graph, µs"
 GRAPH_ADDS = "dispatch+combine in a graph / eager"
+OVERLAP = "dispatch beside computation / one after the other"
 WINDOWS = "memory of windows / live recv_x"
 COMPILE = "compile time of examples/train_moe.py, s"
 
@@ -67,11 +70,11 @@ def graph(group: dist.ProcessGroup) -> list[Value]:
     """
     point = Point(group.size())
     inputs = make_inputs(point, group.rank())
-    deep_ep = DeepEP(group, point.experts, "default")
+    ops = DeepEP(group, point.experts, "default")
 
     def layers(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         for _ in range(LAYERS):
-            x = deep_ep.combine(*deep_ep.dispatch(x, ids, weights))
+            x = ops.combine(*ops.dispatch(x, ids, weights))
         return x
 
     ways = layers, torch.compile(layers, fullgraph=True, dynamic=False)
@@ -85,6 +88,50 @@ def graph(group: dist.ProcessGroup) -> list[Value]:
             seconds[repetition, way] = _seconds(ways[way], *arguments)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     return [Value(GRAPH_ADDS, point.ranks, str(point), (seconds[:, 1] / seconds[:, 0]).median().item())]
+
+
+def overlap(group: dist.ProcessGroup) -> list[Value]:
+    """Time of (start; compute; wait) over that of (dispatch; compute), paired, where a thread computes about as long as
+    dispatch takes. For one rank: nobody is waited for, so 0.5 would be a perfect overlap, less what start copies.
+    """
+    point = Point(1, hidden=7168)
+    inputs = make_inputs(point, 0)
+    sizes = {"num_experts": point.experts, "group": group}
+    given = inputs.x, inputs.topk_idx, inputs.topk_weights
+    matrix = torch.randn(512, 512)
+    times = 1
+
+    def compute() -> Tensor:
+        result = matrix
+        for _ in range(times):
+            result = torch.tanh(result @ matrix)
+        return result
+
+    def beside() -> deep_ep.DispatchOutput:
+        started = deep_ep.dispatch_start(*given, **sizes)
+        compute()
+        return deep_ep.wait(started)
+
+    def one_after_the_other() -> deep_ep.DispatchOutput:
+        out = deep_ep.dispatch(*given, **sizes)
+        compute()
+        return out
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ways = one_after_the_other, beside
+    if not torch.equal(ways[0]().recv_x, ways[1]().recv_x):
+        raise AssertionError("a dispatch that was started gives another result")
+    alone = [
+        median(_seconds(fn) for _ in range(REPEATS)) for fn in (partial(deep_ep.dispatch, *given, **sizes), compute)
+    ]
+    times = max(1, round(alone[0] / alone[1]))
+    ratios = []
+    for repetition in range(REPEATS):
+        seconds = {way: _seconds(way) for way in (ways if repetition % 2 else ways[::-1])}
+        ratios.append(seconds[beside] / seconds[one_after_the_other])
+    torch.set_num_threads(threads)
+    return [Value(OVERLAP, 1, str(point), median(ratios))]
 
 
 def _windows() -> dict[Path, list[int]]:
@@ -103,11 +150,11 @@ def memory(group: dist.ProcessGroup, point: Point) -> list[Value]:
     root alone.
     """
     inputs = make_inputs(point, group.rank())
-    deep_ep = DeepEP(group, point.experts, "default")
+    ops = DeepEP(group, point.experts, "default")
     for _ in range(3):
         recv_x = state = None  # gives memory back before the next call
-        recv_x, state = deep_ep.dispatch(inputs.x, inputs.topk_idx, inputs.topk_weights)
-        deep_ep.combine(recv_x, state)
+        recv_x, state = ops.dispatch(inputs.x, inputs.topk_idx, inputs.topk_weights)
+        ops.combine(recv_x, state)
     windows = _windows()
     inside = any(begin <= recv_x.data_ptr() < end for begin, end in windows.values())
     payload = torch.tensor([recv_x.nbytes, 0 if inside else recv_x.nbytes], dtype=torch.float64)
@@ -141,6 +188,6 @@ def measure(group: dist.ProcessGroup, full: bool) -> list[Value]:
     """What there is to measure on this number of ranks; if not full, nothing that compiles for long. Collective."""
     R = group.size()
     if R == 1:
-        return calls(group) + (compilation(group) if full else [])
+        return calls(group) + overlap(group) + (compilation(group) if full else [])
     values = graph(group) if full or R == 2 else []
     return values + [value for H in (2048, 7168) for value in memory(group, Point(R, hidden=H))]

@@ -23,6 +23,7 @@
 #include "turns.h"
 #include "window.h"
 #include "window_layout.h"
+#include "worker.h"
 
 namespace deep_ep {
 
@@ -49,6 +50,9 @@ class Group {
   int size() const { return size_; }
   uint64_t bytes() const { return bytes_; }
   int fd() const { return own_->window.fd(); }
+
+  // Runs what its callers do not wait for.
+  Worker& worker() { return worker_; }
 
   // False once an operation has failed in its middle: no further one can work.
   bool usable() const { return control(rank_).state.load() == State::open; }
@@ -87,6 +91,7 @@ class Group {
   std::shared_ptr<OwnWindow> own_;
   std::vector<Peer> peers_;
   Turns turns_;
+  Worker worker_;
   mutable std::mutex log_mutex_;
   uint64_t sequence_ = 0;
   std::vector<Op> log_;

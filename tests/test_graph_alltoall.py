@@ -70,7 +70,7 @@ def test_normal_mode(pool: RankPool, exact: bool, case: Case) -> None:
 def check_low_latency(ctx: RankContext, case: Case, M: int) -> None:
     group, r = ctx.prepared_group("alltoall").group_name, ctx.rank
     xs, ids, weights, _ = make_inputs(case)
-    tail = (case.E, case.R, group, "", None)
+    tail = (case.E, case.R, group, "")
     dispatch = (xs[r], ids[r], M, *tail)
     wanted = ops.low_latency_dispatch.alltoall(*dispatch)
     names = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")

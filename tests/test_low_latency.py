@@ -5,6 +5,7 @@ N = R·M·min(K, L) packed rows.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from cases import DTYPES, Case, assert_same, bits, expert_outputs, make_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from meeting import prepare
 from op_calls import error_of
 from ranks import STRATEGIES, RankContext, RankPool
 from torch import Tensor
@@ -80,9 +82,9 @@ def check_ops(ctx: RankContext, case: Case, M: int, strategy: str) -> None:
     x, ids, weights = expected.xs[r], expected.ids[r], expected.weights[r]
     poison(group.group_name, strategy, case)
     sizes = (case.E, case.R, group.group_name, "")
-    out = overload("low_latency_dispatch", strategy)(x, ids, M, *sizes, None)
+    out = overload("low_latency_dispatch", strategy)(x, ids, M, *sizes)
     y = expected.ys[r]
-    combined = overload("low_latency_combine", strategy)(y, ids, weights, out[2], out[3], out[4], *sizes, None)
+    combined = overload("low_latency_combine", strategy)(y, ids, weights, out[2], out[3], out[4], *sizes)
 
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     received = deep_ep.low_latency_dispatch(x, ids, M, case.E, group=group)
@@ -424,60 +426,45 @@ def test_wrong_arguments_raise_on_all_ranks(pool: RankPool, strategy: str) -> No
 # Receive hooks: calls that do not wait for peers
 
 
-def key_of(ctx: RankContext, name: str) -> str:
-    """A key that no other run of a test uses."""
-    ctx.runs = getattr(ctx, "runs", 0) + 1
-    return f"{name}-{ctx.size}-{ctx.runs}"
-
-
-@torch.library.custom_op("deep_ep_tests::meet", mutates_args=())
-def meet(x: Tensor, rank: int, key: str) -> Tensor:
-    """x, once rank 0 has come here."""
-    if rank == 0:
-        STORES[0].set(key, "here")
+def finish(event: deep_ep.EventOverlap, hook: Callable[[], None] | None) -> None:
+    if hook is None:
+        event.current_stream_wait()
+        event.current_stream_wait()  # it is over
     else:
-        STORES[0].wait([key])
-    return x.clone()
+        assert event.event is None
+        hook()
 
 
-@meet.register_fake
-def _(x: Tensor, rank: int, key: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-STORES: list[Any] = []
-
-
-def split(ctx: RankContext, strategy: str, rows: str, backend: str, quant_mode: str) -> None:
+def split(ctx: RankContext, strategy: str, rows: str, backend: str, quant_mode: str, way: str) -> None:
     """Rank 0 issues dispatch and combine before, the other ranks after rank 0 has been told to go on: a call that waits
     for its peers cannot pass."""
     torch._dynamo.reset()
-    STORES[:] = [ctx.store]
     buffer, case, M, r = make_buffer(ctx, Settings(strategy, rows)), Case((6, 9), H=128, ids="distinct"), 9, ctx.rank
-    keys = [key_of(ctx, name) for name in ("dispatch", "combine")]
+    keys = prepare(ctx, "dispatch", "combine")
     x, ids, weights, _ = (given[r] for given in make_inputs(case))
 
     def step(x: Tensor, ids: Tensor, weights: Tensor, stats: Tensor, hooks: bool) -> tuple[Any, ...]:
-        kwargs = {"cumulative_local_expert_recv_stats": stats, "quant_mode": quant_mode, "return_recv_hook": hooks}
+        later = {way: True} if hooks else {}
+        kwargs = {"cumulative_local_expert_recv_stats": stats, "quant_mode": quant_mode, **later}
         if hooks and r > 0:
-            x = torch.ops.deep_ep_tests.meet(x, r, keys[0])
+            x = torch.ops.deep_ep_tests.meet(x, r == 0, keys[0])
         received = buffer.low_latency_dispatch(x, ids, M, case.E, **kwargs)
-        recv_x, count, handle, _, hook = received
+        recv_x, count, handle, *ways = received
         if hooks:
             if r == 0:
-                weights = torch.ops.deep_ep_tests.meet(weights, r, keys[0])
-            hook()
+                weights = torch.ops.deep_ep_tests.meet(weights, r == 0, keys[0])
+            finish(*ways)
         y = recv_x
         if isinstance(recv_x, tuple):
             flat = [part.flatten(0, 1) if rows == "rank" else part for part in recv_x]
             y = quantization.dequantize(*flat).view(*recv_x[0].shape[:-1], case.H).to(x.dtype)
         if hooks and r > 0:
-            y = torch.ops.deep_ep_tests.meet(y, r, keys[1])
-        out, _, hook = buffer.low_latency_combine(2 * y, ids, weights, handle, return_recv_hook=hooks)
+            y = torch.ops.deep_ep_tests.meet(y, r == 0, keys[1])
+        out, *ways = buffer.low_latency_combine(2 * y, ids, weights, handle, **later)
         if hooks:
             if r == 0:
-                stats = stats + torch.ops.deep_ep_tests.meet(stats, r, keys[1])
-            hook()
+                stats = stats + torch.ops.deep_ep_tests.meet(stats, r == 0, keys[1])
+            finish(*ways)
         return recv_x, count, handle, out, stats
 
     run = step if backend == "eager" else torch.compile(step, backend=backend, fullgraph=True)
@@ -499,7 +486,13 @@ def split(ctx: RankContext, strategy: str, rows: str, backend: str, quant_mode: 
 def test_a_call_with_a_hook_does_not_wait(
     pool: RankPool, strategy: str, rows: str, quant_mode: str, backend: str
 ) -> None:
-    pool.run(2, split, strategy, rows, backend, quant_mode)
+    pool.run(2, split, strategy, rows, backend, quant_mode, "return_recv_hook")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_call_with_an_event_does_not_wait(pool: RankPool, strategy: str, backend: str) -> None:
+    pool.run(2, split, strategy, "expert", backend, "int8", "async_finish")
 
 
 def interleaved_hooks(ctx: RankContext, strategy: str) -> None:
@@ -555,13 +548,11 @@ def wrong_hooks(ctx: RankContext, strategy: str) -> list[tuple[str, str]]:
     recv_x, _, handle, _, hook = dispatch(x, ids, 3, ctx.size)
     hook()
     errors.append(error_of(hook))  # it has been called
-    start = overload("low_latency_dispatch_start", strategy)
-    ticket = start(x, ids, 3, ctx.size, ctx.size, group, "")
-    rows = handle.src_info, handle.layout_range, handle.send_head
-    combine = overload("low_latency_combine", strategy)
-    weights = torch.ones(3, 2)
-    errors.append(error_of(combine, recv_x, ids, weights, *rows, ctx.size, ctx.size, group, "", ticket))
-    out = buffer.low_latency_combine(recv_x, ids, weights, handle, return_recv_hook=True)
+    ticket = overload("low_latency_dispatch_start", strategy)(x, ids, 3, ctx.size, ctx.size, group, "")
+    rows = [recv_x, ids, torch.ones(3, 2), handle.src_info, handle.layout_range, handle.send_head]
+    sizes = ctx.size, ctx.size, 0
+    errors.append(error_of(overload("wait", strategy), ticket, "low_latency_combine", rows, *sizes, group))
+    out = buffer.low_latency_combine(recv_x, ids, rows[2], handle, return_recv_hook=True)
     dispatch(x, ids, 3, ctx.size)  # nobody calls its hook
     hook_of(out)
     assert_same("afterwards", out[0], 2 * x)
@@ -577,8 +568,8 @@ def test_wrong_calls_with_hooks(pool: RankPool, strategy: str) -> None:
     says = (
         ("rank 1: x has 3 tokens",),
         ("rank 1: topk_idx has the id 7",),
-        ("low_latency_dispatch: started must be what low_latency_dispatch_start returned", "completes one call"),
-        ("low_latency_combine: started must be", "got that of low_latency_dispatch_start"),
+        ("deep_ep.wait: ticket must be what low_latency_dispatch_start returned", "good for one wait"),
+        ("deep_ep.wait: ticket must be what low_latency_combine_start", "got that of low_latency_dispatch_start"),
     )
     for errors in pool.run(2, wrong_hooks, strategy):
         for (kind, message), wanted in zip(errors, says, strict=True):
@@ -589,7 +580,7 @@ def opcheck(ctx: RankContext, strategy: str) -> None:
     group = ctx.prepared_group(strategy)
     case = Case((3, 5), ids="distinct")
     x, ids, weights, _ = (given[ctx.rank] for given in make_inputs(case))
-    sizes = (case.E, case.R, group.group_name, "", None)
+    sizes = (case.E, case.R, group.group_name, "")
     check = partial(torch.library.opcheck, raise_exception=True)
     op = overload("low_latency_dispatch", strategy)
     out = op(x, ids, 5, *sizes)
@@ -599,8 +590,8 @@ def opcheck(ctx: RankContext, strategy: str) -> None:
     check(combine, (y.requires_grad_(), ids, weights.requires_grad_(), *out[2:], *sizes))
     # The number of a ticket is another one each time, which the test of autograd's effect on results cannot know.
     tests = ("test_schema", "test_faketensor")
-    check(overload("low_latency_dispatch_start", strategy), (x.detach(), ids, 5, *sizes[:-1]), test_utils=tests)
-    rest = (y.detach(), ids, weights.detach(), *out[2:], *sizes[:-1])
+    check(overload("low_latency_dispatch_start", strategy), (x.detach(), ids, 5, *sizes), test_utils=tests)
+    rest = (y.detach(), ids, weights.detach(), *out[2:], *sizes)
     check(overload("low_latency_combine_start", strategy), rest, test_utils=tests)
 
 
@@ -653,12 +644,12 @@ def test_int8_rows_of_too_many_tokens(pool: RankPool, strategy: str) -> None:
 def test_ops_traces_without_a_device_and_says_what_is_missing(comm_alg: str) -> None:
     """The shapes are those of torch_npu's npu_moe_distribute_dispatch_v2."""
     T, H, K, M, E, R = 3, 8, 2, 4, 8, 2
-    arguments = (M, E, R, "a group", comm_alg, None)
+    arguments = (M, E, R, "a group", comm_alg)
     with FakeTensorMode():
         x, ids = torch.empty(T, H, dtype=torch.bfloat16), torch.empty(T, K, dtype=torch.int64)
         out = torch.ops.deep_ep.low_latency_dispatch.ops(x, ids, *arguments)
         back = torch.ops.deep_ep.low_latency_combine.ops(
-            out[0], ids, torch.empty(T, K), *out[2:], E, R, "a group", comm_alg, None
+            out[0], ids, torch.empty(T, K), *out[2:], E, R, "a group", comm_alg
         )
     N = R * M * min(K, E // R)
     assert [tuple(tensor.shape) for tensor in out] == [(N, H), (E // R,), (128 * N,), (E,), (T, K)]
@@ -711,8 +702,8 @@ def alternate(ctx: RankContext, strategy: str, num_calls: int) -> tuple[int, int
         x, ids, weights, y = xs[r], all_ids[r], all_weights[r], ys[r]
         sizes = (case.E, case.R, group)
         if n % 2:
-            out = overload("low_latency_dispatch", strategy)(x, ids, M, *sizes, "", None)
-            combined = overload("low_latency_combine", strategy)(y, ids, weights, *out[2:], *sizes, "", None)
+            out = overload("low_latency_dispatch", strategy)(x, ids, M, *sizes, "")
+            combined = overload("low_latency_combine", strategy)(y, ids, weights, *out[2:], *sizes, "")
         else:
             out = overload("dispatch", strategy)(x, ids, weights, case.E, case.R, num_rows(case, M), group)
             combined = overload("combine", strategy)(y, ids, weights, *out[8:], *sizes)

@@ -7,9 +7,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(deep_ep, library) {
                   "(Tensor x, Tensor topk_idx, int num_max_dispatch_tokens_per_rank, int num_experts, int num_ranks, "
                   "str group) -> (Tensor recv_data, Tensor recv_scales, Tensor recv_count, Tensor recv_src_idx, "
                   "Tensor layout_range, Tensor send_head)");
-  deep_ep::define_low_latency(
+  const std::string arguments =
+      "(Tensor x, Tensor topk_idx, int num_max_dispatch_tokens_per_rank, int num_experts, int num_ranks, str group, "
+      "str comm_alg)";
+  deep_ep::define_with_ops(
       library, "low_latency_dispatch",
-      "Tensor x, Tensor topk_idx, int num_max_dispatch_tokens_per_rank, int num_experts, int num_ranks, str group, "
-      "str comm_alg",
-      "Tensor recv_x, Tensor recv_count, Tensor recv_src_idx, Tensor layout_range, Tensor send_head");
+      arguments + " -> (Tensor recv_x, Tensor recv_count, Tensor recv_src_idx, Tensor layout_range, Tensor send_head)");
+  deep_ep::define_with_ops(library, "low_latency_dispatch_start", arguments + " -> Tensor ticket");
 }

@@ -1,11 +1,11 @@
 // Calls whose results are asked for later.
 //
-// `start` and `hold` give a ticket, int64 [1] on the CPU, and the op that is called with the ticket as its argument
-// `started` returns the results, or raises what went wrong. Results that nobody asks for go with the ticket.
+// `<op>_start(arguments)` begins a call of `op` and returns a ticket, fp64 [1] on the CPU; the op wait, called with the
+// ticket, returns the results, or raises what went wrong. Results that nobody asks for go with the ticket.
 #pragma once
 
-#include <functional>
-#include <optional>
+#include <future>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -15,13 +15,21 @@ namespace deep_ep {
 
 using Results = std::vector<Tensor>;
 
-// Runs `body` on a thread of its own, in its turn (src/group.h).
-Tensor start(Op op, Turn turn, std::function<Results(Turn)> body);
+// Runs `body` on the thread of the group, in its turn (src/group.h). The caller may write to its tensors as soon as
+// this returns, so `body` has copies.
+Tensor start(Op op, Turn turn, std::packaged_task<Results(Turn)> body);
+
+template <typename Body>
+Tensor start(Op op, Turn turn, Body body) {
+  return start(op, std::move(turn), std::packaged_task<Results(Turn)>(std::move(body)));
+}
 
 // For results that are there already, such as those of work on a stream.
 Tensor hold(Op op, Results results);
 
-// Raises Error unless `ticket` is of a call of `op` in this process, and not asked for before.
-Results finish(Op op, const Tensor& ticket);
+// The kernel of the op wait on every device. Raises Error unless `ticket` is of a call of `op` in this process, and not
+// asked for before.
+Results wait(Tensor ticket, GroupName op, std::vector<Tensor> arguments, int64_t num_experts, int64_t num_ranks,
+             int64_t num_max, GroupName group);
 
 }  // namespace deep_ep

@@ -15,12 +15,13 @@ from .config import Config
 from .fused_weights import FusedWeights, FuseMode, fused_weights, quantize_weight
 from .groups import destroy, init
 from .ops import combine_backward, dispatch_backward, fused_deep_moe_backward  # noqa: F401  (registers them)
-from .ops.combine import combine
-from .ops.dispatch import DispatchHandle, DispatchOutput, dispatch
+from .ops.combine import combine, combine_start
+from .ops.dispatch import DispatchHandle, DispatchOutput, dispatch, dispatch_start
 from .ops.fused_deep_moe import fused_deep_moe
 from .ops.get_dispatch_layout import get_dispatch_layout
 from .ops.low_latency_combine import low_latency_combine
 from .ops.low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, low_latency_dispatch
+from .ops.wait import Started, wait
 from .strategies import LowLatencyStrategy, NormalStrategy
 from .utils import EventHandle, EventOverlap
 
@@ -40,9 +41,12 @@ __all__ = [
     "LowLatencyOutput",
     "LowLatencyStrategy",
     "NormalStrategy",
+    "Started",
     "combine",
+    "combine_start",
     "destroy",
     "dispatch",
+    "dispatch_start",
     "fused_deep_moe",
     "fused_weights",
     "get_dispatch_layout",
@@ -52,4 +56,5 @@ __all__ = [
     "npu",
     "quantize_weight",
     "topk_idx_t",
+    "wait",
 ]

@@ -5,6 +5,8 @@ Ranks compile on their own, with their own sizes, and still must issue the same 
 - no graph pass removes such an op (`communicating`),
 - inductor runs them in the order of the program: `prepare` gives them a lowering that depends on the one before, and
   keeps the pass that moves nodes towards their users away from graphs that contain them,
+- what lies between the start of a call and its wait in the program runs between them: inductor would move the wait
+  right behind its start,
 - compiled code from the on-disk caches is used only by the version of this package that made it: torch does not see
   that a fake, a backward formula or a lowering changed, so their digest becomes part of its cache keys.
 
@@ -68,26 +70,55 @@ def _order_in_inductor() -> None:
             reorder_for_locality(graph)
 
     post_grad.reorder_for_locality = reorder_unless_communicating
-    last_kernel: MutableMapping[Any, str] = weakref.WeakKeyDictionary()
+    kernels: MutableMapping[Any, dict[torch.fx.Node, Any]] = weakref.WeakKeyDictionary()
     for op in _communicating:
         make_fallback(op, layout_constraint=require_contiguous, warn=False)
-        lowerings[op] = _ordered(lowerings[op], last_kernel)
+        lowerings[op] = _ordered(lowerings[op], kernels)
 
 
-def _ordered(lower: Any, last_kernel: MutableMapping[Any, str]) -> Any:
-    """The lowering `lower`, with a dependency of its kernel on the graph's last communicating kernel, by its name."""
+def _ordered(lower: Any, kernels: MutableMapping[Any, dict[torch.fx.Node, Any]]) -> Any:
+    """The lowering `lower`, with the dependencies of its kernel. `kernels` has those of a graph, in their order."""
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
     def lower_in_order(*args: Any, **kwargs: Any) -> Any:
-        graph = V.graph
+        graph: Any = V.graph
+        node: Any = graph.current_node
+        before = kernels.setdefault(graph, {})
+        # Where a graph ends between the two, the ticket is of no kernel here.
+        start = before.get(node.args[0]) if node.target.overloadpacket is torch.ops.deep_ep.wait else None
+        if start is not None:
+            _realize_between(graph, node.args[0], node)
         known = len(graph.operations)
         result = lower(*args, **kwargs)
         (kernel,) = (op for op in graph.operations[known:] if isinstance(op, ir.FallbackKernel))
         kernel.has_side_effects = lambda: True  # type: ignore[method-assign]
-        if graph in last_kernel:
-            graph.additional_buffer_deps[kernel.get_operation_name()].add(last_kernel[graph])
-        last_kernel[graph] = kernel.get_name()
+        waits_for = [*before.values()][-1:]
+        if start is not None:
+            between = graph.operations[graph.operations.index(start) + 1 : known]
+            for op in between:
+                graph.additional_buffer_deps[op.get_operation_name()].add(start.get_name())
+            waits_for += between
+        names = (buffer.get_name() for op in waits_for for buffer in op.get_outputs())
+        graph.additional_buffer_deps[kernel.get_operation_name()].update(names)
+        before[node] = kernel
         return result
 
     return lower_in_order
+
+
+def _realize_between(graph: Any, start: torch.fx.Node, wait: torch.fx.Node) -> None:
+    """Gives what is computed between the two, and used afterwards, a kernel of its own: it would become a part of that
+    of its user."""
+    from torch._inductor import ir
+
+    between = []
+    node = start.next
+    while node is not wait:
+        between.append(node)
+        node = node.next
+    inside = set(between)
+    for node in between:
+        value = graph.env.get(node)
+        if isinstance(value, ir.TensorBox) and not inside.issuperset(node.users):
+            value.realize()

@@ -346,15 +346,11 @@ def low_latency_dispatch(
     num_ranks: int,
     group: str,
     comm_alg: str,
-    started: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Sends every (token, k) row to the rank of its expert, in R·M·min(K, L) rows; x: [T, H], T <= M.
 
     Returns recv_x, recv_count, recv_src_idx, layout_range and send_head. Raises as dispatch does.
-    `started`: the ticket of this very call, which low_latency_dispatch_start has begun.
     """
-    if started is not None:
-        return pending.finish("low_latency_dispatch", started)
     call = _Call("low_latency_dispatch", group, x)
     M = num_max_dispatch_tokens_per_rank
     error = checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks) or _crowded_error(
@@ -365,12 +361,6 @@ def low_latency_dispatch(
     out = _dispatch(call, error, x, topk_idx, weights, num_experts, num_ranks, num_rows, same_rows=True)
     layout_range = out.recv_channel_prefix_matrix.view(-1)
     return out.recv_x, out.num_recv_tokens_per_expert, out.recv_src_idx, layout_range, out.send_head
-
-
-def low_latency_dispatch_start(*arguments: Any) -> Tensor:
-    """Begins a low_latency_dispatch with these arguments; that op completes it."""
-    group = arguments[5]
-    return pending.start("low_latency_dispatch", low_latency_dispatch, group, *arguments, None)
 
 
 def _crowded_error(topk_idx: Tensor, L: int) -> str | None:
@@ -525,25 +515,13 @@ def low_latency_combine(
     num_ranks: int,
     group: str,
     comm_alg: str,
-    started: Tensor | None,
 ) -> Tensor:
-    """As combine, for the rows of a low_latency_dispatch.
-
-    `started`: the ticket of this very call, which low_latency_combine_start has begun.
-    """
-    if started is not None:
-        return pending.finish("low_latency_combine", started)
+    """As combine, for the rows of a low_latency_dispatch."""
     call = _Call("low_latency_combine", group, x)
     error = checks.low_latency_combine(
         x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks
     )
     return _combine(call, error, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
-
-
-def low_latency_combine_start(*arguments: Any) -> Tensor:
-    """Begins a low_latency_combine with these arguments; that op completes it."""
-    group = arguments[8]
-    return pending.start("low_latency_combine", low_latency_combine, group, *arguments, None)
 
 
 def _combine(

@@ -18,12 +18,13 @@ from .config import Config
 from .fused import FusedCalls
 from .fused_weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
 from .groups import GroupInfo, init
-from .low_latency import LowLatencyCalls, Rows, event_of
+from .low_latency import LowLatencyCalls, Rows
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
 from .ops import get_dispatch_layout as layout_op
 from .ops.dispatch import DispatchHandle
 from .other_calls import OtherCalls
+from .overlap import Plan, begin_after, event_of, issue
 from .rank_rows import RankHandle
 from .strategies import MODES, LowLatencyStrategy, NormalStrategy, one_of
 from .utils import EventHandle, EventOverlap
@@ -169,7 +170,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
 
     @staticmethod
     def capture() -> EventOverlap:
-        """The work issued so far, as an event for `previous_event`."""
+        """The work issued so far, as an event for `previous_event`. A call with async_finish is no part of it before
+        its own event has been waited for."""
         return EventOverlap(EventHandle())
 
     @staticmethod
@@ -233,8 +235,12 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
         """As `deep_ep.get_dispatch_layout`, with an event behind its results.
 
-        is_token_in_rank [T, R] is int32 under rows="expert" and bool under rows="rank".
+        is_token_in_rank [T, R] is int32 under rows="expert" and bool under rows="rank". Ranks do not communicate: after
+        previous_event has been waited for, the call is finished when it returns.
+
+        ValueError: allocate_on_comm_stream without previous_event or without async_finish.
         """
+        begin_after(previous_event, async_finish, allocate_on_comm_stream)
         per_rank, _, per_expert, in_rank = layout_op.call(self._live(), topk_idx, num_experts)
         if self._rows == "rank":
             in_rank = in_rank.to(torch.bool)
@@ -277,10 +283,17 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                 are the blocks of rows of each local expert: padding rows are 0 with ids of -1, combine passes over
                 them, and N grows by at most L * (expert_alignment - 1), which is by how much it does grow with
                 num_worst_tokens.
-            previous_event, async_finish, allocate_on_comm_stream: on CPU the call is finished when it returns.
+            previous_event: the call begins after it, and waits for it.
+            async_finish: the call does not wait for peers. The event does, and fills the returned tensors, which hold
+                zeros until then. x, topk_idx and topk_weights may be written to before, unless they need gradients.
+                Errors that concern several ranks are raised by the event. Every rank waits for its events in the
+                order of the calls; other calls of the group wait for a call that has been started. Without a handle
+                and with num_worst_tokens=0 the number of rows has to be known first: then the call is finished when it
+                returns.
+            allocate_on_comm_stream: accepted for compatibility; as upstream, it needs previous_event and async_finish.
             config: see Config.
             dispatch_wait_recv_cost_stats: int32 or int64 [R]; the call adds to every peer's entry the microseconds
-                that it took. Unchanged under torch.compile.
+                that it took, or those that its event was waited for. Unchanged under torch.compile.
             quant_mode: rows travel quantised, one of `quantization.MODES`. None is what the environment says, or
                 "none" with a handle, since that is how gradients travel.
 
@@ -304,6 +317,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                 straight_through; after `destroy`.
         """
         info = self._live()
+        begin_after(previous_event, async_finish, allocate_on_comm_stream)
         if expert_alignment < 1:
             raise ValueError(f"expert_alignment must be at least 1, got {expert_alignment}")
         cost.check("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, self.group_size)
@@ -328,14 +342,12 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                     raise ValueError(f"{name} is missing; get_dispatch_layout gives the layout of topk_idx")
         rows, packed = self._rows_to_send(x, quant_mode, handle is not None)
 
-        start = cost.now(dispatch_wait_recv_cost_stats)
-        results: tuple[Any, ...]
         if self._rows == "rank":
             if handle is not None:
-                results = rank_rows.cached_dispatch(info, rows, handle), None, None, None, handle
+                plan = rank_rows.cached_dispatch(info, rows, handle)
             else:
                 assert is_token_in_rank is not None and num_tokens_per_expert is not None
-                results = rank_rows.dispatch(
+                plan = rank_rows.dispatch(
                     info,
                     self.rank,
                     rows,
@@ -347,18 +359,29 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                     num_worst_tokens,
                 )
         elif handle is not None:
-            results = self._cached_dispatch(info, rows, handle)
+            plan = self._cached_dispatch(info, rows, handle)
         else:
             assert topk_idx is not None and num_tokens_per_expert is not None
-            E = num_tokens_per_expert.shape[0]
-            out = dispatch_op.call(info, rows, topk_idx, topk_weights, E, num_worst_tokens, is_token_in_rank)
-            results = self._expert_rows(out, expert_alignment, num_worst_tokens == 0)
-        cost.add(dispatch_wait_recv_cost_stats, start, self.rank)
-        recv_x, recv_topk_idx, recv_topk_weights, counts, handle = results
-        assert handle is not None
-        if packed is not None:
-            recv_x = quantization.unpack(recv_x, *packed)
-        return recv_x, recv_topk_idx, recv_topk_weights, counts, handle, event_of(async_finish)
+            E, exact = num_tokens_per_expert.shape[0], num_worst_tokens == 0
+
+            def expert_rows(out: dispatch_op.DispatchOutput) -> tuple[Any, ...]:
+                return self._expert_rows(out, expert_alignment, exact)
+
+            call = info, rows, topk_idx, topk_weights, E, num_worst_tokens, is_token_in_rank
+            plan = Plan(dispatch_op, [call], expert_rows, (num_worst_tokens,))
+
+        def received(*outs: dispatch_op.DispatchOutput) -> tuple[Any, ...]:
+            recv_x, *others = plan.received(*outs)
+            return recv_x if packed is None else quantization.unpack(recv_x, *packed), *others
+
+        has_shape = handle is not None or num_worst_tokens != 0
+        sends = plan._replace(received=received)
+        return self._issue(sends, async_finish and has_shape, async_finish, dispatch_wait_recv_cost_stats)
+
+    def _issue(self, plan: Plan, overlaps: bool, async_finish: bool, stats: Tensor | None) -> tuple[Any, ...]:
+        """The results and the event; stats get what was waited."""
+        results, fill = issue(plan, overlaps, None, stats, self.rank)
+        return *results, event_of(async_finish, fill)
 
     def _rows_to_send(
         self, x: Rows, quant_mode: str | None, cached: bool
@@ -402,20 +425,26 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             counts = counts.cumsum(0)
         return counts.tolist() if exact and not torch.compiler.is_compiling() else counts
 
-    def _cached_dispatch(self, info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    def _cached_dispatch(self, info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...]) -> Plan:
         aligned = _as_aligned(handle)
         known = _expert_handle(handle)
         N = known.recv_src_idx.shape[0]
         E = info.size * known.channel_prefix_matrix.shape[1]
+        # Known here, so that a list of them needs no rows.
+        end = known.recv_channel_prefix_matrix[:, -1].long().clamp(max=(known.recv_src_idx[:, 0] >= 0).sum())
+        counts = aligned.num_rows if aligned is not None else end.diff(prepend=end.new_zeros(1))
+        listed = self._listed(counts, True)
+
+        def received(out: dispatch_op.DispatchOutput) -> tuple[Any, ...]:
+            rank_rows.same_rows(out.recv_x, N)
+            results: tuple[Any, ...] = out.recv_x, out.recv_topk_idx, out.recv_topk_weights
+            if aligned is not None:
+                results = _spread(out, aligned.position, aligned.recv_src_idx.shape[0])[:3]
+            return *results, listed, handle
+
         capacity = rank_rows.capacity_of(N)
-        out = dispatch_op.call(info, x, known.topk_idx, known.topk_weights, E, capacity, known.is_token_in_rank)
-        rank_rows.same_rows(out.recv_x, N)
-        counts = out.num_recv_tokens_per_expert
-        results: tuple[Any, ...] = out.recv_x, out.recv_topk_idx, out.recv_topk_weights
-        if aligned is not None:
-            results = _spread(out, aligned.position, aligned.recv_src_idx.shape[0])[:3]
-            counts = aligned.num_rows
-        return *results, self._listed(counts, True), handle
+        call = info, x, known.topk_idx, known.topk_weights, E, capacity, known.is_token_in_rank
+        return Plan(dispatch_op, [call], received, (N,))
 
     def combine(
         self,
@@ -440,8 +469,9 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                 are summed up as well.
             bias: [T, H] in x's dtype, or two of them, added to the result in fp32. Unlike upstream, which rounds
                 once, the sum of rows is rounded before.
+            previous_event, async_finish, allocate_on_comm_stream: as in dispatch; the call never waits for peers.
             combine_send_cost_stats: int32 or int64 [R]; the call adds to every peer's entry the microseconds that it
-                took. Unchanged under torch.compile.
+                took, or those that its event was waited for. Unchanged under torch.compile.
 
         Returns:
             combined_x [T, H], combined_topk_weights fp32 [T, K] (None under rows="expert" and without topk_weights),
@@ -452,28 +482,31 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             RuntimeError: as `deep_ep.combine`; after `destroy`.
         """
         info = self._live()
+        begin_after(previous_event, async_finish, allocate_on_comm_stream)
         cost.check("combine_send_cost_stats", combine_send_cost_stats, self.group_size)
         known = rank_rows.check_handle(handle) if self._rows == "rank" else _expert_handle(handle)
         biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         _check_biases(biases, x, known.is_token_in_rank.shape[0])
-        start = cost.now(combine_send_cost_stats)
-        combined_weights = None
         if isinstance(known, RankHandle):
-            combined, combined_weights = rank_rows.combine(info, x, known, topk_weights)
+            plan = rank_rows.combine(info, x, known, topk_weights)
         else:
             if topk_weights is not None and topk_weights is not known.topk_weights:
                 raise ValueError("topk_weights must be None or the weights in the handle, handle[7]")
             aligned = _as_aligned(handle)
             if aligned is not None:
                 x = x.index_select(0, aligned.position)
-            combined = combine_op.call(info, x, known)
-        cost.add(combine_send_cost_stats, start, self.rank)
-        if biases:
-            total = combined.to(torch.float32)
-            for one in biases:
-                total = total + one
-            combined = total.to(x.dtype)
-        return combined, combined_weights, event_of(async_finish)
+            plan = Plan(combine_op, [(info, x, known)], lambda combined: (combined, None))
+
+        def received(*outs: Tensor) -> tuple[Any, ...]:
+            combined, combined_weights = plan.received(*outs)
+            if biases:
+                total = combined.to(torch.float32)
+                for one in biases:
+                    total = total + one
+                combined = total.to(x.dtype)
+            return combined, combined_weights
+
+        return self._issue(plan._replace(received=received), async_finish, async_finish, combine_send_cost_stats)
 
 
 def _as_aligned(handle: tuple[Tensor, ...]) -> AlignedHandle | None:

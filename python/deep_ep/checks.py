@@ -143,11 +143,9 @@ def low_latency_dispatch(
     return None
 
 
-def ticket(started: Tensor | None) -> str | None:
-    """What is wrong with the argument `started` of an op that can be started before."""
-    if started is None:
-        return None
-    return _tensor("started", started, (torch.int64,), torch.device("cpu"), {"1": 1})
+def ticket(ticket: Tensor) -> str | None:
+    """The argument `ticket` of wait."""
+    return _tensor("ticket", ticket, (torch.float64,), torch.device("cpu"), {"1": 1})
 
 
 def _handle(

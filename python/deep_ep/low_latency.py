@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from . import checks, cost, quantization
+from . import cost, quantization
 from .groups import GroupInfo
 from .ops import low_latency_combine as combine_op
 from .ops import low_latency_dispatch as dispatch_op
 from .ops import low_latency_dispatch_int8 as dispatch_int8_op
 from .ops.low_latency_dispatch import LowLatencyHandle
-from .utils import EventHandle, EventOverlap
+from .overlap import Plan, event_of, issue
+from .utils import EventOverlap
 
 
 class PaddedHandle(NamedTuple):
@@ -82,16 +82,15 @@ class LowLatencyCalls:
             round_scale, use_ue8m0: scales of the latter, see `deep_ep.quantization.quantize`; other modes have their
                 own.
             use_mxfp4: send mx_fp4_e2m1 rows instead.
-            async_finish: the call is finished when it returns.
-            return_recv_hook: the call does not wait for peers. The hook does, and fills the returned tensors, which
-                hold zeros until then, and adds to cumulative_local_expert_recv_stats. x and topk_idx may be written
-                to before. Errors that concern several ranks are raised by the hook. Every rank calls it, before it
+            async_finish: the call does not wait for peers. The event does, and fills the returned tensors, which hold
+                zeros until then, and adds to cumulative_local_expert_recv_stats. x and topk_idx may be written to
+                before. Errors that concern several ranks are raised by the event. Every rank waits for it before it
                 uses what the call returned; other calls of the group wait for a call that has been started.
+            return_recv_hook: the same with a hook instead of an event; only one of the two may be asked for.
             topk_weights: accepted for compatibility; low_latency_combine takes them.
             quant_mode: one of deep_ep.quantization.MODES instead of what use_fp8, use_mxfp4 and
                 SGLANG_DEEPEP_BF16_DISPATCH say.
-            dispatch_wait_recv_cost_stats: as in `dispatch`; with a hook, of the hook. Unchanged where the op itself
-                quantises.
+            dispatch_wait_recv_cost_stats: as in `dispatch`. Unchanged where the op itself quantises.
 
         Returns:
             recv_x: under rows="expert" [N, H], ordered by local expert, source rank, token, without gaps; under
@@ -106,10 +105,11 @@ class LowLatencyCalls:
                 was not made with straight_through=True (with it, recv_x is always one tensor in x's dtype, of
                 dequantised values); after `destroy`.
             ValueError: an unknown quant_mode; H does not suit it; cumulative_local_expert_recv_stats has another shape
-                or dtype.
+                or dtype; both async_finish and return_recv_hook.
         """
         info = self._live()
         cost.check("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, self.group_size)
+        _check_one_way(async_finish, return_recv_hook)
         if quant_mode is None:
             quantised = "mx_fp8_e4m3" if use_ue8m0 else "int8"
             if use_mxfp4:
@@ -148,29 +148,19 @@ class LowLatencyCalls:
         def received(out: dispatch_op.LowLatencyOutput) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle]:
             return self._received(info, out, sent)
 
-        # Wrong arguments raise at once, on all ranks, with a hook as well.
-        if not return_recv_hook or checks.low_latency_dispatch(*call[1:], info.size):
-            begin = cost.now(dispatch_wait_recv_cost_stats)
-            out = dispatch_op.call(*call)
-            cost.add(dispatch_wait_recv_cost_stats, begin, self.rank)
+        plan, cost_stats = Plan(dispatch_op, [call], received), dispatch_wait_recv_cost_stats
+        results, fill = issue(plan, async_finish or return_recv_hook, None, cost_stats, self.rank)
+
+        def complete() -> None:
+            if fill is not None:
+                fill()
             if stats is not None:
-                stats.add_(out.recv_count.to(torch.int32))
-            return *received(out), event_of(async_finish), None
+                stats.add_(results[1].to(torch.int32))
 
-        started = dispatch_op.start(*call)
-        results = received(_nothing_yet(info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts))
-
-        def hook() -> None:
-            begin = cost.now(dispatch_wait_recv_cost_stats)
-            out = dispatch_op.call(*call, started)
-            cost.add(dispatch_wait_recv_cost_stats, begin, self.rank)
-            if stats is not None:
-                stats.add_(out.recv_count.to(torch.int32))
-            for to, arrived in zip(tree_leaves(results), tree_leaves(received(out)), strict=True):
-                if isinstance(to, Tensor):
-                    to.copy_(arrived)
-
-        return *results, event_of(async_finish), hook
+        if fill is None:
+            complete()
+            return *results, event_of(async_finish), None
+        return *results, event_of(async_finish, complete), complete if return_recv_hook else None
 
     def _dispatch_int8(
         self,
@@ -235,7 +225,7 @@ class LowLatencyCalls:
             handle: of that low_latency_dispatch.
             zero_copy: x is, or equals, what get_next_low_latency_combine_buffer gave. On CPU rows go from any x
                 straight into the windows of their tokens' ranks, so that there is no copy to be saved.
-            async_finish, return_recv_hook: as in low_latency_dispatch; the hook fills combined_x.
+            async_finish, return_recv_hook: as in low_latency_dispatch; event or hook fill combined_x.
             out: [T, H] in x's dtype, to be written to and returned; of a longer one the first T rows are.
             use_logfmt: accepted for compatibility; upstream may then send rows in 10 bits a value, here they travel as
                 they are.
@@ -246,8 +236,9 @@ class LowLatencyCalls:
 
         Raises:
             RuntimeError: as `deep_ep.low_latency_combine`.
-            ValueError: out has another shape or dtype.
+            ValueError: out has another shape or dtype; both async_finish and return_recv_hook.
         """
+        _check_one_way(async_finish, return_recv_hook)
         packed = handle
         if isinstance(handle, PaddedHandle):
             packed = handle.packed
@@ -260,24 +251,15 @@ class LowLatencyCalls:
             T, H = topk_idx.shape[0], x.shape[-1]
             if out.dim() != 2 or out.shape[0] < T or out.shape[1] != H or out.dtype != x.dtype:
                 wrong = f"out must be {x.dtype} {[T, H]}, got {out.dtype} {list(out.shape)}"
-        # What is wrong on this rank alone must not keep it from taking part.
-        if wrong or not return_recv_hook or x.dim() != 2 or topk_idx.dim() != 2:
-            begin = cost.now(stats)
-            result = combine_op.call(*call)
-            cost.add(stats, begin, self.rank)
-            if wrong:
-                raise ValueError(wrong)
-            return (result if out is None else out[: result.shape[0]].copy_(result)), event_of(async_finish), None
-
-        combined = x.new_zeros((topk_idx.shape[0], x.shape[1])) if out is None else out[: topk_idx.shape[0]]
-        started = combine_op.start(*call)
-
-        def hook() -> None:
-            begin = cost.now(stats)
-            combined.copy_(combine_op.call(*call, started))
-            cost.add(stats, begin, self.rank)
-
-        return combined, event_of(async_finish), hook
+        overlaps = (async_finish or return_recv_hook) and wrong is None
+        into = None if out is None or not overlaps else out[: topk_idx.shape[0]]
+        combined, fill = issue(Plan(combine_op, [call], lambda result: result), overlaps, into, stats, self.rank)
+        if wrong:  # on this rank alone, which must not keep it from taking part
+            raise ValueError(wrong)
+        if fill is None:
+            combined = combined if out is None else out[: combined.shape[0]].copy_(combined)
+            return combined, event_of(async_finish), None
+        return combined, event_of(async_finish, fill), fill if return_recv_hook else None
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle | PaddedHandle) -> Tensor:
         """An uninitialised bf16 tensor for the experts' results, of the shape that low_latency_combine takes.
@@ -320,24 +302,10 @@ def _pad(rows: Tensor, indices: Tensor) -> Tensor:
     return with_zero.index_select(0, indices.view(-1)).view(*indices.shape, *rows.shape[1:])
 
 
-def _nothing_yet(
-    info: GroupInfo, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int
-) -> dispatch_op.LowLatencyOutput:
-    """What low_latency_dispatch gives for the same arguments when no rank sends anything."""
-    M, H, (T, K), E = num_max_dispatch_tokens_per_rank, x.shape[1], topk_idx.shape, num_experts
-    L = E // info.size
-    N = info.size * M * min(K, L)
-    recv_count = topk_idx.new_zeros((L,))
-    src_info, send_head = (topk_idx.new_full(shape, -1, dtype=torch.int32) for shape in ((N, 3), (T, K)))
-    layout_range = topk_idx.new_zeros((E,), dtype=torch.int32)
-    handle = LowLatencyHandle(src_info, layout_range, M, H, E, recv_count, send_head)
-    return dispatch_op.LowLatencyOutput(x.new_zeros((N, H)), recv_count, handle)
-
-
 def _one_or_two(rows: tuple[Tensor, ...]) -> Rows:
     return rows[0] if len(rows) == 1 else (rows[0], rows[1])
 
 
-def event_of(async_finish: bool) -> EventOverlap:
-    """The event of a call, which is finished when it returns."""
-    return EventOverlap(EventHandle() if async_finish else None)
+def _check_one_way(async_finish: bool, return_recv_hook: bool) -> None:
+    if async_finish and return_recv_hook:
+        raise ValueError("async_finish and return_recv_hook must not both be True: a call has an event or a hook")

@@ -65,7 +65,6 @@ def low_latency_dispatch(
     num_ranks: int,
     group: str,
     comm_alg: str,
-    started: Tensor | None,
 ) -> tuple[Tensor, ...]:
     operator = _operator("low_latency_dispatch", "npu_moe_distribute_dispatch_v2", x)
     recv_x, _, assist_info, recv_count, recv_counts, *_ = operator(
@@ -90,7 +89,6 @@ def low_latency_combine(
     num_ranks: int,
     group: str,
     comm_alg: str,
-    started: Tensor | None,
 ) -> Tensor:
     operator = _operator("low_latency_combine", "npu_moe_distribute_combine_v2", x)
     return operator(
@@ -103,11 +101,6 @@ def low_latency_combine(
         global_bs=x.shape[0] // min(topk_idx.shape[1], num_experts // num_ranks),
         comm_alg=comm_alg,
     )
-
-
-def low_latency_start(*_: Any) -> Tensor:
-    """A ticket for the op, which does everything: torch_npu's operators have no parts, and run on a stream anyway."""
-    return torch.zeros(1, dtype=torch.int64)
 
 
 def _converter(name: str) -> Any:
@@ -140,7 +133,6 @@ def convert_dispatch(
     num_ranks: int,
     group: str,
     comm_alg: str,
-    started: Any,
 ) -> Any:
     """MoeDistributeDispatchV2."""
     from torchair._ge_concrete_graph import ge_apis
@@ -173,7 +165,6 @@ def convert_combine(
     num_ranks: int,
     group: str,
     comm_alg: str,
-    started: Any,
 ) -> Any:
     """MoeDistributeCombineV2."""
     combined = _converter("npu_moe_distribute_combine_v2")(

@@ -1,67 +1,128 @@
 """Calls of the `.alltoall` overloads that go on while their caller does something else.
 
-Each runs on a thread of its own once the one before it in its group has ended, and every other call of the group waits
-for them first (`join`), so collectives keep the order of the program. The counterpart for `.default` is
-torch_library/cpu/started.cpp.
+They run one after the other on a thread of their group, and every other call of the group waits for them first
+(`join`), so collectives keep the order of the program. The counterpart for `.default` is torch_library/started.cpp.
 """
 
+import concurrent.futures
+import inspect
 import itertools
+import queue
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, MutableMapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, distributed_c10d
 
-_numbers = itertools.count(1)
+# Below 0, where those of .default are not.
+_numbers = itertools.count(-1, -1)
 _calls: dict[int, tuple[str, Future]] = {}
-_newest: dict[str, "_Thread"] = {}
 
 
-class _Thread(threading.Thread):
-    """Ends with the process, whatever it waits for."""
+class _Worker:
+    """The thread of a group. It ends with the group, and with the process, whatever it waits for."""
 
-    def __init__(self, run: Callable[[], None]) -> None:
-        super().__init__(target=run, daemon=True)
+    def __init__(self, group: ProcessGroup) -> None:
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(name="deep_ep", target=_work, args=(self._tasks,), daemon=True)
+        self._newest: Future = Future()
+        self._thread.start()
+        weakref.finalize(group, self._tasks.put, None)
+
+    def run(self, call: Future, kernel: Callable[..., Any], arguments: list[Any]) -> None:
+        self._newest = call
+        self._tasks.put(lambda: _run(call, kernel, arguments))
+
+    def join(self) -> None:
+        if threading.current_thread() is not self._thread:
+            concurrent.futures.wait([self._newest])
 
 
-def start(op: str, kernel: Callable[..., Any], group: str, *arguments: Any) -> Tensor:
-    """Begins kernel(*arguments), a call of `op` in `group`. Returns the ticket for `finish`, int64 [1]."""
-    # The caller may write to its tensors as soon as this returns.
-    kept = [argument.detach().clone() if isinstance(argument, Tensor) else argument for argument in arguments]
-    call: Future = Future()
-    before = _newest.get(group)
+def _work(tasks: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
+    while (task := tasks.get()) is not None:
+        task()
+        del task  # and with it the tensors that it holds
 
-    def run() -> None:
-        if before is not None:
-            before.join()
-        try:
-            with torch.no_grad():
-                call.set_result(kernel(*kept))
-        except BaseException as error:
-            call.set_exception(error)
 
+def _run(call: Future, kernel: Callable[..., Any], arguments: list[Any]) -> None:
+    try:
+        with torch.no_grad():
+            results = kernel(*arguments)
+            call.set_result([results] if isinstance(results, Tensor) else list(results))
+    except BaseException as error:
+        call.set_exception(error)
+
+
+_workers: MutableMapping[ProcessGroup, _Worker] = weakref.WeakKeyDictionary()
+
+
+def place_of_group(kernel: Callable[..., Any]) -> int:
+    """Which of the arguments of `kernel` is the group."""
+    return list(inspect.signature(kernel).parameters).index("group")
+
+
+def starting(op: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The kernel of `<op>_start`, of that of `op`."""
+    place = place_of_group(kernel)
+
+    def start(*arguments: Any) -> Tensor:
+        # The caller may write to its tensors as soon as this returns.
+        kept = [argument.detach().clone() if isinstance(argument, Tensor) else argument for argument in arguments]
+        group = _group(arguments[place])
+        if group is None:
+            kernel(*arguments)  # says what is wrong
+        assert group is not None
+        if group not in _workers:
+            _workers[group] = _Worker(group)
+        call: Future = Future()
+        _workers[group].run(call, kernel, kept)
+        return _ticket(op, call)
+
+    return start
+
+
+def holding(op: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The kernel of `<op>_start` where that of `op` waits for nobody, since it queues work on a stream."""
+
+    def start(*arguments: Any) -> Tensor:
+        call: Future = Future()
+        _run(call, kernel, list(arguments))
+        return _ticket(op, call)
+
+    return start
+
+
+def _ticket(op: str, call: Future) -> Tensor:
     number = next(_numbers)
     _calls[number] = op, call
-    _newest[group] = _Thread(run)
-    _newest[group].start()
-    return torch.tensor([number])
+    return torch.tensor([number], dtype=torch.float64, device="cpu")
 
 
-def finish(op: str, ticket: Tensor) -> Any:
-    """The results of the call. Raises what it raised, or RuntimeError if there is none of `op` to be completed."""
+def finish(op: str, ticket: Tensor) -> list[Tensor]:
+    """The results of the call that gave the ticket. Raises what it raised, or RuntimeError if there is none of `op`."""
     started_op, call = _calls.pop(int(ticket), (op, None))
     if call is None:
         raise RuntimeError(
-            f"deep_ep.{op}: started must be what {op}_start returned in this process, and completes one call"
+            f"deep_ep.wait: ticket must be what {op}_start returned in this process, and is good for one wait"
         )
     if started_op != op:
-        raise RuntimeError(f"deep_ep.{op}: started must be what {op}_start returned, got that of {started_op}_start")
+        raise RuntimeError(f"deep_ep.wait: ticket must be what {op}_start returned, got that of {started_op}_start")
     return call.result()
 
 
 def join(group: str) -> None:
     """Waits until all calls started in `group` have ended, unless this is one of them."""
-    if group in _newest and not isinstance(threading.current_thread(), _Thread):
-        _newest[group].join()
+    pg = _group(group)
+    if pg is not None and pg in _workers:
+        _workers[pg].join()
+
+
+def _group(name: str) -> ProcessGroup | None:
+    try:
+        return cast(Any, distributed_c10d)._resolve_process_group(name)
+    except RuntimeError:
+        return None

@@ -15,7 +15,8 @@ from torch import Tensor
 from .groups import GroupInfo
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
-from .ops.dispatch import DispatchHandle
+from .ops.dispatch import DispatchHandle, DispatchOutput
+from .overlap import Plan
 
 MAX_EXPERTS = 1 << 24
 """Ids travel as fp32, which is exact below this."""
@@ -46,22 +47,10 @@ class RankHandle(NamedTuple):
         return self.recv_channel_prefix_matrix[-1, -1] - (self.recv_src_idx[:, 0] >= 0).sum()
 
 
-class RankRows(NamedTuple):
-    """Rows that arrived, and where they came from."""
-
-    rows: Tensor
-    handle: DispatchHandle
-
-
 def _ids(is_token_in_rank: Tensor) -> Tensor:
     """int64 [T, R]: d in column d where the token goes to rank d, else -1."""
     ranks = torch.arange(is_token_in_rank.shape[1], device=is_token_in_rank.device)
     return torch.where(is_token_in_rank, ranks, -1)
-
-
-def _send(info: GroupInfo, x: Tensor, ids: Tensor, is_token_in_rank: Tensor, num_worst_tokens: int) -> RankRows:
-    out = dispatch_op.call(info, x, ids, None, info.size, num_worst_tokens, is_token_in_rank)
-    return RankRows(out.recv_x, out.handle)
 
 
 def same_rows(rows: Tensor, num_rows: int) -> Tensor:
@@ -111,7 +100,7 @@ def dispatch(
     topk_weights: Tensor | None,
     expert_alignment: int,
     num_worst_tokens: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, list[int] | Tensor, RankHandle]:
+) -> Plan:
     """Sends every token once to each of its ranks. Differentiable in x and topk_weights.
 
     Args:
@@ -155,33 +144,32 @@ def dispatch(
         raise ValueError("topk_idx is missing; topk_weights mean nothing without it")
 
     ids = _ids(is_token_in_rank)
-    recv_x, op_handle = _send(info, x, ids, is_token_in_rank, num_worst_tokens)
-    handle = RankHandle(*op_handle[:6])
-    recv_topk_idx, recv_topk_weights = None, None
-    if metadata is not None:
-        K = metadata.shape[1] // 2
-        received = _send(info, metadata, ids, is_token_in_rank, num_worst_tokens).rows
-        received = same_rows(received, recv_x.shape[0])
-        recv_topk_idx = received[:, :K].detach().to(torch.int64) - rank * L
-        is_local = (recv_topk_idx >= 0) & (recv_topk_idx < L) & (handle.recv_src_idx[:, :1] >= 0)
-        recv_topk_idx = torch.where(is_local, recv_topk_idx, -1)
-        recv_topk_weights = torch.where(is_local, received[:, K:], 0.0)
-    if num_worst_tokens != 0:
-        return recv_x, recv_topk_idx, recv_topk_weights, [], handle
-    if recv_topk_idx is not None:
-        # Column 0 takes the ids of other ranks.
-        column = recv_topk_idx.flatten() + 1
-        counts = column.new_zeros(L + 1).scatter_add(0, column, torch.ones_like(column))[1:]
-    else:
-        counts = _exchange_counts(info, num_tokens_per_expert)
-    counts = (counts + (expert_alignment - 1)) // expert_alignment * expert_alignment
-    return (
-        recv_x,
-        recv_topk_idx,
-        recv_topk_weights,
-        counts if torch.compiler.is_compiling() else counts.tolist(),
-        handle,
-    )
+    sent = [x] if metadata is None else [x, metadata]
+
+    def received(rows: DispatchOutput, of_metadata: DispatchOutput | None = None) -> tuple[object, ...]:
+        recv_x, handle = rows.recv_x, RankHandle(*rows.handle[:6])
+        recv_topk_idx, recv_topk_weights = None, None
+        if of_metadata is not None:
+            K = of_metadata.recv_x.shape[1] // 2
+            data = same_rows(of_metadata.recv_x, recv_x.shape[0])
+            recv_topk_idx = data[:, :K].detach().to(torch.int64) - rank * L
+            is_local = (recv_topk_idx >= 0) & (recv_topk_idx < L) & (handle.recv_src_idx[:, :1] >= 0)
+            recv_topk_idx = torch.where(is_local, recv_topk_idx, -1)
+            recv_topk_weights = torch.where(is_local, data[:, K:], 0.0)
+        if num_worst_tokens != 0:
+            return recv_x, recv_topk_idx, recv_topk_weights, [], handle
+        if recv_topk_idx is not None:
+            # Column 0 takes the ids of other ranks.
+            column = recv_topk_idx.flatten() + 1
+            counts = column.new_zeros(L + 1).scatter_add(0, column, torch.ones_like(column))[1:]
+        else:
+            counts = _exchange_counts(info, num_tokens_per_expert)
+        counts = (counts + (expert_alignment - 1)) // expert_alignment * expert_alignment
+        listed = counts if torch.compiler.is_compiling() else counts.tolist()
+        return recv_x, recv_topk_idx, recv_topk_weights, listed, handle
+
+    calls = [(info, rows, ids, None, info.size, num_worst_tokens, is_token_in_rank) for rows in sent]
+    return Plan(dispatch_op, calls, received, (num_worst_tokens,))
 
 
 def _exchange_counts(info: GroupInfo, num_tokens_per_expert: Tensor) -> Tensor:
@@ -196,20 +184,23 @@ def _exchange_counts(info: GroupInfo, num_tokens_per_expert: Tensor) -> Tensor:
     return (high << 16) + low
 
 
-def cached_dispatch(info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...]) -> Tensor:
-    """recv_x [N, H] of x [T, H], sent as the tokens of the dispatch that gave `handle`. Differentiable in x.
+def cached_dispatch(info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...]) -> Plan:
+    """recv_x [N, H] of x [T, H], sent as the tokens of the dispatch that gave `handle`, three times None, and the
+    handle. Differentiable in x.
 
     ValueError: not a handle of this contract. RuntimeError: as `deep_ep.dispatch`.
     """
     known = check_handle(handle)
     N = known.recv_src_idx.shape[0]
     mask = known.is_token_in_rank
-    return same_rows(_send(info, x, _ids(mask), mask, capacity_of(N)).rows, N)
+
+    def received(rows: DispatchOutput) -> tuple[object, ...]:
+        return same_rows(rows.recv_x, N), None, None, None, handle
+
+    return Plan(dispatch_op, [(info, x, _ids(mask), None, info.size, capacity_of(N), mask)], received, (N,))
 
 
-def combine(
-    info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...], topk_weights: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def combine(info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...], topk_weights: Tensor | None) -> Plan:
     """Sums up each token's rows, and what the ranks have for its weights. Differentiable in both.
 
     Args:
@@ -232,7 +223,7 @@ def combine(
         )
     ids = _ids(known.is_token_in_rank)
     op_handle = DispatchHandle(*known, ids, torch.ones_like(ids, dtype=torch.float32))
-    combined = combine_op.call(info, x, op_handle)
-    if topk_weights is None:
-        return combined, None
-    return combined, combine_op.call(info, topk_weights.contiguous(), op_handle)
+    calls = [(info, x, op_handle)]
+    if topk_weights is not None:
+        calls.append((info, topk_weights.contiguous(), op_handle))
+    return Plan(combine_op, calls, lambda combined, of_weights=None: (combined, of_weights))

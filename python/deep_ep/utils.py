@@ -1,29 +1,38 @@
 """Events: how a caller says and learns when communication is done."""
 
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 
 class EventHandle:
-    """A point in the work issued so far.
-
-    On CPU an op is finished when its call returns, so every point lies in the past.
+    """A point in the work issued so far. EventHandle() is the present one, where all that was issued is done: on CPU an
+    op is finished when its call returns, but for calls with async_finish, which have events of their own.
     """
 
+    def __init__(self, complete: Callable[[], None] | None = None) -> None:
+        self._complete = complete
+
     def current_stream_wait(self) -> None:
-        """Makes later work wait for this point."""
+        """Waits for this point. Raises what went wrong on the way to it."""
+        if self._complete is not None:
+            self._complete()
+            self._complete = None
 
 
 class EventOverlap:
     """The event that an asynchronous call returns; `event` is None when the call was synchronous.
 
-    As a context manager it waits on leaving, so that what the block issues can overlap with communication.
+    As a context manager it waits on leaving, so that what the block computes overlaps with communication.
+    `extra_tensors` live as long as this does.
     """
 
-    def __init__(self, event: EventHandle | None = None) -> None:
+    def __init__(self, event: EventHandle | None = None, extra_tensors: Any = None) -> None:
         self.event = event
+        self.extra_tensors = extra_tensors
 
     def current_stream_wait(self) -> None:
-        """Makes later work wait for the call. Nothing to do after a synchronous one."""
+        """Waits for the call: what it returned may be used from here on. Nothing to do after a synchronous one."""
         if self.event is not None:
             self.event.current_stream_wait()
 

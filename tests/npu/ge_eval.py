@@ -328,7 +328,7 @@ def run_deep_ep(op_type: str, **given: Any) -> Any:
     names = [argument.name for argument in op._schema.arguments]
     if "num_worst_tokens" in names:
         given["num_worst_tokens"] = 0 if op_type.endswith("Exact") else int(given["num_worst_tokens"])
-    not_in_graphs = {"comm_alg": "", "started": None, "strategy": "default"}
+    not_in_graphs = {"comm_alg": "", "strategy": "default"}
     return op(**given, **{name: value for name, value in not_in_graphs.items() if name in names})
 
 

@@ -214,14 +214,18 @@ BACKWARD = {
 }
 
 
-def normal_mode(ctx: RankContext, strategy: str, exact: bool, dynamic: bool, dtype: torch.dtype) -> None:
+def normal_mode(
+    ctx: RankContext, strategy: str, exact: bool, dynamic: bool, dtype: torch.dtype, start: bool = False
+) -> None:
     group = ctx.prepared_group(strategy).group_name
+    dispatch = through_wait(deep_ep.dispatch_start) if start else deep_ep.dispatch
+    combine = through_wait(deep_ep.combine_start) if start else deep_ep.combine
 
     def step(x: Tensor, ids: Tensor, weights: Tensor, w: Tensor) -> Tensor:
         # In capacity mode all rows fit, in a number that depends on T where T is a symbol.
         rows = 0 if exact else R * K * x.shape[0] + 1 if dynamic else W + 10
-        out = deep_ep.dispatch(x, ids, weights, num_experts=E, group=group, num_worst_tokens=rows)
-        return deep_ep.combine(torch.nn.functional.gelu(out.recv_x @ w), out.handle, group=group)
+        out = dispatch(x, ids, weights, num_experts=E, group=group, num_worst_tokens=rows)
+        return combine(torch.nn.functional.gelu(out.recv_x @ w), out.handle, group=group)
 
     fn = ge_graphs.compiled(step, exact=exact, dynamic=dynamic)
     counts = (5, 7, 3) if dynamic else (5,)
@@ -245,10 +249,14 @@ def normal_mode(ctx: RankContext, strategy: str, exact: bool, dynamic: bool, dty
         assert ("Table" in graph.input_kinds) == (strategy == "default")
     assert forward.results[0] == [T, -1 if dynamic else H]
     if strategy == "default":
-        dispatch, combine = forward.communicating
-        assert combine.inputs["recv_src_idx"] == (dispatch.type, 8)
-        assert combine.inputs["send_head"] == (dispatch.type, 9)
-        assert dispatch.inputs.get("num_worst_tokens", ("Const", 0))[0] == ("Add" if dynamic and not exact else "Const")
+        first, second = forward.communicating
+        assert second.inputs["recv_src_idx"] == (first.type, 8)
+        assert second.inputs["send_head"] == (first.type, 9)
+        assert first.inputs.get("num_worst_tokens", ("Const", 0))[0] == ("Add" if dynamic and not exact else "Const")
+
+
+def through_wait(start: Callable[..., deep_ep.Started]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: deep_ep.wait(start(*args, **kwargs))
 
 
 def check_collective(node: Node, group: str) -> None:
@@ -269,6 +277,12 @@ def check_collective(node: Node, group: str) -> None:
 @pytest.mark.parametrize("strategy", ["default", "alltoall"])
 def test_normal_mode(pool: RankPool, strategy: str, exact: bool, dynamic: bool, dtype: torch.dtype) -> None:
     pool.run(R, normal_mode, strategy, exact, dynamic, dtype, timeout=240)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["capacity", "exact"])
+@pytest.mark.parametrize("strategy", ["default", "alltoall"])
+def test_start_and_wait_leave_no_trace(pool: RankPool, strategy: str, exact: bool) -> None:
+    pool.run(R, normal_mode, strategy, exact, False, torch.float32, True, timeout=240)
 
 
 def uneven(ctx: RankContext, strategy: str, exact: bool) -> None:

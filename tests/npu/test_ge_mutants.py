@@ -50,7 +50,6 @@ NUMBERS = {
     "num_worst_tokens": W,
     "num_max_dispatch_tokens_per_rank": M,
     "comm_alg": "fullmesh_v2",
-    "started": None,
     "quant_mode": 1,
     "strategy": "default",
 }

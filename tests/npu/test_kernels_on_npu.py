@@ -156,8 +156,8 @@ def check_capture(ctx: RankContext) -> None:
     ops, name = torch.ops.deep_ep, group.group_name
 
     def step() -> tuple[Any, Tensor]:
-        out = ops.low_latency_dispatch(x, ids, M, E, SIZE, name, "", None)
-        return out, ops.low_latency_combine(y, ids, weights, *out[2:], E, SIZE, name, "", None)
+        out = ops.low_latency_dispatch(x, ids, M, E, SIZE, name, "")
+        return out, ops.low_latency_combine(y, ids, weights, *out[2:], E, SIZE, name, "")
 
     step()
     torch.npu.synchronize()
@@ -218,7 +218,7 @@ def check_bad_id(ctx: RankContext) -> None:
     x, ids = expected.xs[ctx.rank].npu(), expected.ids[ctx.rank].clone()
     if ctx.rank == 1:
         ids[0, 0] = E
-    torch.ops.deep_ep.low_latency_dispatch(x, ids.npu(), M, E, SIZE, group.group_name, "", None)
+    torch.ops.deep_ep.low_latency_dispatch(x, ids.npu(), M, E, SIZE, group.group_name, "")
     torch.npu.synchronize()
     assert error_of(deep_ep.npu.check, group) == (
         f"deep_ep.low_latency_dispatch on rank {ctx.rank}, launch 1, phase 0, failed at rank 1: "

@@ -68,26 +68,36 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def normal_mode(ctx: RankContext, to: Any, tokens: tuple[int, ...], W: int, dtype: torch.dtype) -> list[Tensor]:
-    """Results and gradients of dispatch and combine, on the CPU. No operator but deep_ep's is needed."""
+def normal_mode(
+    ctx: RankContext, to: Any, tokens: tuple[int, ...], W: int, dtype: torch.dtype, start: bool = False
+) -> list[Tensor]:
+    """Results and gradients of dispatch and combine, on the CPU. No operator but deep_ep's is needed. With `start`,
+    in two steps."""
+    dispatch, combine = deep_ep.dispatch, deep_ep.combine
+    if start:
+        dispatch = lambda *args, **kwargs: deep_ep.wait(deep_ep.dispatch_start(*args, **kwargs))  # noqa: E731
+        combine = lambda *args, **kwargs: deep_ep.wait(deep_ep.combine_start(*args, **kwargs))  # noqa: E731
     group, E = npu_group(ctx), ctx.size * L
     x, ids, weights = (to(tensor) for tensor in inputs_of(ctx, tokens, dtype))
     x.requires_grad_()
     weights.requires_grad_()
-    out = deep_ep.dispatch(x, ids, weights, num_experts=E, group=group, num_worst_tokens=W)
+    out = dispatch(x, ids, weights, num_experts=E, group=group, num_worst_tokens=W)
     N, T = out.recv_x.shape[0], x.shape[0]
     grads = to(random(N, H, seed=1, dtype=dtype)), to(random(N, K, seed=2))
     found = torch.autograd.grad([out.recv_x, out.recv_topk_weights], [x, weights], grads)
     y = to(random(N, H, seed=3, dtype=dtype)).requires_grad_()
     leaf = to(weights.detach().cpu()).requires_grad_()
-    combined = deep_ep.combine(y, out.handle._replace(topk_weights=leaf), group=group)
+    combined = combine(y, out.handle._replace(topk_weights=leaf), group=group)
     found += torch.autograd.grad(combined, [y, leaf], to(random(T, H, seed=4, dtype=dtype)))
     results = [out.recv_x, out.recv_topk_idx, out.recv_topk_weights, out.num_recv_tokens_per_expert, out.num_dropped]
     return [tensor.detach().cpu() for tensor in (*results, *out.handle, combined, *found)]
 
 
-def check_normal_mode(ctx: RankContext, tokens: tuple[int, ...], W: int, dtype: torch.dtype) -> None:
-    actual, expected = (normal_mode(ctx, to, tokens, W, dtype) for to in (on_npu, on_cpu))
+def check_normal_mode(
+    ctx: RankContext, tokens: tuple[int, ...], W: int, dtype: torch.dtype, start: bool = False
+) -> None:
+    actual = normal_mode(ctx, on_npu, tokens, W, dtype, start)
+    expected = normal_mode(ctx, on_cpu, tokens, W, dtype)
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert_same(f"result {i}", a, b)
 
@@ -98,6 +108,11 @@ def test_normal_mode(npus: RankPool, W: int, dtype: torch.dtype) -> None:
     npus.run(2, check_normal_mode, (5, 3), W, dtype)
 
 
+@pytest.mark.parametrize("W", [0, 7], ids=["exact", "drops"])
+def test_normal_mode_in_two_steps(npus: RankPool, W: int) -> None:
+    npus.run(2, check_normal_mode, (5, 3), W, torch.bfloat16, True)
+
+
 def test_ranks_without_tokens(npus: RankPool) -> None:
     npus.run(4, check_normal_mode, (0, 5, 0, 2), 0, torch.float32)
 
@@ -106,11 +121,14 @@ def low_latency(ctx: RankContext, x: Tensor, ids: Tensor, weights: Tensor, start
     """By the ops; with `start`, in two steps."""
     name, E = npu_group(ctx).group_name, ctx.size * L
     ops = torch.ops.deep_ep
-    call = x, ids, M, E, ctx.size, name, ""
-    out = ops.low_latency_dispatch(*call, ops.low_latency_dispatch_start(*call) if start else None)
-    call = out[0], ids, weights, *out[2:], E, ctx.size, name, ""
-    combined = ops.low_latency_combine(*call, ops.low_latency_combine_start(*call) if start else None)
-    return [*out, combined]
+    if not start:
+        out = ops.low_latency_dispatch(x, ids, M, E, ctx.size, name, "")
+        return [*out, ops.low_latency_combine(out[0], ids, weights, *out[2:], E, ctx.size, name, "")]
+    ticket = ops.low_latency_dispatch_start(x, ids, M, E, ctx.size, name, "")
+    out = ops.wait(ticket, "low_latency_dispatch", [x, ids], E, ctx.size, M, name)
+    rows = [out[0], ids, weights, *out[2:]]
+    ticket = ops.low_latency_combine_start(*rows, E, ctx.size, name, "")
+    return [*out, *ops.wait(ticket, "low_latency_combine", rows, E, ctx.size, 0, name)]
 
 
 def check_low_latency(ctx: RankContext, start: bool) -> None:

@@ -270,7 +270,7 @@ def fake_results(op_type: str, inputs: list[Input], attrs: dict[str, int | str])
     op = torch_op(op_type)
     names = [param["name"] for param in op_definitions.definitions()[op_type]["inputs"]]
     with FakeTensorMode(shape_env=ShapeEnv()):
-        given: dict[str, Any] = {"num_worst_tokens": 0, "comm_alg": "", "started": None, "strategy": "default", **attrs}
+        given: dict[str, Any] = {"num_worst_tokens": 0, "comm_alg": "", "strategy": "default", **attrs}
         for name, (dtype, shape, value) in zip(names, inputs, strict=True):
             given[name] = torch.empty(shape, dtype=getattr(torch, dtype)) if value is None else value
         results = op(**{a.name: given[a.name] for a in op._schema.arguments})

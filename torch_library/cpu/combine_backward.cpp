@@ -1,21 +1,23 @@
 #include "attached_tokens.h"
 #include "recv_rows.h"
 #include "send_back.h"
+#include "started.h"
 
 namespace deep_ep {
 namespace {
 
+constexpr Op kOp = Op::combine_backward;
+
 // Two operations: grad_out goes to the experts' ranks, where it meets x and becomes grad_x, then <x, grad_out> of every
 // row comes back.
-std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor topk_idx, Tensor topk_weights,
-                                            Tensor recv_src_idx, Tensor send_head, int64_t num_experts,
-                                            int64_t num_ranks, GroupName group_name) {
-  const std::shared_ptr<Group> group = groups::get("combine_backward", group_name.value);
-  Checks checks = check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group->size());
+Results run(Turn rows_turn, Turn products_turn, const Tensor& grad_out, const Tensor& x, const Tensor& topk_idx,
+            const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts,
+            int64_t num_ranks) {
+  const Group& group = rows_turn.group();
+  Checks checks = check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group.size());
   checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx));
   if (checks.passed()) checks.tensor("grad_out", grad_out, {x.scalar_type()}, {topk_idx.size(0), x.size(1)});
-  HandleArguments arguments(Op::combine_backward, *group, checks, x, topk_idx, recv_src_idx, send_head, num_experts,
-                            num_ranks);
+  HandleArguments arguments(kOp, group, checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks);
   const Handle& handle = arguments.handle;
   Contribution& mine = arguments.contribution;
   if (arguments.right()) {
@@ -31,7 +33,7 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
   std::optional<Tensor> grad_x;
   {
     RecvRows recv;
-    Operation op(group, mine, [&](const Operation& op) {
+    Operation op(std::move(rows_turn), mine, [&](const Operation& op) {
       std::string wrong = Handle::check(op);
       if (wrong.empty())
         recv.place(
@@ -85,7 +87,7 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
   SendBack back{.handle = handle, .has_scalars = true, .scalars = products.data()};
   back.attach_to(second);
   std::vector<Region> regions;
-  Operation op(group, second, [&](const Operation& op) {
+  Operation op(std::move(products_turn), second, [&](const Operation& op) {
     regions = back.place(op);
     return std::string();
   });
@@ -96,9 +98,33 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
   return {*grad_x, grad_topk_weights};
 }
 
+std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor topk_idx, Tensor topk_weights,
+                                            Tensor recv_src_idx, Tensor send_head, int64_t num_experts,
+                                            int64_t num_ranks, GroupName group_name) {
+  const std::shared_ptr<Group> group = groups::get(name_of(kOp), group_name.value);
+  Turn first(group), second(group);
+  const Results out = run(std::move(first), std::move(second), grad_out, x, topk_idx, topk_weights, recv_src_idx,
+                          send_head, num_experts, num_ranks);
+  return {out[0], out[1]};
+}
+
+Tensor combine_backward_start(Tensor grad_out, Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_idx,
+                              Tensor send_head, int64_t num_experts, int64_t num_ranks, GroupName group_name) {
+  const std::shared_ptr<Group> group = groups::get(name_of(kOp), group_name.value);
+  Turn first(group), second(group);
+  auto body = [=, second = std::move(second), grad_out = clone(grad_out), x = clone(x), topk_idx = clone(topk_idx),
+               topk_weights = clone(topk_weights), recv_src_idx = clone(recv_src_idx),
+               send_head = clone(send_head)](Turn first) mutable {
+    return run(std::move(first), std::move(second), grad_out, x, topk_idx, topk_weights, recv_src_idx, send_head,
+               num_experts, num_ranks);
+  };
+  return start(kOp, std::move(first), std::move(body));
+}
+
 }  // namespace
 }  // namespace deep_ep
 
 STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) {
   library.impl("combine_backward", TORCH_BOX(&deep_ep::combine_backward));
+  library.impl("combine_backward_start", TORCH_BOX(&deep_ep::combine_backward_start));
 }

@@ -7,6 +7,7 @@
 #include "attached_tokens.h"
 #include "recv_rows.h"
 #include "routing.h"
+#include "started.h"
 
 namespace deep_ep {
 namespace {
@@ -200,20 +201,43 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
 
 namespace {
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+constexpr Op kOp = Op::dispatch;
 
-Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
-                 int64_t num_worst_tokens, GroupName group_name) {
-  const std::shared_ptr<Group> group = groups::get("dispatch", group_name.value);
-  Checks checks = check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, group->size());
-  const Dispatched out = dispatch_rows(Op::dispatch, group, std::move(checks), x, topk_idx, topk_weights, num_experts,
-                                       num_ranks, num_worst_tokens);
+Dispatched run(Turn turn, const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weights, int64_t num_experts,
+               int64_t num_ranks, int64_t num_worst_tokens) {
+  Checks checks =
+      check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, turn.group().size());
+  return dispatch_rows(kOp, std::move(turn), std::move(checks), x, topk_idx, topk_weights, num_experts, num_ranks,
+                       num_worst_tokens);
+}
+
+template <typename Outputs>
+Outputs in_order(const Dispatched& out) {
   return {out.recv_x,       out.recv_topk_idx,      out.recv_topk_weights,     out.num_recv_tokens_per_expert,
           out.num_dropped,  out.rank_prefix_matrix, out.channel_prefix_matrix, out.recv_channel_prefix_matrix,
           out.recv_src_idx, out.send_head};
 }
 
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
+                 int64_t num_worst_tokens, GroupName group) {
+  return in_order<Outputs>(
+      run(groups::get(name_of(kOp), group.value), x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens));
+}
+
+Tensor dispatch_start(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
+                      int64_t num_worst_tokens, GroupName group) {
+  const auto body = [=, x = clone(x), topk_idx = clone(topk_idx), topk_weights = clone(topk_weights)](Turn turn) {
+    return in_order<Results>(run(std::move(turn), x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens));
+  };
+  return start(kOp, groups::get(name_of(kOp), group.value), body);
+}
+
 }  // namespace
 }  // namespace deep_ep
 
-STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) { library.impl("dispatch", TORCH_BOX(&deep_ep::dispatch)); }
+STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) {
+  library.impl("dispatch", TORCH_BOX(&deep_ep::dispatch));
+  library.impl("dispatch_start", TORCH_BOX(&deep_ep::dispatch_start));
+}

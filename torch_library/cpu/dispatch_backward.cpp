@@ -1,7 +1,10 @@
 #include "send_back.h"
+#include "started.h"
 
 namespace deep_ep {
 namespace {
+
+constexpr Op kOp = Op::dispatch_backward;
 
 // The gradient that arrived for the weight of every row: grad_recv_topk_weights [N, K] in the row's column k.
 std::vector<float> weight_gradients(const Tensor& grad_recv_topk_weights, const Handle& handle) {
@@ -13,17 +16,15 @@ std::vector<float> weight_gradients(const Tensor& grad_recv_topk_weights, const 
   return of_row;
 }
 
-std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_recv_topk_weights, Tensor recv_src_idx,
-                                             Tensor topk_idx, Tensor send_head, int64_t num_experts, int64_t num_ranks,
-                                             GroupName group_name) {
-  const std::shared_ptr<Group> group = groups::get("dispatch_backward", group_name.value);
-  Checks checks = check_handle("grad_recv_x", grad_recv_x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks,
-                               group->size());
+Results run(Turn turn, const Tensor& grad_recv_x, const Tensor& grad_recv_topk_weights, const Tensor& recv_src_idx,
+            const Tensor& topk_idx, const Tensor& send_head, int64_t num_experts, int64_t num_ranks) {
+  const Group& group = turn.group();
+  Checks checks =
+      check_handle("grad_recv_x", grad_recv_x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group.size());
   if (checks.passed())
     checks.tensor("grad_recv_topk_weights", grad_recv_topk_weights, {ScalarType::Float},
                   {grad_recv_x.size(0), topk_idx.size(1)});
-  HandleArguments arguments(Op::dispatch_backward, *group, checks, grad_recv_x, topk_idx, recv_src_idx, send_head,
-                            num_experts, num_ranks);
+  HandleArguments arguments(kOp, group, checks, grad_recv_x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks);
   SendBack back{.handle = arguments.handle};
   std::vector<float> of_row;
   if (arguments.right()) {
@@ -36,7 +37,7 @@ std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_rec
     back.attach_to(arguments.contribution);
   }
   std::vector<Region> regions;
-  Operation op(group, arguments.contribution, [&](const Operation& op) {
+  Operation op(std::move(turn), arguments.contribution, [&](const Operation& op) {
     regions = back.place(op);
     return Handle::check(op);
   });
@@ -50,9 +51,29 @@ std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_rec
   return {grad_x, grad_topk_weights};
 }
 
+std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_recv_topk_weights, Tensor recv_src_idx,
+                                             Tensor topk_idx, Tensor send_head, int64_t num_experts, int64_t num_ranks,
+                                             GroupName group) {
+  const Results out = run(groups::get(name_of(kOp), group.value), grad_recv_x, grad_recv_topk_weights, recv_src_idx,
+                          topk_idx, send_head, num_experts, num_ranks);
+  return {out[0], out[1]};
+}
+
+Tensor dispatch_backward_start(Tensor grad_recv_x, Tensor grad_recv_topk_weights, Tensor recv_src_idx, Tensor topk_idx,
+                               Tensor send_head, int64_t num_experts, int64_t num_ranks, GroupName group) {
+  const auto body = [=, grad_recv_x = clone(grad_recv_x), grad_recv_topk_weights = clone(grad_recv_topk_weights),
+                     recv_src_idx = clone(recv_src_idx), topk_idx = clone(topk_idx),
+                     send_head = clone(send_head)](Turn turn) {
+    return run(std::move(turn), grad_recv_x, grad_recv_topk_weights, recv_src_idx, topk_idx, send_head, num_experts,
+               num_ranks);
+  };
+  return start(kOp, groups::get(name_of(kOp), group.value), body);
+}
+
 }  // namespace
 }  // namespace deep_ep
 
 STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) {
   library.impl("dispatch_backward", TORCH_BOX(&deep_ep::dispatch_backward));
+  library.impl("dispatch_backward_start", TORCH_BOX(&deep_ep::dispatch_backward_start));
 }

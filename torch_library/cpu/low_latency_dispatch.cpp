@@ -33,11 +33,8 @@ Tensor low_latency_dispatch_start(Tensor x, Tensor topk_idx, int64_t num_max, in
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_latency_dispatch(Tensor x, Tensor topk_idx, int64_t num_max,
                                                                         int64_t num_experts, int64_t num_ranks,
-                                                                        GroupName group, GroupName /* comm_alg */,
-                                                                        std::optional<Tensor> started) {
-  const Results out = started
-                          ? finish(kOp, *started)
-                          : run(groups::get(name_of(kOp), group.value), x, topk_idx, num_max, num_experts, num_ranks);
+                                                                        GroupName group, GroupName /* comm_alg */) {
+  const Results out = run(groups::get(name_of(kOp), group.value), x, topk_idx, num_max, num_experts, num_ranks);
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 

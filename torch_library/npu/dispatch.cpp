@@ -1,4 +1,5 @@
 #include "npu/launch.h"
+#include "started.h"
 
 namespace deep_ep::npu {
 namespace {
@@ -41,9 +42,17 @@ Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_exp
   return out;
 }
 
+// The kernel is on the stream when this returns; in capacity mode the host waits for nothing.
+Tensor dispatch_start(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
+                      int64_t num_worst_tokens, GroupName group) {
+  const Outputs out = dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, group);
+  return hold(Op::dispatch, std::apply([](const auto&... outputs) { return Results{outputs...}; }, out));
+}
+
 }  // namespace
 }  // namespace deep_ep::npu
 
 STABLE_TORCH_LIBRARY_IMPL(deep_ep, PrivateUse1, library) {
   library.impl("dispatch", TORCH_BOX(&deep_ep::npu::dispatch));
+  library.impl("dispatch_start", TORCH_BOX(&deep_ep::npu::dispatch_start));
 }

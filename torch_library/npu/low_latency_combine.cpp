@@ -33,10 +33,9 @@ Tensor low_latency_combine_start(Tensor x, Tensor topk_idx, Tensor topk_weights,
 
 Tensor low_latency_combine(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_idx, Tensor layout_range,
                            Tensor send_head, int64_t num_experts, int64_t num_ranks, GroupName group,
-                           GroupName /* comm_alg */, std::optional<Tensor> started) {
-  return (started ? finish(kOp, *started)
-                  : queued(x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks,
-                           group.value))[0];
+                           GroupName /* comm_alg */) {
+  return queued(x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks,
+                group.value)[0];
 }
 
 }  // namespace

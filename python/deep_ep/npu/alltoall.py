@@ -177,7 +177,6 @@ def low_latency_dispatch(
     num_ranks: int,
     group: str,
     comm_alg: str,
-    started: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """As deep_ep.low_latency_dispatch."""
     C = num_max_dispatch_tokens_per_rank * min(topk_idx.shape[1], num_experts // num_ranks)
@@ -186,11 +185,6 @@ def low_latency_dispatch(
         x, topk_idx, weights, num_experts, num_ranks, num_ranks * C, C, group
     )
     return recv_x, counts, recv_src_idx, recv_prefix.view(-1), send_head
-
-
-def low_latency_start(*_: Any) -> Tensor:
-    """A ticket. The op that completes the call does all of it: graphs run their nodes as they see fit."""
-    return torch.zeros(1, dtype=torch.int64)
 
 
 def _dispatch(
@@ -362,7 +356,6 @@ def low_latency_combine(
     num_ranks: int,
     group: str,
     comm_alg: str,
-    started: Tensor | None,
 ) -> Tensor:
     """As deep_ep.low_latency_combine."""
     C = x.shape[0] // num_ranks

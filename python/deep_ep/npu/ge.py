@@ -304,11 +304,54 @@ def number(value: Any) -> Any:
     return ge.Const(value, dtype=ge.DataType.DT_INT64) if isinstance(value, int) else value
 
 
-def ticket(*_: Any) -> Any:
-    """The result of an op that starts a call: a constant. The op that completes the call is the one node of both."""
-    from torchair import ge
+# Calls that are started and waited for: the node stands where the call is started, and GE runs it as it sees fit.
 
-    return ge.Const([0], dtype=ge.DataType.DT_INT64)
+
+def starting(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """The converter of `<op>_start`, of that of <op>: the node of <op>, and a constant as ticket."""
+
+    def convert_start(*args: Any) -> Any:
+        from torchair import ge
+        from torchair.ge._ge_graph import get_default_ge_graph
+
+        results = convert(*args)
+        ticket = ge.Const([0.0], dtype=ge.DataType.DT_DOUBLE)
+        get_default_ge_graph().__dict__.setdefault("_deep_ep_started", {})[ticket.tensor] = results
+        return ticket
+
+    return convert_start
+
+
+def waiting(ticket: Any, op: str, *_: Any) -> Any:
+    """The converter of wait."""
+    from torchair.ge._ge_graph import get_default_ge_graph
+
+    return _started(op, get_default_ge_graph().__dict__.get("_deep_ep_started", {}).get(ticket.tensor))
+
+
+def starting_of(decompose: Callable[..., Any]) -> Callable[..., Any]:
+    """The decomposition of `<op>_start`, of that of <op>."""
+
+    def decompose_start(*args: Any) -> torch.Tensor:
+        ticket = torch.zeros(1, dtype=torch.float64, device="cpu")
+        ticket._deep_ep_started = decompose(*args)  # type: ignore[attr-defined]
+        return ticket
+
+    return decompose_start
+
+
+def waiting_of(ticket: torch.Tensor, op: str, *_: Any) -> Any:
+    """The decomposition of wait."""
+    return _started(op, getattr(ticket, "_deep_ep_started", None))
+
+
+def _started(op: str, results: Any) -> list[Any]:
+    if results is None:
+        raise RuntimeError(
+            f"deep_ep.wait: {op}_start is in another graph than its wait, which NPU graphs cannot have; put both into "
+            "one graph, or neither"
+        )
+    return list(results) if isinstance(results, tuple) else [results]
 
 
 # HCCL's collectives

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .. import _compile, _library  # noqa: F401  (defines the ops)
+from .. import _compile, _library, pending  # noqa: F401  (_library defines the ops)
 from ..npu import ge
 
 _fragment = torch.library.Library("deep_ep", "FRAGMENT")
@@ -67,6 +68,44 @@ def register(
             _compile.communicating(op)
         if overload in convert:
             ge.converter(op, convert[overload], communicates)
+
+
+def register_start(
+    op: str,
+    *,
+    check: Callable[..., str | None],
+    alltoall: Callable[..., Any],
+    ops: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any],
+    convert: dict[str, Callable[..., Any]],
+    decompose: Callable[..., Any] | None = None,
+) -> None:
+    """Registers `<op>_start`, which takes the arguments of `op` and gives a ticket for wait.
+
+    Args:
+        check: what is wrong with the arguments, which it gets without the group; called with `overload=` too where
+            there is an overload `.ops`.
+        alltoall, ops, convert, decompose: of `op`.
+        setup_context, backward: the autograd formula; `backward` gets the ticket of the backward call, to complete it.
+    """
+    name = f"{op}_start"
+    group = pending.place_of_group(alltoall)
+
+    def fake(*arguments: Any, **overload: str) -> Tensor:
+        reject(name, check(*arguments[:group], *arguments[group + 1 :], **overload))
+        return arguments[0].new_empty((1,), dtype=torch.float64, device="cpu")
+
+    register(
+        name,
+        fake=fake,
+        alltoall=pending.starting(op, alltoall),
+        ops=None if ops is None else pending.holding(op, ops),
+        setup_context=setup_context,
+        backward=backward,
+        convert={overload: ge.starting(converter) for overload, converter in convert.items()},
+        decompose=None if decompose is None else ge.starting_of(decompose),
+    )
 
 
 def reject(name: str, error: str | None) -> None:

@@ -1,8 +1,9 @@
-"""combine: brings the experts' rows back to their tokens and sums them up.
+"""combine: brings the experts' rows back to their tokens and sums them up. combine_start begins it, wait completes it.
 
 T local tokens · H hidden · K top-k · E experts · R ranks · N received rows.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from .. import alltoall, checks
 from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
-from ._registration import register, reject
+from ._registration import register, register_start, reject
 from .dispatch import DispatchHandle
+from .wait import Completion, Started, completes
 
 
 def combine(x: Tensor, handle: DispatchHandle, *, group: Group = None) -> Tensor:
@@ -34,20 +36,48 @@ def combine(x: Tensor, handle: DispatchHandle, *, group: Group = None) -> Tensor
     return call(info_of(group), x, handle)
 
 
+def combine_start(x: Tensor, handle: DispatchHandle, *, group: Group = None) -> Started:
+    """Begins a combine and does not wait for peers; `deep_ep.wait` completes it and gives its result.
+
+    The arguments are those of `deep_ep.combine`; for the rest see `deep_ep.dispatch_start`.
+    """
+    return start(info_of(group), x, handle)
+
+
 def call(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> Tensor:
     """The op's overload for `info`."""
-    num_experts = info.size * handle.channel_prefix_matrix.shape[1]
     op = getattr(torch.ops.deep_ep.combine, info.normal.value)
-    return op(
-        x,
-        handle.topk_idx,
-        handle.topk_weights,
-        handle.recv_src_idx,
-        handle.send_head,
-        num_experts,
-        info.size,
-        info.name,
-    )
+    return op(*_tensors(x, handle), _num_experts(info, handle), info.size, info.name)
+
+
+def start(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> Started:
+    """As `call`, for `complete`."""
+    op = getattr(torch.ops.deep_ep.combine_start, info.normal.value)
+    tensors, num_experts = _tensors(x, handle), _num_experts(info, handle)
+    ticket = op(*tensors, num_experts, info.size, info.name)
+    return Started(ticket, info, info.normal.value, "combine", tensors, num_experts, 0)
+
+
+def complete(started: Started) -> Tensor:
+    return started.results()[0]
+
+
+def wrong(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> str | None:
+    """What is wrong with the arguments of `call`, as far as that needs no values."""
+    return checks.combine(*_tensors(x, handle), _num_experts(info, handle), info.size)
+
+
+def nothing_yet(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> Tensor:
+    """What `call` gives, in a tensor of zeros."""
+    return x.new_zeros((handle.topk_idx.shape[0], x.shape[1]))
+
+
+def _tensors(x: Tensor, handle: DispatchHandle) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return x, handle.topk_idx, handle.topk_weights, handle.recv_src_idx, handle.send_head
+
+
+def _num_experts(info: GroupInfo, handle: DispatchHandle) -> int:
+    return info.size * handle.channel_prefix_matrix.shape[1]
 
 
 def fake(
@@ -70,11 +100,28 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.arguments = inputs[5:]
 
 
-def backward(ctx: Any, grad_out: Tensor, *, overload: str) -> Any:
+def _transpose(op: Any, saved: Sequence[Tensor], grad_out: Tensor, arguments: tuple[Any, ...]) -> Any:
     """The transpose of the weighted sum: each row gets its token's gradient times its weight."""
+    return op(grad_out.contiguous(), *saved, *arguments)
+
+
+def backward(ctx: Any, grad_out: Tensor, *, overload: str) -> Any:
     op = getattr(torch.ops.deep_ep.combine_backward, overload)
-    grad_x, grad_topk_weights = op(grad_out.contiguous(), *ctx.saved_tensors, *ctx.arguments)
+    grad_x, grad_topk_weights = _transpose(op, ctx.saved_tensors, grad_out, ctx.arguments)
     return grad_x, None, grad_topk_weights, None, None, None, None, None
+
+
+def backward_wait(overload: str, saved: Sequence[Tensor], grads: Sequence[Tensor], arguments: tuple[Any, ...]) -> Any:
+    return _transpose(getattr(torch.ops.deep_ep.combine_backward_start, overload), saved, grads[0], arguments)
+
+
+def backward_start(ctx: Any, ticket: Tensor, *, overload: str) -> Any:
+    # All are saved, though two suffice, so that one that was written to after the start is noticed.
+    x, _, topk_weights, _, _ = ctx.saved_tensors
+    num_experts, num_ranks, group = ctx.arguments
+    op = getattr(torch.ops.deep_ep.wait, overload)
+    grads = op(ticket, "combine_backward", [x, topk_weights], num_experts, num_ranks, 0, group)
+    return grads[0], None, grads[1], None, None, None, None, None
 
 
 def convert(
@@ -106,4 +153,24 @@ register(
     backward=backward,
     convert={"default": convert},
     decompose=graph_alltoall.combine,
+)
+
+register_start(
+    "combine",
+    check=checks.combine,
+    alltoall=alltoall.combine,
+    setup_context=setup_context,
+    backward=backward_start,
+    convert={"default": convert},
+    decompose=graph_alltoall.combine,
+)
+
+completes(
+    "combine",
+    Completion(
+        fake=lambda _, x, topk_idx, *rest: (x.new_empty((topk_idx.shape[0], x.shape[1])),),
+        complete=complete,
+        saved=lambda arguments, results: tuple(arguments),
+        backward=backward_wait,
+    ),
 )

@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import alltoall, checks
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
-from ._registration import no_second_derivative, register, reject
+from ._registration import no_second_derivative, register, register_start, reject
+from .wait import Completion, completes
 
 
 def fake(
@@ -61,4 +62,20 @@ register(
     backward=no_second_derivative("combine_backward"),
     convert={"default": convert},
     decompose=graph_alltoall.combine_backward,
+)
+
+register_start(
+    "combine_backward",
+    check=checks.combine_backward,
+    alltoall=alltoall.combine_backward,
+    backward=no_second_derivative("combine_backward"),
+    convert={"default": convert},
+    decompose=graph_alltoall.combine_backward,
+)
+
+completes(
+    "combine_backward",
+    Completion(
+        fake=lambda _, x, topk_weights, *sizes: (x.new_empty(x.shape), topk_weights.new_empty(topk_weights.shape))
+    ),
 )

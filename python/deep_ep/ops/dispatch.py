@@ -1,9 +1,10 @@
-"""dispatch: sends each token to the ranks of its experts.
+"""dispatch: sends each token to the ranks of its experts. dispatch_start begins it, wait completes it.
 
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N received rows ·
 W num_worst_tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from . import get_dispatch_layout
-from ._registration import register, reject
+from ._registration import register, register_start, reject
+from .wait import Completion, Started, completes
 
 
 class DispatchHandle(NamedTuple):
@@ -91,6 +93,25 @@ def dispatch(
     return call(info_of(group), x, topk_idx, topk_weights, num_experts, num_worst_tokens)
 
 
+def dispatch_start(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None = None,
+    *,
+    num_experts: int,
+    group: Group = None,
+    num_worst_tokens: int = 0,
+) -> Started:
+    """Begins a dispatch and does not wait for peers; `deep_ep.wait` completes it and gives the DispatchOutput.
+
+    The arguments are those of `deep_ep.dispatch`; the tensors may be written to as soon as this returns, but then
+    autograd refuses the gradient. In exact mode the number of rows is known at the wait. What concerns several ranks
+    is raised there. Other calls of the group run behind this one, in the order of the program. Every rank waits for
+    its calls, in the same order.
+    """
+    return start(info_of(group), x, topk_idx, topk_weights, num_experts, num_worst_tokens)
+
+
 def call(
     info: GroupInfo,
     x: Tensor,
@@ -104,6 +125,68 @@ def call(
     if topk_weights is None:
         topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
     op = getattr(torch.ops.deep_ep.dispatch, info.normal.value)
+    results = op(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens, info.name)
+    return _in_order(info, results, topk_idx, topk_weights, num_experts, is_token_in_rank)
+
+
+def start(
+    info: GroupInfo,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    num_experts: int,
+    num_worst_tokens: int,
+    is_token_in_rank: Tensor | None = None,
+) -> Started:
+    """As `call`, for `complete`."""
+    if topk_weights is None:
+        topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
+    op = getattr(torch.ops.deep_ep.dispatch_start, info.normal.value)
+    ticket = op(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens, info.name)
+    arguments = x, topk_idx, topk_weights
+    sizes = num_experts, num_worst_tokens
+    return Started(ticket, info, info.normal.value, "dispatch", arguments, *sizes, is_token_in_rank)
+
+
+def complete(started: Started) -> DispatchOutput:
+    _, topk_idx, topk_weights = started.arguments
+    results = started.results()
+    return _in_order(started.info, results, topk_idx, topk_weights, started.num_experts, started.is_token_in_rank)
+
+
+def wrong(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, *sizes: Any) -> str | None:
+    """What is wrong with the arguments of `call`, as far as that needs no values."""
+    num_experts, num_worst_tokens, *_ = sizes
+    if topk_weights is None:
+        topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
+    return checks.dispatch(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens)
+
+
+def nothing_yet(
+    info: GroupInfo,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    num_experts: int,
+    num_worst_tokens: int,
+    is_token_in_rank: Tensor,
+    num_rows: int,
+) -> DispatchOutput:
+    """What `call` gives, in tensors of zeros. num_rows: N, also where num_worst_tokens is 0."""
+    if topk_weights is None:
+        topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
+    results = [tensor.zero_() for tensor in _empty(x, topk_idx, num_experts, info.size, num_rows)]
+    return _in_order(info, results, topk_idx, topk_weights, num_experts, is_token_in_rank)
+
+
+def _in_order(
+    info: GroupInfo,
+    results: Sequence[Tensor],
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    is_token_in_rank: Tensor | None,
+) -> DispatchOutput:
     (
         recv_x,
         recv_topk_idx,
@@ -115,7 +198,7 @@ def call(
         recv_channel_prefix,
         recv_src_idx,
         send_head,
-    ) = op(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens, info.name)
+    ) = results
     if is_token_in_rank is None:
         # After the exchange: a bad id must not keep this rank from taking part in it.
         is_token_in_rank = get_dispatch_layout.call(info, topk_idx, num_experts)[3]
@@ -142,13 +225,23 @@ def fake(
     group: str,
 ) -> tuple[Tensor, ...]:
     reject("dispatch", checks.dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens))
-    T, H = x.shape
-    K, L = topk_idx.shape[1], num_experts // num_ranks
+    return _results(x, topk_idx, num_experts, num_ranks, num_worst_tokens)
+
+
+def _results(
+    x: Tensor, topk_idx: Tensor, num_experts: int, num_ranks: int, num_worst_tokens: int
+) -> tuple[Tensor, ...]:
     N: Any = num_worst_tokens
     if num_worst_tokens == 0:
         ge.check_exact("dispatch")
         N = torch.library.get_ctx().new_dynamic_size(min=0)
         torch._check(N <= checks.MAX_ROWS)
+    return _empty(x, topk_idx, num_experts, num_ranks, N)
+
+
+def _empty(x: Tensor, topk_idx: Tensor, num_experts: int, num_ranks: int, N: Any) -> tuple[Tensor, ...]:
+    T, H = x.shape
+    K, L = topk_idx.shape[1], num_experts // num_ranks
 
     def empty(dtype: torch.dtype, *shape: Any) -> Tensor:
         return x.new_empty(shape, dtype=dtype)
@@ -168,18 +261,41 @@ def fake(
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, topk_idx, _, num_experts, num_ranks, _, group = inputs
-    recv_src_idx, send_head = output[8:]
-    ctx.save_for_backward(recv_src_idx, topk_idx, send_head)
+    _, _, _, num_experts, num_ranks, _, group = inputs
+    ctx.save_for_backward(*_saved(inputs, output))
     ctx.arguments = num_experts, num_ranks, group
 
 
-def backward(ctx: Any, grad_recv_x: Tensor, _: Any, grad_recv_topk_weights: Tensor, *__: Any, overload: str) -> Any:
+def _saved(arguments: Sequence[Any], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    recv_src_idx, send_head = results[8:]
+    return recv_src_idx, arguments[1], send_head
+
+
+def setup_context_start(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, topk_idx, _, num_experts, num_ranks, _, group = inputs
+    # Of x only its dtype, its device and H are needed.
+    ctx.save_for_backward(x.new_empty((0, x.shape[1])), topk_idx)
+    ctx.arguments = num_experts, num_ranks, 0, group
+
+
+def _transpose(op: Any, saved: Sequence[Tensor], grads: Sequence[Tensor], arguments: tuple[Any, ...]) -> Any:
     """The transpose of sending rows: each token sums up what its rows bring back, unweighted."""
+    return op(grads[0].contiguous(), grads[2].contiguous(), *saved, *arguments)
+
+
+def backward(ctx: Any, *grads: Tensor, overload: str) -> Any:
     op = getattr(torch.ops.deep_ep.dispatch_backward, overload)
-    grad_x, grad_topk_weights = op(
-        grad_recv_x.contiguous(), grad_recv_topk_weights.contiguous(), *ctx.saved_tensors, *ctx.arguments
-    )
+    grad_x, grad_topk_weights = _transpose(op, ctx.saved_tensors, grads, ctx.arguments)
+    return grad_x, None, grad_topk_weights, None, None, None, None
+
+
+def backward_wait(overload: str, saved: Sequence[Tensor], grads: Sequence[Tensor], arguments: tuple[Any, ...]) -> Any:
+    return _transpose(getattr(torch.ops.deep_ep.dispatch_backward_start, overload), saved, grads, arguments)
+
+
+def backward_start(ctx: Any, ticket: Tensor, *, overload: str) -> Any:
+    op = getattr(torch.ops.deep_ep.wait, overload)
+    grad_x, grad_topk_weights = op(ticket, "dispatch_backward", list(ctx.saved_tensors), *ctx.arguments)
     return grad_x, None, grad_topk_weights, None, None, None, None
 
 
@@ -202,4 +318,24 @@ register(
     backward=backward,
     convert={"default": convert},
     decompose=graph_alltoall.dispatch,
+)
+
+register_start(
+    "dispatch",
+    check=checks.dispatch,
+    alltoall=alltoall.dispatch,
+    setup_context=setup_context_start,
+    backward=backward_start,
+    convert={"default": convert},
+    decompose=graph_alltoall.dispatch,
+)
+
+completes(
+    "dispatch",
+    Completion(
+        fake=lambda _, x, topk_idx, topk_weights, *sizes: _results(x, topk_idx, *sizes),
+        complete=complete,
+        saved=_saved,
+        backward=backward_wait,
+    ),
 )

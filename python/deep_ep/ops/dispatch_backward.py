@@ -5,12 +5,14 @@ T local tokens · H hidden · K top-k · E experts · R ranks · N received rows
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import alltoall, checks
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
-from ._registration import no_second_derivative, register, reject
+from ._registration import no_second_derivative, register, register_start, reject
+from .wait import Completion, completes
 
 
 def fake(
@@ -60,3 +62,21 @@ register(
     convert={"default": convert},
     decompose=graph_alltoall.dispatch_backward,
 )
+
+register_start(
+    "dispatch_backward",
+    check=checks.dispatch_backward,
+    alltoall=alltoall.dispatch_backward,
+    backward=no_second_derivative("dispatch_backward"),
+    convert={"default": convert},
+    decompose=graph_alltoall.dispatch_backward,
+)
+
+
+def results(_: str, like_x: Tensor, topk_idx: Tensor, *sizes: Any) -> tuple[Tensor, Tensor]:
+    """like_x: [any, H]."""
+    grad_x = like_x.new_empty((topk_idx.shape[0], like_x.shape[1]))
+    return grad_x, topk_idx.new_empty(topk_idx.shape, dtype=torch.float32)
+
+
+completes("dispatch_backward", Completion(fake=results))

@@ -1,11 +1,12 @@
 """low_latency_combine: brings the rows of a low_latency_dispatch back to their tokens and sums them up.
 
-low_latency_combine_start begins a call and does not wait for peers; low_latency_combine with its ticket completes it.
+low_latency_combine_start begins it, wait completes it.
 
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts ·
 M num_max_dispatch_tokens_per_rank · N = R·M·min(K, L) rows.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from .. import alltoall, checks, npu_ops
 from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
-from ._registration import register, reject
+from ._registration import register, register_start, reject
 from .low_latency_dispatch import LowLatencyHandle
+from .wait import Completion, Started, completes
 
 
 def low_latency_combine(
@@ -41,30 +43,37 @@ def low_latency_combine(
     return call(info_of(group), x, topk_idx, topk_weights, handle)
 
 
-def call(
-    info: GroupInfo,
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor,
-    handle: LowLatencyHandle,
-    started: Tensor | None = None,
-) -> Tensor:
-    """The op's overload for `info`. `started`: what `start` gave for the same arguments."""
+def call(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: LowLatencyHandle) -> Tensor:
+    """The op's overload for `info`."""
     op = getattr(torch.ops.deep_ep.low_latency_combine, info.low_latency.value)
-    return op(*_arguments(info, x, topk_idx, topk_weights, handle), started)
+    tensors = x, topk_idx, topk_weights, handle.src_info, handle.layout_range, handle.send_head
+    return op(*tensors, handle.num_experts, info.size, info.name, info.comm_alg)
 
 
-def start(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: LowLatencyHandle) -> Tensor:
-    """Begins a call: int64 [1], for `call`. The tensors may be written to as soon as this returns."""
-    op = getattr(torch.ops.deep_ep.low_latency_combine_start, info.low_latency.value)
-    return op(*_arguments(info, x, topk_idx, topk_weights, handle))
+def start(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: LowLatencyHandle) -> Started:
+    """As `call`, for `complete`. The tensors may be written to as soon as this returns."""
+    overload = info.low_latency.value
+    op = getattr(torch.ops.deep_ep.low_latency_combine_start, overload)
+    tensors = x, topk_idx, topk_weights, handle.src_info, handle.layout_range, handle.send_head
+    ticket = op(*tensors, handle.num_experts, info.size, info.name, info.comm_alg)
+    return Started(ticket, info, overload, "low_latency_combine", tensors, handle.num_experts, 0)
 
 
-def _arguments(
-    info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: LowLatencyHandle
-) -> tuple[Any, ...]:
+def complete(started: Started) -> Tensor:
+    return started.results()[0]
+
+
+def wrong(info: GroupInfo, *tensors: Any) -> str | None:
+    """What is wrong with the arguments of `call`, as far as that needs no values."""
+    handle = tensors[-1]
     rows = handle.src_info, handle.layout_range, handle.send_head
-    return x, topk_idx, topk_weights, *rows, handle.num_experts, info.size, info.name, info.comm_alg
+    sizes = handle.num_experts, info.size, info.comm_alg
+    return _error(*tensors[:-1], *rows, *sizes, overload=info.low_latency.value)
+
+
+def nothing_yet(info: GroupInfo, x: Tensor, topk_idx: Tensor, *_: Any) -> Tensor:
+    """What `call` gives, in a tensor of zeros."""
+    return _result(x, topk_idx).zero_()
 
 
 def fake(
@@ -78,34 +87,59 @@ def fake(
     num_ranks: int,
     group: str,
     comm_alg: str,
-    started: Tensor | None,
     *,
     overload: str,
 ) -> Tensor:
     arguments = x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks
-    reject("low_latency_combine", _error(overload, comm_alg, *arguments) or checks.ticket(started))
-    return x.new_empty((topk_idx.shape[0], x.shape[1]))
+    reject("low_latency_combine", _error(*arguments, comm_alg, overload=overload))
+    return _result(x, topk_idx)
 
 
-def _error(overload: str, comm_alg: str, *arguments: Any) -> str | None:
+def _error(*arguments: Any, overload: str) -> str | None:
+    *arguments, comm_alg = arguments  # type: ignore[assignment]
     if overload == "ops":  # whose record of where rows came from is torch_npu's own
         return npu_ops.check_comm_alg(comm_alg) or npu_ops.check_x(arguments[0])
     return npu_ops.check_comm_alg(comm_alg) or checks.low_latency_combine(*arguments)
 
 
+def _result(x: Tensor, topk_idx: Tensor) -> Tensor:
+    return x.new_empty((topk_idx.shape[0], x.shape[1]))
+
+
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, topk_idx, topk_weights, recv_src_idx, _, send_head, num_experts, num_ranks, group, *_ = inputs
-    ctx.save_for_backward(x, topk_idx, topk_weights, recv_src_idx, send_head)
-    ctx.arguments = num_experts, num_ranks, group
+    ctx.save_for_backward(*_saved(inputs))
+    ctx.arguments = inputs[6:9]
 
 
-def backward(ctx: Any, grad_out: Tensor, *, overload: str) -> Any:
+def _saved(arguments: Sequence[Any], results: Any = None) -> tuple[Tensor, ...]:
+    x, topk_idx, topk_weights, recv_src_idx, _, send_head, *_ = arguments
+    return x, topk_idx, topk_weights, recv_src_idx, send_head
+
+
+def _transpose(op: Any, overload: str, saved: Sequence[Tensor], grad_out: Tensor, arguments: tuple[Any, ...]) -> Any:
     """The transpose of the weighted sum: each row gets its token's gradient times its weight."""
     if overload == "ops":
         raise RuntimeError("deep_ep.low_latency_combine.ops has no gradient; use the strategy default or alltoall")
-    op = getattr(torch.ops.deep_ep.combine_backward, overload)
-    grad_x, grad_topk_weights = op(grad_out.contiguous(), *ctx.saved_tensors, *ctx.arguments)
-    return grad_x, None, grad_topk_weights, *[None] * 8
+    return getattr(op, overload)(grad_out.contiguous(), *saved, *arguments)
+
+
+def backward(ctx: Any, grad_out: Tensor, *, overload: str) -> Any:
+    op = torch.ops.deep_ep.combine_backward
+    grad_x, grad_topk_weights = _transpose(op, overload, ctx.saved_tensors, grad_out, ctx.arguments)
+    return grad_x, None, grad_topk_weights, *[None] * 7
+
+
+def backward_wait(overload: str, saved: Sequence[Tensor], grads: Sequence[Tensor], arguments: tuple[Any, ...]) -> Any:
+    return _transpose(torch.ops.deep_ep.combine_backward_start, overload, saved, grads[0], arguments)
+
+
+def backward_start(ctx: Any, ticket: Tensor, *, overload: str) -> Any:
+    # As in combine.py.
+    x, _, topk_weights, _, _ = ctx.saved_tensors
+    num_experts, num_ranks, group = ctx.arguments
+    op = getattr(torch.ops.deep_ep.wait, overload)
+    grads = op(ticket, "combine_backward", [x, topk_weights], num_experts, num_ranks, 0, group)
+    return grads[0], None, grads[1], *[None] * 7
 
 
 def convert(
@@ -119,7 +153,6 @@ def convert(
     num_ranks: int,
     group: str,
     comm_alg: str,
-    started: Any,
 ) -> Any:
     """DeepEpLowLatencyCombine."""
     inputs = {
@@ -133,25 +166,6 @@ def convert(
     return ge.node("low_latency_combine", inputs, {"num_experts": num_experts, "num_ranks": num_ranks}, group)
 
 
-def fake_start(
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor,
-    recv_src_idx: Tensor,
-    layout_range: Tensor,
-    send_head: Tensor,
-    num_experts: int,
-    num_ranks: int,
-    group: str,
-    comm_alg: str,
-    *,
-    overload: str,
-) -> Tensor:
-    arguments = x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks
-    reject("low_latency_combine_start", _error(overload, comm_alg, *arguments))
-    return x.new_empty((1,), dtype=torch.int64, device="cpu")
-
-
 register(
     "low_latency_combine",
     fake=fake,
@@ -163,11 +177,23 @@ register(
     decompose=graph_alltoall.low_latency_combine,
 )
 
-register(
-    "low_latency_combine_start",
-    fake=fake_start,
-    alltoall=alltoall.low_latency_combine_start,
-    ops=npu_ops.low_latency_start,
-    convert=dict.fromkeys(("default", "ops"), ge.ticket),
-    decompose=graph_alltoall.low_latency_start,
+register_start(
+    "low_latency_combine",
+    check=_error,
+    alltoall=alltoall.low_latency_combine,
+    ops=npu_ops.low_latency_combine,
+    setup_context=setup_context,
+    backward=backward_start,
+    convert={"default": convert, "ops": npu_ops.convert_combine},
+    decompose=graph_alltoall.low_latency_combine,
+)
+
+completes(
+    "low_latency_combine",
+    Completion(
+        fake=lambda _, x, topk_idx, *rest: (_result(x, topk_idx),),
+        complete=complete,
+        saved=_saved,
+        backward=backward_wait,
+    ),
 )

@@ -1,11 +1,12 @@
 """low_latency_dispatch: sends a few tokens per rank to the ranks of their experts, with static shapes, for decoding.
 
-low_latency_dispatch_start begins a call and does not wait for peers; low_latency_dispatch with its ticket completes it.
+low_latency_dispatch_start begins it, wait completes it.
 
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts ·
 M num_max_dispatch_tokens_per_rank · N = R·M·min(K, L) rows.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from .. import alltoall, checks, npu_ops
 from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
-from ._registration import register, reject
+from ._registration import register, register_start, reject
+from .wait import Completion, Started, completes
 
 
 class LowLatencyHandle(NamedTuple):
@@ -69,29 +71,55 @@ def low_latency_dispatch(
 
 
 def call(
-    info: GroupInfo,
-    x: Tensor,
-    topk_idx: Tensor,
-    num_max_dispatch_tokens_per_rank: int,
-    num_experts: int,
-    started: Tensor | None = None,
+    info: GroupInfo, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int
 ) -> LowLatencyOutput:
-    """The op's overload for `info`. `started`: what `start` gave for the same arguments."""
+    """The op's overload for `info`."""
     op = getattr(torch.ops.deep_ep.low_latency_dispatch, info.low_latency.value)
     M = num_max_dispatch_tokens_per_rank
-    recv_x, recv_count, src_info, layout_range, send_head = op(
-        x, topk_idx, M, num_experts, info.size, info.name, info.comm_alg, started
-    )
-    handle = LowLatencyHandle(src_info, layout_range, M, x.shape[1], num_experts, recv_count, send_head)
-    return LowLatencyOutput(recv_x, recv_count, handle)
+    results = op(x, topk_idx, M, num_experts, info.size, info.name, info.comm_alg)
+    return _in_order(results, x, M, num_experts)
 
 
 def start(
     info: GroupInfo, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int
-) -> Tensor:
-    """Begins a call: int64 [1], for `call`. The tensors may be written to as soon as this returns."""
-    op = getattr(torch.ops.deep_ep.low_latency_dispatch_start, info.low_latency.value)
-    return op(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, info.size, info.name, info.comm_alg)
+) -> Started:
+    """As `call`, for `complete`. The tensors may be written to as soon as this returns."""
+    overload = info.low_latency.value
+    op = getattr(torch.ops.deep_ep.low_latency_dispatch_start, overload)
+    M = num_max_dispatch_tokens_per_rank
+    ticket = op(x, topk_idx, M, num_experts, info.size, info.name, info.comm_alg)
+    return Started(ticket, info, overload, "low_latency_dispatch", (x, topk_idx), num_experts, M)
+
+
+def complete(started: Started) -> LowLatencyOutput:
+    return _in_order(started.results(), started.arguments[0], started.num_max, started.num_experts)
+
+
+def wrong(info: GroupInfo, x: Tensor, topk_idx: Tensor, M: int, num_experts: int) -> str | None:
+    """What is wrong with the arguments of `call`, as far as that needs no values."""
+    sizes = M, num_experts, info.size, info.comm_alg
+    return _error(x, topk_idx, *sizes, overload=info.low_latency.value)
+
+
+def nothing_yet(
+    info: GroupInfo, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int
+) -> LowLatencyOutput:
+    """What `call` gives when no rank sends anything."""
+    M, H, (T, K), E = num_max_dispatch_tokens_per_rank, x.shape[1], topk_idx.shape, num_experts
+    L = E // info.size
+    N = info.size * M * min(K, L)
+    recv_count = topk_idx.new_zeros((L,))
+    src_info, send_head = (topk_idx.new_full(shape, -1, dtype=torch.int32) for shape in ((N, 3), (T, K)))
+    layout_range = topk_idx.new_zeros((E,), dtype=torch.int32)
+    return _in_order([x.new_zeros((N, H)), recv_count, src_info, layout_range, send_head], x, M, E)
+
+
+def _in_order(
+    results: Sequence[Tensor], x: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int
+) -> LowLatencyOutput:
+    recv_x, recv_count, src_info, layout_range, send_head = results
+    sizes = num_max_dispatch_tokens_per_rank, x.shape[1], num_experts
+    return LowLatencyOutput(recv_x, recv_count, LowLatencyHandle(src_info, layout_range, *sizes, recv_count, send_head))
 
 
 def fake(
@@ -102,18 +130,23 @@ def fake(
     num_ranks: int,
     group: str,
     comm_alg: str,
-    started: Tensor | None,
     *,
     overload: str,
 ) -> tuple[Tensor, ...]:
     M = num_max_dispatch_tokens_per_rank
-    error = (
-        checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks)
+    reject("low_latency_dispatch", _error(x, topk_idx, M, num_experts, num_ranks, comm_alg, overload=overload))
+    return _results(overload, x, topk_idx, num_experts, num_ranks, M)
+
+
+def _error(x: Tensor, topk_idx: Tensor, M: int, E: int, R: int, comm_alg: str, *, overload: str) -> Any:
+    return (
+        checks.low_latency_dispatch(x, topk_idx, M, E, R)
         or npu_ops.check_comm_alg(comm_alg)
-        or checks.ticket(started)
         or (npu_ops.check_x(x) if overload == "ops" else None)
     )
-    reject("low_latency_dispatch", error)
+
+
+def _results(overload: str, x: Tensor, topk_idx: Tensor, num_experts: int, num_ranks: int, M: int) -> Any:
     (T, H), K, L = x.shape, topk_idx.shape[1], num_experts // num_ranks
     N = num_ranks * M * min(K, L)
     # The strategy ops has torch_npu's own record of where rows came from.
@@ -128,20 +161,45 @@ def fake(
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, topk_idx, _, num_experts, num_ranks, group, *_ = inputs
-    ctx.save_for_backward(output[2], topk_idx, output[4])
+    _, _, _, num_experts, num_ranks, group, _ = inputs
+    ctx.save_for_backward(*_saved(inputs, output))
     ctx.arguments = num_experts, num_ranks, group
 
 
-def backward(ctx: Any, grad_recv_x: Tensor, *_: Any, overload: str) -> Any:
+def _saved(arguments: Sequence[Any], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return results[2], arguments[1], results[4]
+
+
+def setup_context_start(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, topk_idx, _, num_experts, num_ranks, group, _ = inputs
+    # Of x only its dtype, its device and H are needed.
+    ctx.save_for_backward(x.new_empty((0, x.shape[1])), topk_idx)
+    ctx.arguments = num_experts, num_ranks, 0, group
+
+
+def _transpose(op: Any, overload: str, saved: Sequence[Tensor], grad_recv_x: Tensor, arguments: tuple[Any, ...]) -> Any:
     """The transpose of sending rows: each token sums up what its rows bring back, unweighted."""
     if overload == "ops":
         raise RuntimeError("deep_ep.low_latency_dispatch.ops has no gradient; use the strategy default or alltoall")
-    src_info, topk_idx, send_head = ctx.saved_tensors
-    op = getattr(torch.ops.deep_ep.dispatch_backward, overload)
-    no_weights = grad_recv_x.new_zeros((grad_recv_x.shape[0], topk_idx.shape[1]), dtype=torch.float32)
-    grad_x, _ = op(grad_recv_x.contiguous(), no_weights, src_info, topk_idx, send_head, *ctx.arguments)
-    return grad_x, None, None, None, None, None, None, None
+    K = saved[1].shape[1]
+    no_weights = grad_recv_x.new_zeros((grad_recv_x.shape[0], K), dtype=torch.float32)
+    return getattr(op, overload)(grad_recv_x.contiguous(), no_weights, *saved, *arguments)
+
+
+def backward(ctx: Any, grad_recv_x: Tensor, *_: Any, overload: str) -> Any:
+    op = torch.ops.deep_ep.dispatch_backward
+    grad_x, _ = _transpose(op, overload, ctx.saved_tensors, grad_recv_x, ctx.arguments)
+    return grad_x, None, None, None, None, None, None
+
+
+def backward_wait(overload: str, saved: Sequence[Tensor], grads: Sequence[Tensor], arguments: tuple[Any, ...]) -> Any:
+    return _transpose(torch.ops.deep_ep.dispatch_backward_start, overload, saved, grads[0], arguments)
+
+
+def backward_start(ctx: Any, ticket: Tensor, *, overload: str) -> Any:
+    op = getattr(torch.ops.deep_ep.wait, overload)
+    grad_x, _ = op(ticket, "dispatch_backward", list(ctx.saved_tensors), *ctx.arguments)
+    return grad_x, None, None, None, None, None, None
 
 
 def convert(
@@ -152,9 +210,8 @@ def convert(
     num_ranks: int,
     group: str,
     comm_alg: str,
-    started: Any,
 ) -> Any:
-    """DeepEpLowLatencyDispatch. Whether the call was started makes no difference: GE runs nodes as it sees fit."""
+    """DeepEpLowLatencyDispatch."""
     sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
     return node("low_latency_dispatch", x, topk_idx, *sizes, group)
 
@@ -171,23 +228,6 @@ def node(
     return ge.node(op, {"x": x, "topk_idx": topk_idx}, integers, group)
 
 
-def fake_start(
-    x: Tensor,
-    topk_idx: Tensor,
-    num_max_dispatch_tokens_per_rank: int,
-    num_experts: int,
-    num_ranks: int,
-    group: str,
-    comm_alg: str,
-    *,
-    overload: str,
-) -> Tensor:
-    M = num_max_dispatch_tokens_per_rank
-    error = checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks) or npu_ops.check_comm_alg(comm_alg)
-    reject("low_latency_dispatch_start", error)
-    return x.new_empty((1,), dtype=torch.int64, device="cpu")
-
-
 register(
     "low_latency_dispatch",
     fake=fake,
@@ -199,11 +239,15 @@ register(
     decompose=graph_alltoall.low_latency_dispatch,
 )
 
-register(
-    "low_latency_dispatch_start",
-    fake=fake_start,
-    alltoall=alltoall.low_latency_dispatch_start,
-    ops=npu_ops.low_latency_start,
-    convert=dict.fromkeys(("default", "ops"), ge.ticket),
-    decompose=graph_alltoall.low_latency_start,
+register_start(
+    "low_latency_dispatch",
+    check=_error,
+    alltoall=alltoall.low_latency_dispatch,
+    ops=npu_ops.low_latency_dispatch,
+    setup_context=setup_context_start,
+    backward=backward_start,
+    convert={"default": convert, "ops": npu_ops.convert_dispatch},
+    decompose=graph_alltoall.low_latency_dispatch,
 )
+
+completes("low_latency_dispatch", Completion(fake=_results, complete=complete, saved=_saved, backward=backward_wait))

@@ -67,7 +67,7 @@ def _around(overload: str) -> Any:
         sent = None if wrong else quantization.quantize(x, "int8", low_latency=True)
         rows = x if sent is None else quantization.pack(*sent)
         op = getattr(torch.ops.deep_ep.low_latency_dispatch, overload)
-        out = op(rows, topk_idx, *sizes, group, "", None)
+        out = op(rows, topk_idx, *sizes, group, "")
         assert sent is not None
         data, scales = quantization.unpack(out[0], *sent)
         return data, scales, *out[1:]

@@ -1,0 +1,48 @@
+#include "worker.h"
+
+#include <pthread.h>
+
+#include <thread>
+#include <utility>
+
+namespace deep_ep {
+
+Worker::~Worker() {
+  if (!queue_) return;
+  {
+    std::lock_guard lock(queue_->mutex);
+    queue_->closed = true;
+  }
+  queue_->changed.notify_one();
+}
+
+void Worker::run(Task task) {
+  std::lock_guard own(mutex_);
+  if (!queue_) {
+    auto queue = std::make_shared<Queue>();
+    std::thread(work, queue).detach();
+    queue_ = std::move(queue);
+  }
+  {
+    std::lock_guard lock(queue_->mutex);
+    queue_->tasks.push_back(std::move(task));
+  }
+  queue_->changed.notify_one();
+}
+
+void Worker::work(std::shared_ptr<Queue> queue) {
+  pthread_setname_np(pthread_self(), "deep_ep");
+  while (true) {
+    Task task;
+    {
+      std::unique_lock lock(queue->mutex);
+      queue->changed.wait(lock, [&] { return !queue->tasks.empty() || queue->closed; });
+      if (queue->tasks.empty()) return;
+      task = std::move(queue->tasks.front());
+      queue->tasks.pop_front();
+    }
+    task();
+  }
+}
+
+}  // namespace deep_ep

@@ -1,0 +1,3 @@
+#include "started.h"
+
+STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) { library.impl("wait", TORCH_BOX(&deep_ep::wait)); }

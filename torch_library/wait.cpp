@@ -1,0 +1,10 @@
+#include "schema.h"
+
+// The results of the call of `op` that gave the ticket. What their shapes depend on is given again: `arguments` are the
+// tensors that op takes for a forward call, or like the results of a backward call; num_max is the num_worst_tokens of
+// dispatch, the num_max_dispatch_tokens_per_rank of low_latency_dispatch, and 0 for other ops.
+STABLE_TORCH_LIBRARY_FRAGMENT(deep_ep, library) {
+  deep_ep::define_with_ops(library, "wait",
+                           "(Tensor ticket, str op, Tensor[] arguments, int num_experts, int num_ranks, "
+                           "SymInt num_max, str group) -> Tensor[] results");
+}
