@@ -77,8 +77,6 @@ BY_KEYWORD = {("DeepEP", "low_latency_dispatch"): 5, ("DeepEP", "low_latency_com
 BY_KEYWORD |= {(peer, "__init__"): 7 for peer in BUFFERS}
 """How many arguments may be given by position, where that is not all of them."""
 
-NOT_YET = {"fused_deep_moe"}
-
 CONFIG = {
     "num_sms": 20,
     "num_max_nvl_chunked_send_tokens": 6,
@@ -88,15 +86,13 @@ CONFIG = {
 }
 ATTRIBUTES = ("group", "rank", "group_size", "num_nvl_bytes", "num_rdma_bytes", "low_latency_mode", "num_sms")
 ATTRIBUTES += ("explicitly_destroy", "enable_shrink", "normal_strategy", "low_latency_strategy")
-EXPORTS = ["Buffer", "Config", "EventHandle", "EventOverlap", "LowLatencyStrategy", "NormalStrategy", "topk_idx_t"]
+EXPORTS = ["Buffer", "Config", "EventHandle", "EventOverlap", "FuseMode", "LowLatencyStrategy", "NormalStrategy"]
+EXPORTS += ["topk_idx_t"]
 
 
 @pytest.mark.parametrize("peer", BUFFERS)
 def test_methods(peer: str) -> None:
     for name, arguments in BUFFERS[peer].items():
-        if name in NOT_YET:
-            assert not hasattr(deep_ep.Buffer, name)
-            continue
         parameters = inspect.signature(getattr(deep_ep.Buffer, name)).parameters
         ours = [name for name in parameters if name != "self"]
         if ours == ["args", "kwargs"]:
@@ -112,6 +108,7 @@ def test_other_names() -> None:
         assert name in deep_ep.__all__
     assert deep_ep.utils.EventOverlap is deep_ep.EventOverlap
     assert deep_ep.utils.EventHandle is deep_ep.EventHandle
+    assert deep_ep.buffer.FuseMode is deep_ep.FuseMode
     config = inspect.signature(deep_ep.Config).parameters
     assert {name: parameter.default for name, parameter in config.items()} == CONFIG
 
