@@ -53,9 +53,9 @@ void low_latency_drop(LowLatency* calls) { delete calls; }
 // Returns recv_x, which lives until the next call, of num_rows rows. x is [T, H], ids are [T, K].
 void* low_latency_dispatch(LowLatency* c, const void* x, const int64_t* ids, int64_t* num_rows) {
   c->rows.clear();
-  auto out = call<8>("deep_ep::low_latency_dispatch", c->blob(x, c->tokens, c->hidden, c->dtype),
+  auto out = call<7>("deep_ep::low_latency_dispatch", c->blob(x, c->tokens, c->hidden, c->dtype),
                      c->blob(ids, c->tokens, c->top_k, ScalarType::Long), c->tokens, c->experts, c->ranks, c->group,
-                     std::string(), std::nullopt);
+                     std::string());
   take(out[1]);
   c->handle = {take(out[2]), take(out[3]), take(out[4])};
   c->rows = {take(out[0])};
@@ -66,10 +66,10 @@ void* low_latency_dispatch(LowLatency* c, const void* x, const int64_t* ids, int
 // Returns [T, H], which lives until the next call. y is [num_rows, H], ids and weights are [T, K].
 void* low_latency_combine(LowLatency* c, const void* y, int64_t num_rows, const int64_t* ids, const float* weights) {
   c->sums.clear();
-  auto out = call<11>("deep_ep::low_latency_combine", c->blob(y, num_rows, c->hidden, c->dtype),
+  auto out = call<10>("deep_ep::low_latency_combine", c->blob(y, num_rows, c->hidden, c->dtype),
                       c->blob(ids, c->tokens, c->top_k, ScalarType::Long),
                       c->blob(weights, c->tokens, c->top_k, ScalarType::Float), c->handle[0], c->handle[1],
-                      c->handle[2], c->experts, c->ranks, c->group, std::string(), std::nullopt);
+                      c->handle[2], c->experts, c->ranks, c->group, std::string());
   c->sums = {take(out[0])};
   return c->sums[0].mutable_data_ptr();
 }

@@ -468,7 +468,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             topk_weights: rows="expert": None, or the weights in the handle. rows="rank": None, or fp32 [N, K], which
                 are summed up as well.
             bias: [T, H] in x's dtype, or two of them, added to the result in fp32. Unlike upstream, which rounds
-                once, the sum of rows is rounded before.
+                once, the sum of rows is rounded before. With async_finish it is read when the event is waited for.
             previous_event, async_finish, allocate_on_comm_stream: as in dispatch; the call never waits for peers.
             combine_send_cost_stats: int32 or int64 [R]; the call adds to every peer's entry the microseconds that it
                 took, or those that its event was waited for. Unchanged under torch.compile.

@@ -8,6 +8,7 @@ import concurrent.futures
 import inspect
 import itertools
 import queue
+import struct
 import threading
 import weakref
 from collections.abc import Callable, MutableMapping
@@ -99,7 +100,14 @@ def holding(op: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
 def _ticket(op: str, call: Future) -> Tensor:
     number = next(_numbers)
     _calls[number] = op, call
-    return torch.tensor([number], dtype=torch.float64, device="cpu")
+    memory = _Memory(struct.pack("d", number))
+    # Results that nobody asks for go with the ticket.
+    weakref.finalize(memory, _calls.pop, number, None).atexit = False
+    return torch.frombuffer(memory, dtype=torch.float64)
+
+
+class _Memory(bytearray):
+    """Of a tensor, which says when it goes."""
 
 
 def finish(op: str, ticket: Tensor) -> list[Tensor]:

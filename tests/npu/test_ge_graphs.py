@@ -404,7 +404,7 @@ def test_low_latency(pool: RankPool, strategy: str, dynamic: bool) -> None:
     pool.run(R, low_latency, strategy, dynamic, False, timeout=240)
 
 
-@pytest.mark.parametrize("strategy", ["default", "alltoall"])
+@pytest.mark.parametrize("strategy", LOW_LATENCY)
 def test_receive_hooks_leave_no_trace(pool: RankPool, strategy: str) -> None:
     pool.run(R, low_latency, strategy, False, True, timeout=240)
 

@@ -105,13 +105,11 @@ def nothing_yet(
     info: GroupInfo, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int
 ) -> LowLatencyOutput:
     """What `call` gives when no rank sends anything."""
-    M, H, (T, K), E = num_max_dispatch_tokens_per_rank, x.shape[1], topk_idx.shape, num_experts
-    L = E // info.size
-    N = info.size * M * min(K, L)
-    recv_count = topk_idx.new_zeros((L,))
-    src_info, send_head = (topk_idx.new_full(shape, -1, dtype=torch.int32) for shape in ((N, 3), (T, K)))
-    layout_range = topk_idx.new_zeros((E,), dtype=torch.int32)
-    return _in_order([x.new_zeros((N, H)), recv_count, src_info, layout_range, send_head], x, M, E)
+    M, overload = num_max_dispatch_tokens_per_rank, info.low_latency.value
+    results = [tensor.zero_() for tensor in _results(overload, x, topk_idx, num_experts, info.size, M)]
+    for places in (results[2], results[4]):
+        places.fill_(-1)
+    return _in_order(results, x, M, num_experts)
 
 
 def _in_order(
