@@ -7,7 +7,7 @@
 
 namespace deep_ep {
 
-// In huge pages where there are some: large results are written once, page by page.
+// In huge pages where there are some. What is given back is used again for as many bytes.
 std::shared_ptr<std::byte> private_memory(uint64_t bytes);
 
 // Of which all beyond the first `used` bytes are 0. That takes neither time nor memory until somebody touches it. What

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "private_memory.h"
+
 namespace deep_ep {
 namespace {
 
@@ -77,12 +79,18 @@ std::vector<int64_t> sizes_of(const Tensor& tensor) {
 }
 
 Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  constexpr uint64_t kLarge = 4 << 20;
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const uint64_t bytes = (shape.empty() ? 1 : strides[0] * shape[0]) * aoti_torch_dtype_element_size(type);
+  if (bytes >= kLarge && like.device().type() == torch::headeronly::kCPU) {
+    const std::shared_ptr<std::byte> memory = private_memory(bytes);
+    return torch::stable::from_blob(memory.get(), shape, strides, like.device(), dtype, [memory](void*) {});
+  }
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
                                                          strides.data(), type, device_type, device_index, &made));

@@ -62,7 +62,7 @@ class RecvRows {
 
  private:
   // From here on it takes less time to map memory than to write it.
-  static constexpr uint64_t kManyZeros = 256 << 10;
+  static constexpr uint64_t kManyZeros = 32 << 10;
 
   std::vector<Region> regions_;
   uint64_t row_bytes_ = 0;
