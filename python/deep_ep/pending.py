@@ -4,6 +4,7 @@ They run one after the other on a thread of their group, and every other call of
 (`join`), so collectives keep the order of the program. The counterpart for `.default` is torch_library/started.cpp.
 """
 
+import atexit
 import concurrent.futures
 import inspect
 import itertools
@@ -30,17 +31,17 @@ class _Worker:
     def __init__(self, group: ProcessGroup) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(name="deep_ep", target=_work, args=(self._tasks,), daemon=True)
-        self._newest: Future = Future()
+        self.newest: Future = Future()
         self._thread.start()
         weakref.finalize(group, self._tasks.put, None)
 
     def run(self, call: Future, kernel: Callable[..., Any], arguments: list[Any]) -> None:
-        self._newest = call
+        self.newest = call
         self._tasks.put(lambda: _run(call, kernel, arguments))
 
     def join(self) -> None:
         if threading.current_thread() is not self._thread:
-            concurrent.futures.wait([self._newest])
+            concurrent.futures.wait([self.newest])
 
 
 def _work(tasks: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
@@ -59,6 +60,14 @@ def _run(call: Future, kernel: Callable[..., Any], arguments: list[Any]) -> None
 
 
 _workers: MutableMapping[ProcessGroup, _Worker] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _let_go() -> None:
+    """Gives calls that go on the time to end, or to come to where they wait for a peer: a thread that asks for the
+    interpreter while that ends, as CPython before 3.14 has it, takes the process down with it.
+    """
+    concurrent.futures.wait([worker.newest for worker in _workers.values()], timeout=1.0)
 
 
 def place_of_group(kernel: Callable[..., Any]) -> int:
