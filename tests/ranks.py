@@ -27,6 +27,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -34,6 +35,8 @@ import deep_ep
 
 WORLD_SIZE = 4
 STRATEGIES = ("default", "alltoall")
+# For tests that are quick under one of them only.
+ALLTOALL_IS_SLOW = ("default", pytest.param("alltoall", marks=pytest.mark.slow))
 
 # Small enough that four ranks with a window per group fit anywhere; larger payloads go in rounds.
 WINDOW_BYTES = 32 << 20

@@ -616,5 +616,6 @@ assert torch.compiler.config.cache_key_tag == ""
 """
 
 
+@pytest.mark.slow
 def test_import_changes_nothing_in_torch() -> None:
     subprocess.run([sys.executable, "-c", LOOK_AROUND], check=True, timeout=120)

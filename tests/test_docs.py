@@ -77,6 +77,7 @@ def test_links(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, link
 
 
+@pytest.mark.slow
 def test_api_page_is_up_to_date() -> None:
     command = [sys.executable, "docs/make_api.py", "--check"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

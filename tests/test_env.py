@@ -232,6 +232,7 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
     assert [line.split()[4] for line in wrong.splitlines()] == list(WRONG)
 
 
+@pytest.mark.slow
 def test_report_is_a_program() -> None:
     command = [sys.executable, "-m", "deep_ep.env"]
     run = subprocess.run(

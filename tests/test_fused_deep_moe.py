@@ -219,6 +219,7 @@ print(fused_kernel._int_mm_is_exact())
 """
 
 
+@pytest.mark.slow
 def test_int8_products_are_exact() -> None:
     """On older CPUs as well, whose products torch gets wrong."""
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}

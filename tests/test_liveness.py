@@ -533,6 +533,7 @@ def many_groups(ctx: RankContext) -> None:
         dist.destroy_process_group(group)
 
 
+@pytest.mark.slow
 def test_many_groups(pool: RankPool) -> None:
     pool.run(4, many_groups)
 
@@ -610,6 +611,7 @@ def grow(ctx: RankContext) -> None:
     deep_ep.destroy(group)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("R", [1, 3])
 def test_windows_grow(pool: RankPool, R: int) -> None:
     pool.run(R, grow)
@@ -637,6 +639,7 @@ def grow_as_needed(ctx: RankContext) -> None:
     deep_ep.destroy(group)
 
 
+@pytest.mark.slow
 def test_windows_grow_as_needed(pool: RankPool) -> None:
     pool.run(3, grow_as_needed)
 

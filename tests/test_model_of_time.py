@@ -93,6 +93,7 @@ def test_links() -> None:
     assert model.link_time(a5, 128, 127 * 224e9, 1.0) == pytest.approx(64)  # beyond 64 ranks
 
 
+@pytest.mark.slow
 def test_deep_ep_does_not_import_it() -> None:
     program = "import sys, deep_ep; sys.exit('deep_ep.twin' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

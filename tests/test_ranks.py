@@ -58,6 +58,7 @@ def test_failures_of_all_ranks_are_told(pool: RankPool) -> None:
     assert [str(error) for error in errors] == ["None", "bad value on rank 1", "bad value on rank 2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expect_errors", [False, True])
 def test_a_hang_is_a_failure_that_shows_the_stack(pool: RankPool, expect_errors: bool) -> None:
     with pytest.raises(RankError, match="in wait_for_rank_0") as raised:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankContext, RankPool
+from ranks import STRATEGIES, RankContext, RankPool
 from train_moe import Config, train
 
 SMALL = {"steps": 20, "batch": 8, "seq": 32, "dim": 32, "quiet": True}
@@ -23,10 +23,9 @@ def one_rank(pool: RankPool) -> dict[str, Any]:
     return metrics
 
 
-@pytest.mark.parametrize("strategy", ["default", pytest.param("alltoall", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "backend", ["none", "aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(400)])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("backend", ["none", "aot_eager", pytest.param("inductor", marks=pytest.mark.timeout(400))])
 def test_four_ranks_train_as_one(pool: RankPool, one_rank: dict[str, Any], backend: str, strategy: str) -> None:
     for metrics in pool.run(4, run, {"compile": backend, "strategy": strategy}, timeout=300):
         torch.testing.assert_close(metrics["losses"], one_rank["losses"], rtol=1e-4, atol=0)
@@ -40,6 +39,7 @@ def test_four_ranks_train_as_one(pool: RankPool, one_rank: dict[str, Any], backe
             }
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_are_counted(pool: RankPool) -> None:
     for metrics in pool.run(2, run, {"compile": "aot_eager", "num_worst_tokens": 200}):
         assert metrics["graphs"] == 1

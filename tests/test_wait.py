@@ -20,7 +20,16 @@ from cases import Case, assert_same, cases, make_inputs
 from hypothesis import given, settings
 from meeting import prepare
 from op_calls import OPS, calls, check_ops, error_of
-from ranks import STRATEGIES, WINDOW_BYTES, RankContext, RankDied, RankPool, raise_failures, spawn_ranks
+from ranks import (
+    ALLTOALL_IS_SLOW,
+    STRATEGIES,
+    WINDOW_BYTES,
+    RankContext,
+    RankDied,
+    RankPool,
+    raise_failures,
+    spawn_ranks,
+)
 from test_order import issued_ops
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,8 +38,6 @@ from torch.utils.checkpoint import checkpoint
 
 import deep_ep
 from deep_ep import pending
-
-ALLTOALL_IS_SLOW = ["default", pytest.param("alltoall", marks=pytest.mark.slow)]
 
 
 def start(op: str, strategy: str, arguments: dict[str, Any]) -> Tensor:
