@@ -216,10 +216,13 @@ void Operation::enter(const Contribution& mine, const std::function<std::string(
     return true;
   };
   wait("to enter", all_posted, missing, [](int) { return true; });
-  // A rank that no longer waited for this one would not have what it asked for.
-  for (int r = 0; r < size(); ++r)
+  all_attached_ = true;
+  for (int r = 0; r < size(); ++r) {
+    all_attached_ = all_attached_ && this->post(r).attached != 0;
+    // A rank that no longer waited for this one would not have what it asked for.
     if (group_.control(r).state.load(std::memory_order_acquire) == State::broken)
       give_up(str(prefix(), "rank ", r, " gave up: ", group_.control(r).reason));
+  }
 
   const std::string wrong = verdict(check);
   stopwatch_.enter(Phase::allocate);
@@ -238,12 +241,6 @@ bool Operation::attach(const Contribution& mine) {
     group_.attachable_ = bytes;
   }
   mine.attach(group_.attachment(rank(), sequence_));
-  return true;
-}
-
-bool Operation::all_attached() const {
-  for (int r = 0; r < size(); ++r)
-    if (post(r).attached == 0) return false;
   return true;
 }
 

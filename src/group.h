@@ -168,7 +168,7 @@ class Operation {
 
   // Whether all ranks have attached what they have to send: there is nothing to exchange. A rank need not attach what
   // it sends to itself, and attaches nothing if it is alone.
-  bool all_attached() const;
+  bool all_attached() const { return all_attached_; }
   const std::byte* attachment(int rank) const { return group_.attachment(rank, sequence_); }
 
   // What the time from here on is spent on.
@@ -219,6 +219,7 @@ class Operation {
   Block offered_;
   mutable uint64_t needed_ = 0;  // bytes of it
   bool open_ = false;
+  bool all_attached_ = false;
   Stopwatch stopwatch_{Phase::counts};
 };
 

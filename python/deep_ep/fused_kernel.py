@@ -44,6 +44,14 @@ class _Experts:
         h = torch.cat([gate, up], 1)
         return h if self._places is None else torch.empty_like(h).index_copy_(1, self._places, h)
 
+    def compute(self, expert: int, rows: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """y of rows [n, H] with quant_mode 0, to out [n, H]. Returns h and a."""
+        h = rows @ self.w1[expert]
+        gate, up = self.gate_up(h)
+        a = (silu(gate) * up).to(rows.dtype)
+        torch.mm(a, self.w2[expert], out=out)
+        return h, a
+
 
 def _blocks(counts: Tensor) -> Iterator[tuple[int, slice]]:
     """Each expert that has rows, and which they are."""
@@ -117,8 +125,7 @@ def forward(
     y = x.new_empty((received.recv_x.shape[0], x.shape[1]))
     if sent is None:
         for expert, block in _blocks(counts):
-            gate, up = experts.gate_up(received.recv_x[block] @ experts.w1[expert])
-            torch.mm((silu(gate) * up).to(x.dtype), experts.w2[expert], out=y[block])
+            experts.compute(expert, received.recv_x[block], y[block])
     else:
         scales = [gmm1_weight_scale, gmm2_weight_scale]
         if overload == "dispatch_ffn_combine":
@@ -191,10 +198,7 @@ def backward(
     experts = _Experts(overload, gmm1_weight, gmm2_weight)
     hs, acts, y = [], [], torch.empty_like(received.recv_x)
     for expert, block in _blocks(received.num_recv_tokens_per_expert):
-        h = received.recv_x[block] @ experts.w1[expert]
-        gate, up = experts.gate_up(h)
-        a = (silu(gate) * up).to(x.dtype)
-        torch.mm(a, experts.w2[expert], out=y[block])
+        h, a = experts.compute(expert, received.recv_x[block], y[block])
         hs.append(h)
         acts.append(a)
     handle = received.recv_src_idx, received.send_head

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,17 @@ from .. import _compile, _library, pending  # noqa: F401  (_library defines the 
 from ..npu import ge
 
 _fragment = torch.library.Library("deep_ep", "FRAGMENT")
+
+
+class Start(NamedTuple):
+    """What `<op>_start`, which takes the arguments of an op and gives a ticket for wait, has of its own."""
+
+    check: Callable[..., str | None]
+    """What is wrong with the arguments, which it gets without the group; called with `overload=` too where there is an
+    overload `.ops`."""
+    backward: Callable[..., Any]
+    """Gets the ticket of the backward call, to complete it."""
+    setup_context: Callable[..., None] | None = None
 
 
 def register(
@@ -26,6 +37,7 @@ def register(
     convert: dict[str, Callable[..., Any]],
     decompose: Callable[..., Any] | None = None,
     communicates: bool = True,
+    start: Start | None = None,
 ) -> None:
     """Registers the Python parts of op `name` for its overloads.
 
@@ -41,6 +53,7 @@ def register(
         convert: the GE converter of each overload (see `deep_ep.npu.ge`).
         decompose: the overload `.alltoall` out of torch's operators, which torchair converts.
         communicates: whether ranks talk to each other in it.
+        start: of `<name>_start`, which is registered with it, where there is one.
     """
     if alltoall is not None:
         _fragment.impl(f"{name}.alltoall", alltoall, "CompositeExplicitAutograd")
@@ -69,43 +82,29 @@ def register(
         if overload in convert:
             ge.converter(op, convert[overload], communicates)
 
-
-def register_start(
-    op: str,
-    *,
-    check: Callable[..., str | None],
-    alltoall: Callable[..., Any],
-    ops: Callable[..., Any] | None = None,
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any],
-    convert: dict[str, Callable[..., Any]],
-    decompose: Callable[..., Any] | None = None,
-) -> None:
-    """Registers `<op>_start`, which takes the arguments of `op` and gives a ticket for wait.
-
-    Args:
-        check: what is wrong with the arguments, which it gets without the group; called with `overload=` too where
-            there is an overload `.ops`.
-        alltoall, ops, convert, decompose: of `op`.
-        setup_context, backward: the autograd formula; `backward` gets the ticket of the backward call, to complete it.
-    """
-    name = f"{op}_start"
-    group = pending.place_of_group(alltoall)
-
-    def fake(*arguments: Any, **overload: str) -> Tensor:
-        reject(name, check(*arguments[:group], *arguments[group + 1 :], **overload))
-        return arguments[0].new_empty((1,), dtype=torch.float64, device="cpu")
-
+    if start is None:
+        return
+    assert alltoall is not None
     register(
-        name,
-        fake=fake,
-        alltoall=pending.starting(op, alltoall),
-        ops=None if ops is None else pending.holding(op, ops),
-        setup_context=setup_context,
-        backward=backward,
+        f"{name}_start",
+        fake=_fake_of_start(name, start.check, pending.place_of_group(alltoall)),
+        alltoall=pending.starting(name, alltoall),
+        ops=None if ops is None else pending.holding(name, ops),
+        setup_context=start.setup_context,
+        backward=start.backward,
         convert={overload: ge.starting(converter) for overload, converter in convert.items()},
         decompose=None if decompose is None else ge.starting_of(decompose),
     )
+
+
+def _fake_of_start(op: str, check: Callable[..., str | None], group: int) -> Callable[..., Tensor]:
+    """That of `<op>_start`, whose argument number `group` is the group."""
+
+    def fake(*arguments: Any, **overload: str) -> Tensor:
+        reject(f"{op}_start", check(*arguments[:group], *arguments[group + 1 :], **overload))
+        return arguments[0].new_empty((1,), dtype=torch.float64, device="cpu")
+
+    return fake
 
 
 def reject(name: str, error: str | None) -> None:

@@ -13,7 +13,7 @@ from .. import alltoall, checks
 from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
-from ._registration import register, register_start, reject
+from ._registration import Start, register, reject
 from .dispatch import DispatchHandle
 from .wait import Completion, Started, completes
 
@@ -153,16 +153,7 @@ register(
     backward=backward,
     convert={"default": convert},
     decompose=graph_alltoall.combine,
-)
-
-register_start(
-    "combine",
-    check=checks.combine,
-    alltoall=alltoall.combine,
-    setup_context=setup_context,
-    backward=backward_start,
-    convert={"default": convert},
-    decompose=graph_alltoall.combine,
+    start=Start(checks.combine, backward_start, setup_context),
 )
 
 completes(

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import alltoall, checks
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
-from ._registration import no_second_derivative, register, register_start, reject
+from ._registration import Start, no_second_derivative, register, reject
 from .wait import Completion, completes
 
 
@@ -62,15 +62,7 @@ register(
     backward=no_second_derivative("combine_backward"),
     convert={"default": convert},
     decompose=graph_alltoall.combine_backward,
-)
-
-register_start(
-    "combine_backward",
-    check=checks.combine_backward,
-    alltoall=alltoall.combine_backward,
-    backward=no_second_derivative("combine_backward"),
-    convert={"default": convert},
-    decompose=graph_alltoall.combine_backward,
+    start=Start(checks.combine_backward, no_second_derivative("combine_backward")),
 )
 
 completes(

@@ -15,7 +15,7 @@ from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from . import get_dispatch_layout
-from ._registration import register, register_start, reject
+from ._registration import Start, register, reject
 from .wait import Completion, Started, completes
 
 
@@ -112,6 +112,10 @@ def dispatch_start(
     return start(info_of(group), x, topk_idx, topk_weights, num_experts, num_worst_tokens)
 
 
+def _or_ones(topk_weights: Tensor | None, topk_idx: Tensor) -> Tensor:
+    return torch.ones_like(topk_idx, dtype=torch.float32) if topk_weights is None else topk_weights
+
+
 def call(
     info: GroupInfo,
     x: Tensor,
@@ -122,8 +126,7 @@ def call(
     is_token_in_rank: Tensor | None = None,
 ) -> DispatchOutput:
     """The op's overload for `info`, with its results put in order."""
-    if topk_weights is None:
-        topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
+    topk_weights = _or_ones(topk_weights, topk_idx)
     op = getattr(torch.ops.deep_ep.dispatch, info.normal.value)
     results = op(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens, info.name)
     return _in_order(info, results, topk_idx, topk_weights, num_experts, is_token_in_rank)
@@ -139,8 +142,7 @@ def start(
     is_token_in_rank: Tensor | None = None,
 ) -> Started:
     """As `call`, for `complete`."""
-    if topk_weights is None:
-        topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
+    topk_weights = _or_ones(topk_weights, topk_idx)
     op = getattr(torch.ops.deep_ep.dispatch_start, info.normal.value)
     ticket = op(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens, info.name)
     arguments = x, topk_idx, topk_weights
@@ -318,16 +320,7 @@ register(
     backward=backward,
     convert={"default": convert},
     decompose=graph_alltoall.dispatch,
-)
-
-register_start(
-    "dispatch",
-    check=checks.dispatch,
-    alltoall=alltoall.dispatch,
-    setup_context=setup_context_start,
-    backward=backward_start,
-    convert={"default": convert},
-    decompose=graph_alltoall.dispatch,
+    start=Start(checks.dispatch, backward_start, setup_context_start),
 )
 
 completes(

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import alltoall, checks
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
-from ._registration import no_second_derivative, register, register_start, reject
+from ._registration import Start, no_second_derivative, register, reject
 from .wait import Completion, completes
 
 
@@ -61,15 +61,7 @@ register(
     backward=no_second_derivative("dispatch_backward"),
     convert={"default": convert},
     decompose=graph_alltoall.dispatch_backward,
-)
-
-register_start(
-    "dispatch_backward",
-    check=checks.dispatch_backward,
-    alltoall=alltoall.dispatch_backward,
-    backward=no_second_derivative("dispatch_backward"),
-    convert={"default": convert},
-    decompose=graph_alltoall.dispatch_backward,
+    start=Start(checks.dispatch_backward, no_second_derivative("dispatch_backward")),
 )
 
 

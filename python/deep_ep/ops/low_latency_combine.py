@@ -16,7 +16,7 @@ from .. import alltoall, checks, npu_ops
 from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
-from ._registration import register, register_start, reject
+from ._registration import Start, register, reject
 from .low_latency_dispatch import LowLatencyHandle
 from .wait import Completion, Started, completes
 
@@ -175,17 +175,7 @@ register(
     backward=backward,
     convert={"default": convert, "ops": npu_ops.convert_combine},
     decompose=graph_alltoall.low_latency_combine,
-)
-
-register_start(
-    "low_latency_combine",
-    check=_error,
-    alltoall=alltoall.low_latency_combine,
-    ops=npu_ops.low_latency_combine,
-    setup_context=setup_context,
-    backward=backward_start,
-    convert={"default": convert, "ops": npu_ops.convert_combine},
-    decompose=graph_alltoall.low_latency_combine,
+    start=Start(_error, backward_start, setup_context),
 )
 
 completes(

@@ -16,7 +16,7 @@ from .. import alltoall, checks, npu_ops
 from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
-from ._registration import register, register_start, reject
+from ._registration import Start, register, reject
 from .wait import Completion, Started, completes
 
 
@@ -235,17 +235,7 @@ register(
     backward=backward,
     convert={"default": convert, "ops": npu_ops.convert_dispatch},
     decompose=graph_alltoall.low_latency_dispatch,
-)
-
-register_start(
-    "low_latency_dispatch",
-    check=_error,
-    alltoall=alltoall.low_latency_dispatch,
-    ops=npu_ops.low_latency_dispatch,
-    setup_context=setup_context_start,
-    backward=backward_start,
-    convert={"default": convert, "ops": npu_ops.convert_dispatch},
-    decompose=graph_alltoall.low_latency_dispatch,
+    start=Start(_error, backward_start, setup_context_start),
 )
 
 completes("low_latency_dispatch", Completion(fake=_results, complete=complete, saved=_saved, backward=backward_wait))
