@@ -28,7 +28,10 @@ WRITE_READ = "write+read"
 
 
 class Dispatcher(Protocol):
-    """One way of sending tokens to their experts; both methods are collective over the group."""
+    """One way of sending tokens to their experts; both methods are collective over the group.
+
+    One that has `in_a_row` is called from C++: each method does its work as many times.
+    """
 
     name: str
     sum_eps: float  # relative error of a product or a sum in combine
@@ -172,14 +175,16 @@ class Tuned:
 
 
 class TunedMPI(Tuned):
-    """Tuned over MPI_Alltoallv, one call of C++ for each of dispatch and combine."""
+    """Tuned over MPI_Alltoallv, called from C++."""
+
+    in_a_row = 1
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, None]:
         pointers = x.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
-        return self._received(native.library().mpi_dispatch(self.exchange, *pointers)), None
+        return self._received(native.library().mpi_dispatch(self.exchange, *pointers, self.in_a_row)), None
 
     def combine(self, y: Tensor, state: None) -> Tensor:
-        native.library().mpi_combine(self.exchange, y.data_ptr(), self.buffers.out.data_ptr())
+        native.library().mpi_combine(self.exchange, y.data_ptr(), self.buffers.out.data_ptr(), self.in_a_row)
         return self.buffers.out
 
 
@@ -254,20 +259,24 @@ class DeepEP:
         return self.combine_op(y, *state, *self.sizes, self.group_name)
 
 
-class DeepEPLowLatencyCalls:
-    """deep_ep's low-latency ops called by C++, with room for M = T tokens per rank; results live until the next one."""
+class CalledFromCpp:
+    """deep_ep's low-latency ops with room for M = T tokens per rank, or GlooDispatcher, by C++ and without backward.
+    Results live until the next call.
+    """
 
-    def __init__(self, group: dist.ProcessGroup, point: Point) -> None:
-        self.name = DEEP_EP
+    in_a_row = 1
+
+    def __init__(self, name: str, group: dist.ProcessGroup, point: Point) -> None:
+        self.name = name
         self.sum_eps = torch.finfo(torch.float32).eps
         sizes = point.tokens, point.hidden, point.topk, point.experts, point.ranks
-        self.calls = native.LowLatency(*sizes, DTYPES[point.dtype], group.group_name)
+        self.calls = native.Calls(name == GLOO, *sizes, DTYPES[point.dtype], group.group_name)
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, Any]:
-        return self.calls.dispatch(x, topk_idx), (topk_idx, topk_weights)
+        return self.calls.dispatch(x, topk_idx, topk_weights, self.in_a_row), (topk_idx, topk_weights)
 
     def combine(self, y: Tensor, state: Any) -> Tensor:
-        return self.calls.combine(y, *state)
+        return self.calls.combine(y, *state, self.in_a_row)
 
 
 class DeepEPLowLatency:
@@ -321,17 +330,18 @@ def make_dispatchers(group: dist.ProcessGroup, point: Point) -> list[Dispatcher 
     """
     E, rank = point.experts, group.rank()
     competitors: list[Dispatcher | Memory] = []
-    if point.mode == "low_latency":
+    from_cpp = point.mode == "low_latency" and not point.backward
+    if from_cpp:
+        competitors += [CalledFromCpp(name, group, point) for name in (DEEP_EP, GLOO)]
         competitors += [DeepEPLowLatency(group, point, "alltoall")]
-        competitors += [
-            DeepEPLowLatency(group, point, "default") if point.backward else DeepEPLowLatencyCalls(group, point)
-        ]
+    elif point.mode == "low_latency":
+        competitors += [DeepEPLowLatency(group, point, overload) for overload in ("default", "alltoall")]
     elif point.rows == "rank":
         competitors += [DeepEPBuffer(group, E)]
     else:
         competitors += [DeepEP(group, E, overload) for overload in ("default", "alltoall")]
     if point.rows == "expert":
-        competitors += [GlooDispatcher(group, E, GLOO)]
+        competitors += [] if from_cpp else [GlooDispatcher(group, E, GLOO)]
         if point.dtype != "fp32":
             competitors += [GlooDispatcher(group, E, GLOO_LOWP, DTYPES[point.dtype])]
     if not point.backward:

@@ -8,14 +8,15 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 
 In every repetition each competitor runs once, in an order that rotates from one repetition to the next. All ranks
 meet in a barrier before each stage, and the time of a stage is the largest over the ranks; with few tokens it is
-that of a call among several in a row. Dispatch and combine are timed apart, since experts run between them: combine
+that of a call among many in a row. Dispatch and combine are timed apart, since experts run between them: combine
 gets a copy of recv_x in ordinary memory, as an expert's output would be, and the copy is not timed. Ratios are taken
 between times of the same repetition. Before anything is timed, the result of every competitor is compared with the
 expected one.
 
-Where OpenMPI is installed (Debian: libopenmpi-dev, openmpi-bin) its mpirun starts the ranks, and MPI competes: one
-call of C++ for each of dispatch and combine. So are deep_ep's low-latency ops, without backward. All other ops of
-deep_ep are called through torch.ops and gloo through torch.distributed, both from Python.
+Where OpenMPI is installed (Debian: libopenmpi-dev, openmpi-bin) its mpirun starts the ranks, and MPI competes. MPI is
+called from C++. So are, for low latency without backward, deep_ep through torch's dispatcher and gloo as frameworks
+use it through c10d, in inference mode. All other ops of deep_ep are called through torch.ops and gloo through
+torch.distributed, both from Python.
 """
 
 from __future__ import annotations

@@ -43,19 +43,19 @@ def library() -> ctypes.CDLL:
         "exchange_unpack": [exchange],
         "exchange_pack_back": [exchange, pointer],
         "exchange_unpack_back": [exchange, pointer],
-        "low_latency_make": [*[number] * 6, ctypes.c_char_p],
-        "low_latency_drop": [pointer],
-        "low_latency_dispatch": [pointer, pointer, pointer, ctypes.POINTER(number)],
-        "low_latency_combine": [pointer, pointer, number, pointer, pointer],
+        "calls_make": [ctypes.c_bool, *[number] * 6, ctypes.c_char_p],
+        "calls_drop": [pointer],
+        "calls_dispatch": [pointer, pointer, pointer, pointer, number, ctypes.POINTER(number)],
+        "calls_combine": [pointer, pointer, number, pointer, pointer, number],
         "memory_copy": [pointer, pointer, number, number],
         "memory_write_read": [pointer, number, number],
-        "mpi_dispatch": [exchange, pointer, pointer, pointer],
-        "mpi_combine": [exchange, pointer, pointer],
+        "mpi_dispatch": [exchange, pointer, pointer, pointer, number],
+        "mpi_combine": [exchange, pointer, pointer, number],
     }.items():
         if not name.startswith("mpi_") or hasattr(loaded, "mpi_start"):
             function = getattr(loaded, name)
             function.argtypes = arguments
-            function.restype = pointer if name.startswith("low_latency_") else number
+            function.restype = pointer if name.startswith("calls_") else number
     return loaded
 
 
@@ -91,39 +91,38 @@ class Buffers:
         return Exchange(**numbers, **{name: tensor.data_ptr() for name, tensor in pointers.items()})
 
 
-class LowLatency:
-    """deep_ep's low-latency ops, called by C++ in inference mode, as for decoding: low_latency.cpp."""
+class Calls:
+    """deep_ep's low-latency ops, or gloo as frameworks use it, called by C++ in inference mode: calls.cpp."""
 
     def __init__(
-        self, tokens: int, hidden: int, top_k: int, experts: int, ranks: int, dtype: torch.dtype, group: str
+        self,
+        of_gloo: bool,
+        tokens: int,
+        hidden: int,
+        top_k: int,
+        experts: int,
+        ranks: int,
+        dtype: torch.dtype,
+        group: str,
     ) -> None:
         self.dtype, self.shape = dtype, (tokens, hidden)
         code = (torch.float32, torch.float16, torch.bfloat16).index(dtype)
-        self.calls = library().low_latency_make(tokens, hidden, top_k, experts, ranks, code, group.encode())
-        weakref.finalize(self, library().low_latency_drop, self.calls)
-        self.num_rows = ctypes.c_int64()
-        self.tensors: dict[int, Tensor] = {}
+        self.calls = library().calls_make(of_gloo, tokens, hidden, top_k, experts, ranks, code, group.encode())
+        weakref.finalize(self, library().calls_drop, self.calls)
 
     def _at(self, address: int, num_rows: int) -> Tensor:
-        """The tensor at the address: making one takes longer than the call."""
-        found = self.tensors.get(address)
-        if found is None or found.shape[0] != num_rows:
-            count = num_rows * self.shape[1]
-            memory = (ctypes.c_char * (count * self.dtype.itemsize)).from_address(address)
-            found = torch.frombuffer(memory, dtype=self.dtype, count=count).view(num_rows, self.shape[1])
-            self.tensors[address] = found
-        return found
+        count = num_rows * self.shape[1]
+        memory = (ctypes.c_char * (count * self.dtype.itemsize)).from_address(address)
+        return torch.frombuffer(memory, dtype=self.dtype, count=count).view(num_rows, self.shape[1])
 
-    def dispatch(self, x: Tensor, topk_idx: Tensor) -> Tensor:
-        """recv_x, in memory that the next call gives back."""
-        with torch.inference_mode():
-            pointers = x.data_ptr(), topk_idx.data_ptr()
-            address = library().low_latency_dispatch(self.calls, *pointers, ctypes.byref(self.num_rows))
-        return self._at(address, self.num_rows.value)
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, times: int) -> Tensor:
+        """recv_x of the last of so many operations, in memory that the next call gives back."""
+        num_rows = ctypes.c_int64()
+        pointers = x.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
+        address = library().calls_dispatch(self.calls, *pointers, times, ctypes.byref(num_rows))
+        return self._at(address, num_rows.value)
 
-    def combine(self, y: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
-        """[T, H], in memory that the next call gives back."""
-        with torch.inference_mode():
-            pointers = topk_idx.data_ptr(), topk_weights.data_ptr()
-            address = library().low_latency_combine(self.calls, y.data_ptr(), len(y), *pointers)
-        return self._at(address, self.shape[0])
+    def combine(self, y: Tensor, topk_idx: Tensor, topk_weights: Tensor, times: int) -> Tensor:
+        """[T, H] of the last of so many operations, in memory that the next call gives back."""
+        pointers = topk_idx.data_ptr(), topk_weights.data_ptr()
+        return self._at(library().calls_combine(self.calls, y.data_ptr(), len(y), *pointers, times), self.shape[0])

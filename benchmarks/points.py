@@ -39,11 +39,6 @@ class Point:
     def stages(self) -> list[str]:
         return ["dispatch", "combine", "backward"] if self.backward else ["dispatch", "combine"]
 
-    @property
-    def calls(self) -> int:
-        """How often a stage is called in a row in one repetition, so that it takes longer than a barrier does."""
-        return max(1, 64 // self.tokens)
-
     def __str__(self) -> str:
         text = f"R={self.ranks} T={self.tokens} H={self.hidden} K={self.topk} E={self.experts} {self.dtype}"
         text += f" rows={self.rows}" * (self.rows != "expert") + " low latency" * (self.mode == "low_latency")

@@ -30,7 +30,11 @@ from benchmarks.overhead import measure as measure_overhead
 from benchmarks.points import Inputs, Point, check, make_inputs
 from benchmarks.report import Results, Samples, Value, with_totals
 
-WARMUP = 1
+WARMUP = 2  # repetitions, which also tell how many calls to make in a row
+# Ranks leave a barrier milliseconds apart, and find their cores some milliseconds later. Calls that are no longer than
+# that are made in a row, for as many seconds.
+SHORT = 0.005
+IN_A_ROW = 0.1
 
 # Ranks may outnumber cores, and all of them are on this host.
 MPIRUN = ("mpirun", "--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1")
@@ -46,17 +50,20 @@ def with_mpirun() -> bool:
     return native.has_mpi() and all(map(shutil.which, (MPIRUN[0], "ompi_info")))
 
 
-def run_once(dispatcher: Dispatcher | Memory, inputs: Inputs, point: Point) -> list[float]:
-    """Seconds of a call that this rank spent in every stage of one round."""
+def run_once(dispatcher: Dispatcher | Memory, inputs: Inputs, point: Point, calls: list[int]) -> list[float]:
+    """Seconds of a call that this rank spent in every stage of one round, of so many calls in a row."""
     seconds: list[float] = []
 
     def timed(stage: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        count = loops = calls[len(seconds)]
+        if hasattr(dispatcher, "in_a_row"):
+            dispatcher.in_a_row, loops = count, 1
         dist.barrier()
         start = time.perf_counter()
-        for _ in range(point.calls):
+        for _ in range(loops):
             result = None  # gives memory back before the next call
             result = stage(*args, **kwargs)
-        seconds.append((time.perf_counter() - start) / point.calls)
+        seconds.append((time.perf_counter() - start) / count)
         return result
 
     x = inputs.x.detach().requires_grad_(point.backward)
@@ -64,23 +71,29 @@ def run_once(dispatcher: Dispatcher | Memory, inputs: Inputs, point: Point) -> l
     recv_x, state = timed(dispatcher.dispatch, x, inputs.topk_idx, topk_weights)
     out = timed(dispatcher.combine, recv_x.clone(), state)
     if point.backward:
-        timed(out.backward, inputs.grad_out, retain_graph=point.calls > 1)
+        timed(out.backward, inputs.grad_out, retain_graph=True)
     return seconds
 
 
 def measure(dispatchers: list[Dispatcher | Memory], point: Point, rank: int) -> Samples:
     """Times of all competitors over interleaved repetitions, the largest over the ranks."""
     inputs = make_inputs(point, rank)
-    seconds = torch.zeros(len(dispatchers), len(point.stages), WARMUP + point.repeats, dtype=torch.float64)
+    calls = torch.ones(len(dispatchers), len(point.stages), dtype=torch.int64)
+    kept: list[torch.Tensor] = []
     for repetition in range(WARMUP + point.repeats):
+        seconds = torch.zeros(calls.shape, dtype=torch.float64)
         for turn in range(len(dispatchers)):
             i = (repetition + turn) % len(dispatchers)
-            seconds[i, :, repetition] = torch.tensor(run_once(dispatchers[i], inputs, point))
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    kept = seconds[:, :, WARMUP:].tolist()
+            seconds[i] = torch.tensor(run_once(dispatchers[i], inputs, point, calls[i].tolist()))
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        if repetition < WARMUP:
+            calls = torch.where(seconds < SHORT, (IN_A_ROW / seconds).ceil(), 1).long()
+        else:
+            kept.append(seconds)
+    times = torch.stack(kept, dim=2).tolist()
     return {
-        dispatcher.name: dict(zip(point.stages, times, strict=True))
-        for dispatcher, times in zip(dispatchers, kept, strict=True)
+        dispatcher.name: dict(zip(point.stages, of_stages, strict=True))
+        for dispatcher, of_stages in zip(dispatchers, times, strict=True)
     }
 
 

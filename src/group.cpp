@@ -119,9 +119,9 @@ std::vector<Op> Group::log(uint64_t limit, uint64_t* issued) const {
 
 Nanoseconds Group::spent(Op op, uint64_t* finished) const {
   std::lock_guard lock(log_mutex_);
-  const auto found = spent_.find(op);
-  *finished = found == spent_.end() ? 0 : found->second.second;
-  return found == spent_.end() ? Nanoseconds{} : found->second.first;
+  const auto& [nanoseconds, count] = spent_[static_cast<int>(op)];
+  *finished = count;
+  return nanoseconds;
 }
 
 std::byte* Group::address(int rank, uint64_t offset) const {
@@ -186,7 +186,7 @@ Operation::Operation(Turn turn, Contribution mine, const std::function<std::stri
     if (group_.log_.size() < Group::kLogged) group_.log_.resize(Group::kLogged);
     group_.log_[(sequence_ - 1) % Group::kLogged] = op_;
   }
-  offered_ = group_.own_->pool.take(with_margin(std::max(mine.expected, group_.wanted_[op_])));
+  offered_ = group_.own_->pool.take(with_margin(std::max(mine.expected, wanted())));
   open_ = true;
 
   try {
@@ -255,10 +255,9 @@ void Operation::finish() {
   group_.own_->pool.give_back(std::exchange(offered_, {}));
   open_ = false;
   stopwatch_.enter(Phase::finish);
-  uint64_t& wanted = group_.wanted_[op_];
-  wanted = std::max(needed_, wanted - wanted / 64);
+  wanted() = std::max(needed_, wanted() - wanted() / 64);
   std::lock_guard lock(group_.log_mutex_);
-  auto& [spent, finished] = group_.spent_[op_];
+  auto& [spent, finished] = group_.spent_[static_cast<int>(op_)];
   for (int i = 0; i < kPhases; ++i) spent[i] += stopwatch_.spent()[i];
   ++finished;
 }
@@ -273,16 +272,16 @@ void Operation::give_up(const std::string& reason) {
 
 // The same on all ranks: it depends on the posts only.
 std::string Operation::verdict(const std::function<std::string(const Operation&)>& check) const {
-  const auto differ = [this](const char* what, auto value) {
+  const auto differ = [this](const char* what, auto Post::* field, auto name) {
+    const auto value = [&](int r) { return post(r).*field; };
     std::string text;
     for (int r = 1; r < size(); ++r)
-      if (value(post(r)) != value(post(0)))
-        text += str(text.empty() ? str(what, " differs: rank 0 has ", value(post(0))) : "", ", rank ", r, " has ",
-                    value(post(r)));
+      if (value(r) != value(0))
+        text += str(text.empty() ? str(what, " differs: rank 0 has ", name(value(0))) : "", ", rank ", r, " has ",
+                    name(value(r)));
     return text;
   };
-  const auto op_name = [](const Post& p) { return std::string(name_of(p.op)); };
-  if (std::string text = differ("the operation", op_name); !text.empty())
+  if (std::string text = differ("the operation", &Post::op, [](Op op) { return name_of(op); }); !text.empty())
     return text + str(" (operation number ", sequence_,
                       " of this group); all ranks must issue the same operations in the same order");
 
@@ -291,11 +290,11 @@ std::string Operation::verdict(const std::function<std::string(const Operation&)
     if (post(r).rejected) rejected += str(rejected.empty() ? "" : "; ", "rank ", r, ": ", post(r).text);
   if (!rejected.empty()) return rejected;
 
-  const std::pair<const char*, int64_t Post::*> numbers[] = {
-      {"num_experts", &Post::experts}, {"the hidden size", &Post::hidden}, {"top-k", &Post::top_k}};
-  std::string text = differ("the dtype", [](const Post& p) { return std::string(name_of(DType{p.dtype})); });
-  for (const auto& [what, field] : numbers)
-    if (text.empty()) text = differ(what, [f = field](const Post& p) { return p.*f; });
+  const auto number = [](int64_t value) { return value; };
+  std::string text = differ("the dtype", &Post::dtype, [](int64_t dtype) { return name_of(DType{dtype}); });
+  if (text.empty()) text = differ("num_experts", &Post::experts, number);
+  if (text.empty()) text = differ("the hidden size", &Post::hidden, number);
+  if (text.empty()) text = differ("top-k", &Post::top_k, number);
   if (!text.empty()) return text + "; it must be the same on all ranks";
   try {
     return check ? check(*this) : "";
@@ -474,7 +473,7 @@ uint64_t Operation::with_margin(uint64_t bytes) { return bytes + std::max(bytes 
 
 std::shared_ptr<std::byte> Operation::keep(uint64_t bytes) {
   // Once it is given back, it is to do for one that needs somewhat more.
-  const uint64_t most = with_margin(std::max(needed_, group_.wanted_[op_]));
+  const uint64_t most = with_margin(std::max(needed_, wanted()));
   const Block block = group_.own_->pool.trim(std::exchange(offered_, {}), std::max(bytes, most));
   return {group_.own_->window.at(block.offset), [own = group_.own_, block](std::byte*) { own->pool.give_back(block); }};
 }

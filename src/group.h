@@ -8,10 +8,10 @@
 // moves rows into slots of the receivers' windows.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <functional>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -95,10 +95,10 @@ class Group {
   mutable std::mutex log_mutex_;
   uint64_t sequence_ = 0;
   std::vector<Op> log_;
-  std::map<Op, std::pair<Nanoseconds, uint64_t>> spent_;
+  std::array<std::pair<Nanoseconds, uint64_t>, kOps> spent_{};  // by Op
   // Of the operation that runs:
-  std::map<Op, uint64_t> wanted_;  // bytes of the pool that such operations have needed
-  uint64_t attachable_ = 0;        // bytes of each attachment that are reserved
+  std::array<uint64_t, kOps> wanted_{};  // bytes of the pool that such operations have needed, by Op
+  uint64_t attachable_ = 0;              // bytes of each attachment that are reserved
 };
 
 // The right to run the next operation of a group, from when it is made: operations run in the order of their turns,
@@ -198,6 +198,8 @@ class Operation {
  private:
   void enter(const Contribution& mine, const std::function<std::string(const Operation&)>& check);
   bool attach(const Contribution& mine);
+  // What such operations have needed of the pool.
+  uint64_t& wanted() const { return group_.wanted_[static_cast<int>(op_)]; }
   // Of the pool, for `bytes` of this operation: routing varies, and more where tokens are few.
   static uint64_t with_margin(uint64_t bytes);
   // Gives the group up unless finish() was called.

@@ -19,20 +19,21 @@ enum class Op : uint32_t {
   dispatch_ffn_combine,
   fused_deep_moe_backward
 };
+constexpr int kOps = 12;
 
 constexpr const char* name_of(Op op) {
-  constexpr const char* names[] = {"dispatch",
-                                   "combine",
-                                   "dispatch_backward",
-                                   "combine_backward",
-                                   "combine_backward (weights)",
-                                   "low_latency_dispatch",
-                                   "low_latency_combine",
-                                   "notify_dispatch",
-                                   "low_latency_dispatch_int8",
-                                   "fused_deep_moe",
-                                   "fused_deep_moe.dispatch_ffn_combine",
-                                   "fused_deep_moe_backward"};
+  constexpr const char* names[kOps] = {"dispatch",
+                                       "combine",
+                                       "dispatch_backward",
+                                       "combine_backward",
+                                       "combine_backward (weights)",
+                                       "low_latency_dispatch",
+                                       "low_latency_combine",
+                                       "notify_dispatch",
+                                       "low_latency_dispatch_int8",
+                                       "fused_deep_moe",
+                                       "fused_deep_moe.dispatch_ffn_combine",
+                                       "fused_deep_moe_backward"};
   return names[static_cast<uint32_t>(op)];
 }
 

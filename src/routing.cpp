@@ -54,18 +54,19 @@ Routing::Routing(int64_t num_experts, std::vector<const int32_t*> counts, std::v
       worst_(std::move(num_worst_tokens)),
       wanted_(counts_.size(), 0) {
   for (const int32_t* of_source : counts_)
-    for (int64_t e = 0; e < num_experts; ++e) wanted_[e / local_experts_] += of_source[e];
+    for (int64_t& wanted : wanted_)
+      for (int64_t l = 0; l < local_experts_; ++l) wanted += *of_source++;
 }
 
 std::vector<int64_t> Routing::first_rows(int64_t source) const {
   std::vector<int64_t> first(num_ranks() * local_experts_);
-  int64_t row = 0;
-  for (int64_t e = 0; e < static_cast<int64_t>(first.size()); ++e) {
-    if (e % local_experts_ == 0) row = 0;
-    for (int64_t s = 0; s < num_ranks(); ++s) {
-      if (s == source) first[e] = row;
-      row += count(s, e);
-    }
+  for (int64_t e = 0, dest = 0; dest < num_ranks(); ++dest) {
+    int64_t row = 0;
+    for (int64_t l = 0; l < local_experts_; ++l, ++e)
+      for (int64_t s = 0; s < num_ranks(); ++s) {
+        if (s == source) first[e] = row;
+        row += count(s, e);
+      }
   }
   return first;
 }

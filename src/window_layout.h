@@ -33,6 +33,7 @@ constexpr uint64_t round_up(uint64_t value, uint64_t unit) { return (value + uni
 struct Post {
   Op op;
   uint32_t rejected;  // 1: `text` says why this rank cannot take part; the operation fails on all ranks
+  uint32_t attached;  // 1: what this rank has to send is in its attachment
   int64_t tokens;     // T
   int64_t hidden;     // H
   int64_t top_k;      // K
@@ -41,7 +42,6 @@ struct Post {
   int64_t rows;          // of the tensor that receives expert rows; dispatch: W, 0 in exact mode
   uint64_t pool_offset;  // the pool block that this rank offers for rows of this operation
   uint64_t pool_bytes;
-  uint32_t attached;  // 1: what this rank has to send is in its attachment
   char text[kTextBytes];
 };
 

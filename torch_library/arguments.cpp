@@ -1,6 +1,7 @@
 #include "arguments.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 
 #include "private_memory.h"
@@ -36,17 +37,16 @@ std::string list(const Items& items, Name&& name, const char* separator) {
   return text;
 }
 
-std::string shape_name(const std::vector<int64_t>& shape) {
+std::string shape_name(Shape shape) {
   return "[" +
          list(shape, [](int64_t n) { return n == Checks::kAny ? std::string("any") : std::to_string(n); }, ", ") + "]";
 }
 
 }  // namespace
 
-Checks& Checks::tensor(const char* name, const Tensor& tensor, const std::vector<ScalarType>& dtypes,
-                       const std::vector<int64_t>& shape) {
+Checks& Checks::tensor(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> dtypes, Shape shape) {
   if (!passed()) return *this;
-  const std::vector<int64_t> given = sizes_of(tensor);
+  const Shape given = tensor.sizes();
   bool fits = given.size() == shape.size();
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] == kAny || shape[i] == given[i];
   const ScalarType dtype = tensor.scalar_type();
@@ -58,7 +58,7 @@ Checks& Checks::tensor(const char* name, const Tensor& tensor, const std::vector
   return require(tensor.is_contiguous(), name, " must be contiguous; call .contiguous() on it");
 }
 
-Checks& Checks::rows(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
+Checks& Checks::rows(const char* name, const Tensor& tensor, Shape shape) {
   this->tensor(name, tensor, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, shape);
   return require(!passed() || tensor.size(1) > 0, name, " must have a hidden size of at least 1");
 }
@@ -73,17 +73,13 @@ Checks& Checks::experts(int64_t num_experts, int64_t num_ranks, int64_t group_si
                  ") must be divisible by num_ranks (", num_ranks, ")");
 }
 
-std::vector<int64_t> sizes_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
-Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+Tensor empty_tensor(const Tensor& like, Shape shape, ScalarType dtype) {
   constexpr uint64_t kLarge = 4 << 20;
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  const size_t dims = shape.size();
+  const std::array<int64_t, 2> all_strides{dims == 2 ? std::max<int64_t>(shape[1], 1) : 1, 1};
+  const Shape strides(all_strides.data(), dims);
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  const uint64_t bytes = (shape.empty() ? 1 : strides[0] * shape[0]) * aoti_torch_dtype_element_size(type);
+  const uint64_t bytes = (dims == 0 ? 1 : strides[0] * shape[0]) * aoti_torch_dtype_element_size(type);
   if (bytes >= kLarge && like.device().type() == torch::headeronly::kCPU) {
     const std::shared_ptr<std::byte> memory = private_memory(bytes);
     return torch::stable::from_blob(memory.get(), shape, strides, like.device(), dtype, [memory](void*) {});
@@ -92,8 +88,8 @@ Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape, Scala
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                         strides.data(), type, device_type, device_index, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), shape.data(), strides.data(), type,
+                                                         device_type, device_index, &made));
   return Tensor(made);
 }
 

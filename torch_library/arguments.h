@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,7 @@ namespace deep_ep {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // A `str` argument, such as group. (torch's own conversion to std::string leaks, as of torch 2.13.)
 struct GroupName {
@@ -34,9 +36,8 @@ class Checks {
   // Tensors must be on the kind of device that `like` is on.
   explicit Checks(const Tensor& like) : device_(like.device().type()) {}
 
-  Checks& tensor(const char* name, const Tensor& tensor, const std::vector<ScalarType>& dtypes,
-                 const std::vector<int64_t>& shape);
-  Checks& rows(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape);
+  Checks& tensor(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> dtypes, Shape shape);
+  Checks& rows(const char* name, const Tensor& tensor, Shape shape);
   // E, R and K as every op has them; group_size 0 when no group is involved.
   Checks& experts(int64_t num_experts, int64_t num_ranks, int64_t group_size);
   // The message is the concatenation of its parts, put together only when it is needed.
@@ -56,15 +57,12 @@ class Checks {
   std::string wrong_;
 };
 
-// A tensor with any values, contiguous, where `like` is. (Called by its name, as torch::stable::new_empty does, an op
-// takes several times as long to find as to run.)
-Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
-inline Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
-  return empty_tensor(like, shape, like.scalar_type());
-}
+// A tensor with any values, contiguous, of at most two dimensions, where `like` is. (Called by its name, as
+// torch::stable::new_empty does, an op takes several times as long to find as to run.)
+Tensor empty_tensor(const Tensor& like, Shape shape, ScalarType dtype);
+inline Tensor empty_tensor(const Tensor& like, Shape shape) { return empty_tensor(like, shape, like.scalar_type()); }
 
 DType dtype_of(const Tensor& tensor);
-std::vector<int64_t> sizes_of(const Tensor& tensor);
 
 // Of all tensors and numbers but for what only values on another device than the CPU show.
 Checks check_get_dispatch_layout(const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks, int64_t num_nodes);

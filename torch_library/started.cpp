@@ -56,16 +56,14 @@ Tensor ticket_for(Op op, std::future<Results> results) {
 // What wait gives for a ticket of 0, if `op` can have such a one: a call that nobody has waited for has no gradient,
 // and graphs make that a zero.
 std::optional<Results> nothing_started(const std::string& op, const std::vector<Tensor>& arguments) {
-  const auto zeros = [&](const std::vector<int64_t>& shape, const Tensor& like, ScalarType dtype) {
-    return new_zeros(like, shape, dtype);
-  };
+  const auto zeros = [&](Shape shape, const Tensor& like, ScalarType dtype) { return new_zeros(like, shape, dtype); };
   if (arguments.size() != 2) return std::nullopt;
   const Tensor &rows = arguments[0], &slots = arguments[1];
   if (op == name_of(Op::dispatch_backward))
     return Results{zeros({slots.size(0), rows.size(1)}, rows, rows.scalar_type()),
-                   zeros(sizes_of(slots), rows, ScalarType::Float)};
+                   zeros(slots.sizes(), rows, ScalarType::Float)};
   if (op == name_of(Op::combine_backward))
-    return Results{zeros(sizes_of(rows), rows, rows.scalar_type()), zeros(sizes_of(slots), rows, ScalarType::Float)};
+    return Results{zeros(rows.sizes(), rows, rows.scalar_type()), zeros(slots.sizes(), rows, ScalarType::Float)};
   return std::nullopt;
 }
 

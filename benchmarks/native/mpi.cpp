@@ -1,4 +1,4 @@
-// The exchange over MPI_Alltoallv: one call from Python per operation.
+// The exchange over MPI_Alltoallv: one call from Python for any number of operations in a row.
 #include <mpi.h>
 
 #include <utility>
@@ -29,6 +29,21 @@ void all_to_all(const Exchange& e, const void* send, void* recv, int64_t bytes, 
   MPI_Type_free(&row);
 }
 
+int64_t dispatch(const Exchange& e, const void* x, const int64_t* ids, const float* weights) {
+  exchange_pack(&e, x, ids, weights);
+  const int counts = static_cast<int>(1 + e.local_experts());
+  MPI_Alltoall(e.send_counts, counts, MPI_INT64_T, e.recv_counts, counts, MPI_INT64_T, MPI_COMM_WORLD);
+  if (e.merge) all_to_all(e, e.send_meta, e.recv_meta, e.meta_bytes(), false);
+  all_to_all(e, e.send_rows, e.recv_rows, e.row_bytes(), false);
+  return exchange_unpack(&e);
+}
+
+void combine(const Exchange& e, const void* y, void* out) {
+  if (e.expand) exchange_pack_back(&e, y);
+  all_to_all(e, e.expand ? e.recv_rows : y, e.send_rows, e.row_bytes(), true);
+  exchange_unpack_back(&e, out);
+}
+
 }  // namespace
 
 extern "C" {
@@ -37,22 +52,15 @@ void mpi_start() { MPI_Init(nullptr, nullptr); }
 
 void mpi_stop() { MPI_Finalize(); }
 
-// exchange_pack, the all-to-all, exchange_unpack; returns N.
-int64_t mpi_dispatch(const Exchange* exchange, const void* x, const int64_t* ids, const float* weights) {
-  const Exchange& e = *exchange;
-  exchange_pack(exchange, x, ids, weights);
-  const int counts = static_cast<int>(1 + e.local_experts());
-  MPI_Alltoall(e.send_counts, counts, MPI_INT64_T, e.recv_counts, counts, MPI_INT64_T, MPI_COMM_WORLD);
-  if (e.merge) all_to_all(e, e.send_meta, e.recv_meta, e.meta_bytes(), false);
-  all_to_all(e, e.send_rows, e.recv_rows, e.row_bytes(), false);
-  return exchange_unpack(exchange);
+// `times` times exchange_pack, the all-to-all, exchange_unpack; returns N.
+int64_t mpi_dispatch(const Exchange* exchange, const void* x, const int64_t* ids, const float* weights, int64_t times) {
+  int64_t N = 0;
+  for (int64_t i = 0; i < times; ++i) N = dispatch(*exchange, x, ids, weights);
+  return N;
 }
 
-// The way back for y [N, H], into out [T, H].
-void mpi_combine(const Exchange* exchange, const void* y, void* out) {
-  const Exchange& e = *exchange;
-  if (e.expand) exchange_pack_back(exchange, y);
-  all_to_all(e, e.expand ? e.recv_rows : y, e.send_rows, e.row_bytes(), true);
-  exchange_unpack_back(exchange, out);
+// `times` times the way back for y [N, H], into out [T, H].
+void mpi_combine(const Exchange* exchange, const void* y, void* out, int64_t times) {
+  for (int64_t i = 0; i < times; ++i) combine(*exchange, y, out);
 }
 }

@@ -1,5 +1,5 @@
-// What a rank attaches to its post (src/group.h) to send rows of its tokens to experts: rows [T, H], and ids and
-// weights [T, K]. Every rank takes what is for its experts.
+// What a rank attaches to its post (src/group.h) to send rows of its tokens to experts: rows [T, H], ids [T, K] and,
+// but for low latency, weights [T, K]. Every rank takes what is for its experts.
 #pragma once
 
 #include <cstring>
@@ -18,12 +18,12 @@ struct AttachedTokens {
         row_bytes(post.hidden * element_size),
         ids_at(round_up(tokens * row_bytes, kLine)),
         weights_at(ids_at + tokens * top_k * sizeof(int64_t)),
-        bytes(weights_at + tokens * top_k * sizeof(float)) {}
+        bytes(weights_at + (post.op == Op::low_latency_dispatch ? 0 : tokens * top_k * sizeof(float))) {}
 
   void write(std::byte* to, const void* rows, const void* ids, const void* weights) const {
     std::memcpy(to, rows, tokens * row_bytes);
     std::memcpy(to + ids_at, ids, weights_at - ids_at);
-    std::memcpy(to + weights_at, weights, bytes - weights_at);
+    if (bytes > weights_at) std::memcpy(to + weights_at, weights, bytes - weights_at);
   }
 
   const int64_t* ids(const std::byte* at) const { return reinterpret_cast<const int64_t*>(at + ids_at); }

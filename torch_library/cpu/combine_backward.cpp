@@ -15,7 +15,7 @@ Results run(Turn rows_turn, Turn products_turn, const Tensor& grad_out, const Te
             int64_t num_ranks) {
   const Group& group = rows_turn.group();
   Checks checks = check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group.size());
-  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx));
+  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, topk_idx.sizes());
   if (checks.passed()) checks.tensor("grad_out", grad_out, {x.scalar_type()}, {topk_idx.size(0), x.size(1)});
   HandleArguments arguments(kOp, group, checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks);
   const Handle& handle = arguments.handle;

@@ -19,15 +19,37 @@ struct RowMeta {
   float weight;
 };
 
+// Where every (token, k) goes: the row at its expert's rank, -1 if there is none. `first_rows` is where the rows of
+// this rank begin, by expert. Calls entry(dest, row, token * K + k) for each that has a row.
+template <typename Entry>
+void place_tokens(const int64_t* ids, int64_t count, const Routing& routing, std::vector<int64_t> next, int32_t* head,
+                  Entry&& entry) {
+  const int64_t L = routing.num_local_experts();
+  for (int64_t i = 0; i < count; ++i) {
+    head[i] = -1;
+    if (ids[i] < 0) continue;
+    const int64_t dest = ids[i] / L, row = next[ids[i]]++;
+    if (row >= routing.delivered(dest)) continue;
+    head[i] = static_cast<int32_t>(row);
+    entry(static_cast<int32_t>(dest), head[i], static_cast<int32_t>(i));
+  }
+}
+
 }  // namespace
 
 Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
-                         const Tensor& topk_weights, int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens) {
+                         const std::optional<Tensor>& topk_weights, int64_t num_experts, int64_t num_ranks,
+                         int64_t num_worst_tokens) {
+  const bool low_latency = !topk_weights.has_value();
   Contribution mine;
   Post& post = mine.post;
   post.op = op_code;
   std::vector<int32_t>& counts = mine.words;
+  const int64_t* ids = nullptr;
+  const float* weights = nullptr;
   if (checks.passed()) {
+    ids = topk_idx.const_data_ptr<int64_t>();
+    weights = low_latency ? nullptr : topk_weights->const_data_ptr<float>();
     post.tokens = x.size(0);
     post.hidden = x.size(1);
     post.top_k = topk_idx.size(1);
@@ -35,29 +57,26 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
     post.dtype = static_cast<int64_t>(dtype_of(x));
     post.rows = num_worst_tokens;
     counts.resize(num_experts);
-    const std::string wrong =
-        count_experts(topk_idx.const_data_ptr<int64_t>(), post.tokens, post.top_k, num_experts, counts.data());
+    const std::string wrong = count_experts(ids, post.tokens, post.top_k, num_experts, counts.data());
     checks.require(wrong.empty(), wrong);
     const AttachedTokens attached(post, x.element_size());
     const int64_t rows = num_worst_tokens > 0 ? num_worst_tokens : post.tokens * post.top_k;
     mine.expected = rows * (attached.row_bytes + sizeof(RowMeta));
     mine.attached_bytes = attached.bytes;
-    mine.attach = [&, attached](std::byte* to) {
-      attached.write(to, x.const_data_ptr(), topk_idx.const_data_ptr(), topk_weights.const_data_ptr());
-    };
+    mine.attach = [&, attached](std::byte* to) { attached.write(to, x.const_data_ptr(), ids, weights); };
   }
   mine.rejected = checks.wrong();
 
   std::optional<Routing> routing;
   RecvRows recv;
   Operation op(std::move(turn), mine, [&](const Operation& op) {
-    std::vector<const int32_t*> all_counts;
-    std::vector<int64_t> worst;
+    std::vector<const int32_t*> all_counts(op.size());
+    std::vector<int64_t> worst(op.size());
     for (int r = 0; r < op.size(); ++r) {
-      all_counts.push_back(op.words(r));
-      worst.push_back(op.post(r).rows);
+      all_counts[r] = op.words(r);
+      worst[r] = op.post(r).rows;
     }
-    if (op_code == Op::low_latency_dispatch)
+    if (low_latency)
       for (int r = 1; r < op.size(); ++r)
         if (worst[r] != worst[0])
           return str("num_max_dispatch_tokens_per_rank must be the same on all ranks: rank 0 makes room for ", worst[0],
@@ -79,52 +98,28 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
     return empty_tensor(x, shape, dtype);
   };
-  // Low latency does without.
-  const bool with_topk = op_code == Op::dispatch;
-  Tensor recv_topk_idx = empty({with_topk ? N : 0, K}, ScalarType::Long);
-  Tensor recv_topk_weights = empty({with_topk ? N : 0, K}, ScalarType::Float);
   Tensor counts_out = empty({L}, ScalarType::Long);
-  Tensor num_dropped = empty({}, ScalarType::Long);
-  Tensor rank_prefix = empty({R, R}, ScalarType::Int);
-  Tensor channel_prefix = empty({R, L}, ScalarType::Int);
-  Tensor recv_channel_prefix = empty({L, R}, ScalarType::Int);
+  Tensor recv_prefix_matrix = low_latency ? empty({L * R}, ScalarType::Int) : empty({L, R}, ScalarType::Int);
   Tensor recv_src_idx = empty({N, 3}, ScalarType::Int);
   Tensor send_head = empty({T, K}, ScalarType::Int);
+  auto* source = recv_src_idx.mutable_data_ptr<int32_t>();
+  std::fill(source + 3 * delivered, source + 3 * N, -1);
+  std::optional<Dispatched::Rest> rest;
+  int64_t* recv_ids = nullptr;
+  float* recv_weights = nullptr;
+  if (!low_latency) {
+    rest = {empty({N, K}, ScalarType::Long), empty({N, K}, ScalarType::Float), empty({}, ScalarType::Long),
+            empty({R, R}, ScalarType::Int), empty({R, L}, ScalarType::Int)};
+    recv_ids = rest->recv_topk_idx.mutable_data_ptr<int64_t>();
+    recv_weights = rest->recv_topk_weights.mutable_data_ptr<float>();
+    std::fill_n(recv_ids, N * K, -1);
+    std::fill_n(recv_weights, N * K, 0.0f);
+  }
   recv.allocate(op);
 
-  // Where every (token, k) goes.
-  const auto* ids = topk_idx.const_data_ptr<int64_t>();
-  std::vector<Entry> entries;
-  if (!op.all_attached()) entries.reserve(T * K);
-  {
-    std::vector<int64_t> next = routing->first_rows(op.rank());
-    auto* head = send_head.mutable_data_ptr<int32_t>();
-    for (int64_t i = 0; i < T * K; ++i) {
-      head[i] = -1;
-      if (ids[i] < 0) continue;
-      const int64_t dest = ids[i] / L;
-      const int64_t row = next[ids[i]]++;
-      if (row >= routing->delivered(dest)) continue;
-      head[i] = static_cast<int32_t>(row);
-      if (!op.all_attached()) entries.push_back({static_cast<int32_t>(dest), head[i], static_cast<int32_t>(i)});
-    }
-  }
-
   // Send rows, receive rows.
-  struct Segment {
-    int64_t local_expert, source, first, end;
-  };
-  std::vector<Segment> segments;
-  routing->segments(op.rank(),
-                    [&](int64_t l, int64_t s, int64_t first, int64_t end) { segments.push_back({l, s, first, end}); });
-  auto* recv_ids = recv_topk_idx.mutable_data_ptr<int64_t>();
-  auto* recv_weights = recv_topk_weights.mutable_data_ptr<float>();
-  auto* source = recv_src_idx.mutable_data_ptr<int32_t>();
-  std::fill_n(recv_ids, recv_topk_idx.numel(), -1);
-  std::fill_n(recv_weights, recv_topk_weights.numel(), 0.0f);
-  std::fill(source + 3 * delivered, source + 3 * N, -1);
   const auto describe = [&](int64_t n, int64_t local_expert, int64_t from, const RowMeta& meta) {
-    if (with_topk) {
+    if (!low_latency) {
       recv_ids[n * K + meta.k] = local_expert;
       recv_weights[n * K + meta.k] = meta.weight;
     }
@@ -132,34 +127,50 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
     source[3 * n + 1] = meta.token;
     source[3 * n + 2] = meta.k;
   };
+  const auto weight_of = [&](const float* weights, int64_t i) { return low_latency ? 0.0f : weights[i]; };
   const auto* rows = static_cast<const std::byte*>(x.const_data_ptr());
-  const auto* weights = topk_weights.const_data_ptr<float>();
   const uint64_t row_bytes = recv.row_bytes();
+  auto* head = send_head.mutable_data_ptr<int32_t>();
   if (op.all_attached()) {
+    place_tokens(ids, T * K, *routing, routing->first_rows(op.rank()), head, [](int32_t, int32_t, int32_t) {});
     op.enter(Phase::copy);
+    std::vector<int64_t> next(L * R);  // row of a local expert's next token from a rank
+    routing->segments(op.rank(), [&](int64_t l, int64_t s, int64_t first, int64_t) { next[l * R + s] = first; });
+    const int64_t first_expert = op.rank() * L;
     for (int s = 0; s < R; ++s) {
       const AttachedTokens attached(op.post(s), x.element_size());
       const std::byte* at = op.attachment(s);
       const bool own = s == op.rank();
-      const std::byte* its_rows = own ? rows : at;
+      const std::byte* row = own ? rows : at;
       const int64_t* its_ids = own ? ids : attached.ids(at);
       const float* its_weights = own ? weights : attached.weights(at);
-      for (int64_t i = 0; i < attached.tokens * K; ++i) {
-        const int64_t l = its_ids[i] - op.rank() * L;
-        if (l < 0 || l >= L) continue;
-        const int64_t n = segments[l * R + s].first++;
-        if (n >= delivered) continue;
-        std::memcpy(recv.rows() + n * row_bytes, its_rows + i / K * row_bytes, row_bytes);
-        describe(n, l, s, {static_cast<int32_t>(i / K), static_cast<int32_t>(i % K), its_weights[i]});
-      }
+      for (int32_t t = 0; t < attached.tokens; ++t, row += row_bytes)
+        for (int32_t k = 0; k < K; ++k) {
+          const int64_t l = its_ids[t * K + k] - first_expert;
+          if (l < 0 || l >= L) continue;
+          const int64_t n = next[l * R + s]++;
+          if (n >= delivered) continue;
+          std::memcpy(recv.rows() + n * row_bytes, row, row_bytes);
+          describe(n, l, s, {t, k, weight_of(its_weights, t * K + k)});
+        }
     }
   } else {
+    std::vector<Entry> entries;
+    entries.reserve(T * K);
+    place_tokens(ids, T * K, *routing, routing->first_rows(op.rank()), head,
+                 [&](int32_t dest, int32_t row, int32_t i) { entries.push_back({dest, row, i}); });
+    struct Segment {
+      int64_t local_expert, source, end;
+    };
+    std::vector<Segment> segments;
+    segments.reserve(L * R);
+    routing->segments(op.rank(), [&](int64_t l, int64_t s, int64_t, int64_t end) { segments.push_back({l, s, end}); });
     size_t at = 0;
     op.exchange(
         entries, recv.regions(), row_bytes, sizeof(RowMeta),
         [&](const Entry& entry, std::byte* meta) {
           const int32_t token = static_cast<int32_t>(entry.row / K);
-          const RowMeta data{token, static_cast<int32_t>(entry.row % K), weights[entry.row]};
+          const RowMeta data{token, static_cast<int32_t>(entry.row % K), weight_of(weights, entry.row)};
           std::memcpy(meta, &data, sizeof data);
           return rows + token * row_bytes;
         },
@@ -175,28 +186,30 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
   }
 
   // Counts and prefix sums.
-  *num_dropped.mutable_data_ptr<int64_t>() = routing->wanted(op.rank()) - delivered;
   auto* per_expert = counts_out.mutable_data_ptr<int64_t>();
   std::fill_n(per_expert, L, 0);
   int32_t running = 0;
-  auto* recv_prefix = recv_channel_prefix.mutable_data_ptr<int32_t>();
-  auto* between_ranks = rank_prefix.mutable_data_ptr<int32_t>();
-  std::fill_n(between_ranks, R * R, 0);
-  for (int64_t d = 0; d < R; ++d)
-    routing->segments(d, [&](int64_t l, int64_t s, int64_t first, int64_t end) {
-      between_ranks[s * R + d] += static_cast<int32_t>(end - first);
-      if (d != op.rank()) return;
-      per_expert[l] += end - first;
-      recv_prefix[l * R + s] = running += routing->count(s, d * L + l);
-    });
-  for (int64_t i = R; i < R * R; ++i) between_ranks[i] += between_ranks[i - R];
-  auto* sent_prefix = channel_prefix.mutable_data_ptr<int32_t>();
-  for (int64_t e = 0; e < num_experts; ++e) sent_prefix[e] = counts[e] + (e % L > 0 ? sent_prefix[e - 1] : 0);
+  auto* recv_prefix = recv_prefix_matrix.mutable_data_ptr<int32_t>();
+  routing->segments(op.rank(), [&](int64_t l, int64_t s, int64_t first, int64_t end) {
+    per_expert[l] += end - first;
+    recv_prefix[l * R + s] = running += routing->count(s, op.rank() * L + l);
+  });
+  if (!low_latency) {
+    *rest->num_dropped.mutable_data_ptr<int64_t>() = routing->wanted(op.rank()) - delivered;
+    auto* between_ranks = rest->rank_prefix_matrix.mutable_data_ptr<int32_t>();
+    std::fill_n(between_ranks, R * R, 0);
+    for (int64_t d = 0; d < R; ++d)
+      routing->segments(d, [&](int64_t, int64_t s, int64_t first, int64_t end) {
+        between_ranks[s * R + d] += static_cast<int32_t>(end - first);
+      });
+    for (int64_t i = R; i < R * R; ++i) between_ranks[i] += between_ranks[i - R];
+    auto* sent_prefix = rest->channel_prefix_matrix.mutable_data_ptr<int32_t>();
+    for (int64_t e = 0; e < num_experts; ++e) sent_prefix[e] = counts[e] + (e % L > 0 ? sent_prefix[e - 1] : 0);
+  }
 
   Tensor recv_x = recv.take(op, x);
   op.finish();
-  return {recv_x,      recv_topk_idx,  recv_topk_weights,   counts_out,   num_dropped,
-          rank_prefix, channel_prefix, recv_channel_prefix, recv_src_idx, send_head};
+  return {recv_x, counts_out, recv_prefix_matrix, recv_src_idx, send_head, rest};
 }
 
 namespace {
@@ -213,9 +226,17 @@ Dispatched run(Turn turn, const Tensor& x, const Tensor& topk_idx, const Tensor&
 
 template <typename Outputs>
 Outputs in_order(const Dispatched& out) {
-  return {out.recv_x,       out.recv_topk_idx,      out.recv_topk_weights,     out.num_recv_tokens_per_expert,
-          out.num_dropped,  out.rank_prefix_matrix, out.channel_prefix_matrix, out.recv_channel_prefix_matrix,
-          out.recv_src_idx, out.send_head};
+  const Dispatched::Rest& rest = *out.rest;
+  return {out.recv_x,
+          rest.recv_topk_idx,
+          rest.recv_topk_weights,
+          out.num_recv_tokens_per_expert,
+          rest.num_dropped,
+          rest.rank_prefix_matrix,
+          rest.channel_prefix_matrix,
+          out.recv_channel_prefix_matrix,
+          out.recv_src_idx,
+          out.send_head};
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -12,13 +12,10 @@ Results run(Turn turn, const Tensor& x, const Tensor& topk_idx, int64_t num_max,
             int64_t num_ranks) {
   Checks checks = check_low_latency_dispatch(x, topk_idx, num_max, num_experts, num_ranks, turn.group().size());
   int64_t num_rows = 0;
-  Tensor topk_weights = empty_tensor(topk_idx, sizes_of(topk_idx), ScalarType::Float);
-  std::fill_n(topk_weights.mutable_data_ptr<float>(), topk_weights.numel(), 1.0f);
   if (checks.passed()) num_rows = num_ranks * num_max * std::min(topk_idx.size(1), num_experts / num_ranks);
-  const Dispatched out = dispatch_rows(kOp, std::move(turn), std::move(checks), x, topk_idx, topk_weights, num_experts,
+  const Dispatched out = dispatch_rows(kOp, std::move(turn), std::move(checks), x, topk_idx, std::nullopt, num_experts,
                                        num_ranks, num_rows);
-  const Tensor layout_range = view(out.recv_channel_prefix_matrix, {num_experts});
-  return {out.recv_x, out.num_recv_tokens_per_expert, out.recv_src_idx, layout_range, out.send_head};
+  return {out.recv_x, out.num_recv_tokens_per_expert, out.recv_src_idx, out.recv_channel_prefix_matrix, out.send_head};
 }
 
 // comm_alg is for .ops.

@@ -17,14 +17,15 @@ class RecvRows {
   template <typename Delivered, typename Total>
   void place(const Operation& op, const Tensor& like, uint64_t meta_bytes, Delivered&& delivered, Total&& total) {
     row_bytes_ = like.size(1) * like.element_size();
-    for (int r = 0; r < op.size(); ++r) {
-      const auto pooled = op.pool_region(r, delivered(r), total(r), row_bytes_, meta_bytes);
-      if (r == op.rank()) pooled_ = pooled.has_value() && total(r) > 0;
-      if (!op.all_attached())
-        regions_.push_back(pooled ? *pooled : op.staging_region(r, delivered(r), 1, row_bytes_, meta_bytes));
-    }
     rows_ = total(op.rank());
     delivered_ = delivered(op.rank());
+    const auto pooled = [&](int r) { return op.pool_region(r, delivered(r), total(r), row_bytes_, meta_bytes); };
+    pooled_ = pooled(op.rank()).has_value() && rows_ > 0;
+    if (op.all_attached()) return;
+    for (int r = 0; r < op.size(); ++r) {
+      const auto region = pooled(r);
+      regions_.push_back(region ? *region : op.staging_region(r, delivered(r), 1, row_bytes_, meta_bytes));
+    }
   }
 
   const std::vector<Region>& regions() const { return regions_; }
@@ -56,8 +57,9 @@ class RecvRows {
     const uint64_t used = delivered_ * row_bytes_, bytes = rows_ * row_bytes_;
     if (!memory_) memory_ = op.keep(bytes);
     if (!op.all_attached() || bytes - used < kManyZeros) std::memset(rows() + used, 0, bytes - used);
-    return torch::stable::from_blob(rows(), {rows_, like.size(1)}, {like.size(1), 1}, like.device(), like.scalar_type(),
-                                    [memory = memory_](void*) {});
+    std::byte* const rows = this->rows();
+    return torch::stable::from_blob(rows, {rows_, like.size(1)}, {like.size(1), 1}, like.device(), like.scalar_type(),
+                                    [memory = std::move(memory_)](void*) {});
   }
 
  private:

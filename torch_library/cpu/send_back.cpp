@@ -116,7 +116,7 @@ HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks
 Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
                     int64_t num_experts, int64_t num_ranks) {
-  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx));
+  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, topk_idx.sizes());
   HandleArguments arguments(op_code, turn.group(), checks, x, topk_idx, recv_src_idx, send_head, num_experts,
                             num_ranks);
   SendBack back{.handle = arguments.handle};

@@ -9,7 +9,7 @@ Tensor combine(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_i
   const char* op = "combine";
   Checks checks =
       check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group_size(op, group.value));
-  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx));
+  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, topk_idx.sizes());
   require(op, checks);
   Tensor combined = empty_tensor(x, {topk_idx.size(0), x.size(1)});
   run(op, group.value, {x, topk_idx, topk_weights, recv_src_idx, send_head}, {num_experts, num_ranks}, {combined});

@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
   const char* op = "combine_backward";
   Checks checks =
       check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group_size(op, group.value));
-  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx));
+  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, topk_idx.sizes());
   if (checks.passed()) checks.tensor("grad_out", grad_out, {x.scalar_type()}, {topk_idx.size(0), x.size(1)});
   require(op, checks);
   Tensor grad_x = empty_tensor(x, {x.size(0), x.size(1)});

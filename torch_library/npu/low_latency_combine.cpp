@@ -15,7 +15,7 @@ Results queued(const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weigh
   Checks checks =
       check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group_size(op, group));
   checks.tensor("layout_range", layout_range, {ScalarType::Int}, {num_experts});
-  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, sizes_of(topk_idx));
+  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, topk_idx.sizes());
   require(op, checks);
   const Tensor combined = empty_tensor(x, {topk_idx.size(0), x.size(1)});
   run(op, group, {x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head}, {num_experts, num_ranks},
