@@ -1,6 +1,6 @@
 """Times dispatch and combine of deep_ep against what else does the same, and against memory, on local processes.
 
-    python -m benchmarks.ep                       what the goals are about, a subset of 3 minutes
+    python -m benchmarks.ep                       what the goals are about, a subset of 6 minutes
     python -m benchmarks.ep --full                every configuration
     python -m benchmarks.ep --ranks 2 4 --tokens 4096 --hidden 7168 --backward --out FOLDER
 
@@ -95,14 +95,16 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Point]]:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/benchmarks"), help="folder of results.json and results.png (%(default)s)"
     )
+    parser.add_argument("--seconds", type=float, default=0.1, help="of calls in a row in a repetition (%(default)s)")
     args = parser.parse_args(argv)
     if args.repeats < 7:
         parser.error(f"--repeats must be at least 7, got {args.repeats}")
-    common = {"repeats": args.repeats, "backward": args.backward, "only": tuple(args.only)}
+    times = {"repeats": args.repeats, "seconds": args.seconds}
+    common = times | {"backward": args.backward, "only": tuple(args.only)}
     chosen = {name: getattr(args, name) for name in AXES if getattr(args, name) is not None}
     args.overhead = "" if chosen or args.backward or args.only else "full" if args.full else "quick"
     if args.overhead:
-        return args, [replace(point, repeats=args.repeats) for point in (full() if args.full else quick())]
+        return args, [replace(point, **times) for point in (full() if args.full else quick())]
     points = [Point(**common, **dict(zip(chosen, values, strict=True))) for values in product(*chosen.values())]
     for point in points:
         if point.ranks < 1 or point.experts % point.ranks:

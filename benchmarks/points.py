@@ -34,6 +34,8 @@ class Point:
     backward: bool = False
     only: tuple[str, ...] = ()  # names of competitors; none: all
     repeats: int = 7
+    # What calls in a row take: where ranks outnumber cores they leave a barrier up to 10 ms apart.
+    seconds: float = 0.1
 
     @property
     def stages(self) -> list[str]:

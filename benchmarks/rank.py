@@ -31,10 +31,6 @@ from benchmarks.points import Inputs, Point, check, make_inputs
 from benchmarks.report import Results, Samples, Value, with_totals
 
 WARMUP = 2  # repetitions, which also tell how many calls to make in a row
-# Ranks leave a barrier milliseconds apart, and find their cores some milliseconds later. Calls that are no longer than
-# that are made in a row, for as many seconds.
-SHORT = 0.005
-IN_A_ROW = 0.1
 
 # Ranks may outnumber cores, and all of them are on this host.
 MPIRUN = ("mpirun", "--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1")
@@ -85,9 +81,11 @@ def measure(dispatchers: list[Dispatcher | Memory], point: Point, rank: int) -> 
         for turn in range(len(dispatchers)):
             i = (repetition + turn) % len(dispatchers)
             seconds[i] = torch.tensor(run_once(dispatchers[i], inputs, point, calls[i].tolist()))
+        least = seconds.clone()  # of the rank that was the last to leave the barrier
+        dist.all_reduce(least, dist.ReduceOp.MIN)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         if repetition < WARMUP:
-            calls = torch.where(seconds < SHORT, (IN_A_ROW / seconds).ceil(), 1).long()
+            calls = (point.seconds / least).ceil().long()
         else:
             kept.append(seconds)
     times = torch.stack(kept, dim=2).tolist()

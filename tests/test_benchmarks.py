@@ -21,7 +21,7 @@ def test_smallest_run(tmp_path: Path) -> None:
     """Competitors are checked against expected values before they are timed; a wrong one fails the run."""
     sizes = {"ranks": "2", "tokens": "16", "hidden": "72", "topk": "3", "experts": "6", "dtype": "fp16"}
     options = [word for name, size in sizes.items() for word in (f"--{name}", size)]
-    options += ["--mode", "normal", "low_latency", "--out", str(tmp_path)]
+    options += ["--mode", "normal", "low_latency", "--seconds", "0.001", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "benchmarks.ep", *options]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
