@@ -85,7 +85,7 @@ def measure(dispatchers: list[Dispatcher | Memory], point: Point, rank: int) -> 
         dist.all_reduce(least, dist.ReduceOp.MIN)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         if repetition < WARMUP:
-            calls = (point.seconds / least).ceil().long()
+            calls = (point.seconds / least).ceil().long().clamp(min=1)
         else:
             kept.append(seconds)
     times = torch.stack(kept, dim=2).tolist()

@@ -15,8 +15,6 @@
 namespace deep_ep {
 namespace {
 
-constexpr uint64_t kHuge = 2 << 20;
-
 // Mappings that are not in use. To map memory anew and to touch it for the first time takes longer than to write it.
 class Spare {
  public:
@@ -61,12 +59,12 @@ std::byte* map(uint64_t bytes) {
 }  // namespace
 
 std::shared_ptr<std::byte> private_memory(uint64_t bytes) {
-  if (bytes < kHuge) {
+  if (bytes < kHugePage) {
     auto* const memory = static_cast<std::byte*>(std::aligned_alloc(64, std::max<uint64_t>(round_up(bytes, 64), 64)));
     if (memory == nullptr) throw Error(str("cannot allocate ", bytes, " bytes"));
     return {memory, [](std::byte* memory) { std::free(memory); }};
   }
-  const uint64_t size = round_up(bytes, kHuge);
+  const uint64_t size = round_up(bytes, kHugePage);
   std::byte* memory = spare_huge_pages().take(size);
   if (memory == nullptr) {
     memory = map(size);

@@ -14,10 +14,33 @@
 namespace deep_ep {
 namespace {
 
+constexpr int kMadviseCollapse = 25;  // MADV_COLLAPSE, which older headers lack
+
+// At an address that huge pages can be mapped to.
 std::byte* map(int fd, uint64_t bytes) {
-  void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  if (base == MAP_FAILED) throw Error(str("cannot map a window of ", bytes, " bytes: ", std::strerror(errno)));
+  const auto failed = [bytes] {
+    return Error(str("cannot map a window of ", bytes, " bytes: ", std::strerror(errno)));
+  };
+  void* const room = mmap(nullptr, bytes + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (room == MAP_FAILED) throw failed();
+  const auto begin = reinterpret_cast<uintptr_t>(room), at = round_up(begin, kHugePage);
+  void* const base = mmap(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
+  if (base == MAP_FAILED) {
+    munmap(room, bytes + kHugePage);
+    throw failed();
+  }
+  if (at > begin) munmap(room, at - begin);
+  const uint64_t behind = round_up(at + bytes, kPage);
+  munmap(reinterpret_cast<void*>(behind), begin + kHugePage + round_up(bytes, kPage) - behind);
   return static_cast<std::byte*>(base);
+}
+
+// Memory for a part of a file; 0, or the error.
+int allocate(int fd, uint64_t offset, uint64_t bytes) {
+  int error;
+  do error = bytes == 0 ? 0 : posix_fallocate(fd, static_cast<off_t>(offset), static_cast<off_t>(bytes));
+  while (error == EINTR);
+  return error;
 }
 
 }  // namespace
@@ -34,12 +57,21 @@ Window Window::create(uint64_t bytes) {
 }
 
 void Window::reserve(uint64_t offset, uint64_t bytes) {
-  int error;
-  do error = posix_fallocate(fd_, static_cast<off_t>(offset), static_cast<off_t>(bytes));
-  while (error == EINTR);
-  if (error != 0)
+  if (reserve_huge(offset, bytes)) return;
+  if (const int error = allocate(fd_, offset, bytes); error != 0)
     throw Error(
         str("cannot reserve ", bytes, " bytes of shared memory for a window: ", std::strerror(error), kAskForLess));
+}
+
+// In huge pages where whole ones fit: rows lie scattered over windows, and their translations would not be in any
+// cache. A page each is made first, since the kernel (from 6.1 on) collapses no holes.
+bool Window::reserve_huge(uint64_t offset, uint64_t bytes) {
+  const uint64_t begin = round_up(offset, kHugePage), end = (offset + bytes) / kHugePage * kHugePage;
+  if (begin >= end) return false;
+  for (uint64_t at = begin; at < end; at += kHugePage)
+    if (allocate(fd_, at, kPage) != 0) return false;
+  if (madvise(base_ + begin, end - begin, kMadviseCollapse) != 0) return false;
+  return allocate(fd_, offset, begin - offset) == 0 && allocate(fd_, end, offset + bytes - end) == 0;
 }
 
 Window Window::open(int64_t pid, int64_t fd, uint64_t bytes) {

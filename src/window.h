@@ -31,6 +31,7 @@ class Window {
   int fd() const { return fd_; }
 
  private:
+  bool reserve_huge(uint64_t offset, uint64_t bytes);
   void close_fd();
 
   std::byte* base_ = nullptr;

@@ -21,6 +21,7 @@ namespace deep_ep {
 
 constexpr uint64_t kLine = 64;
 constexpr uint64_t kPage = 4096;
+constexpr uint64_t kHugePage = 2 << 20;
 constexpr uint64_t kMinWindowBytes = 1 << 20;
 constexpr int kTextBytes = 512;
 constexpr uint64_t kAttachmentBytes = 2 << 20;
@@ -78,9 +79,9 @@ struct WindowLayout {
     at.posts = at.done + num_ranks * sizeof(Done);
     at.post_stride = round_up(sizeof(Post) + 4 * max_words, kLine);
     at.attachments = round_up(at.posts + 2 * at.post_stride, kPage);
-    at.staging = at.attachments + 2 * kAttachmentBytes;
+    at.staging = round_up(at.attachments + 2 * kAttachmentBytes, kHugePage);
     at.staging_bytes = round_up(std::min(bytes * 3 / 8, kStagingBytes), kPage);
-    at.pool = at.staging + at.staging_bytes;
+    at.pool = round_up(at.staging + at.staging_bytes, kHugePage);
     at.pool_bytes = round_up(bytes - at.staging_bytes, kPage);
     return at;
   }
