@@ -19,11 +19,11 @@ struct RowMeta {
   float weight;
 };
 
-// Where every (token, k) goes: the row at its expert's rank, -1 if there is none. `first_rows` is where the rows of
-// this rank begin, by expert. Calls entry(dest, row, token * K + k) for each that has a row.
-template <typename Entry>
-void place_tokens(const int64_t* ids, int64_t count, const Routing& routing, std::vector<int64_t> next, int32_t* head,
-                  Entry&& entry) {
+// Where every (token, k) of `rank` goes: the row at its expert's rank, -1 if there is none. Calls
+// placed(dest, row, token * K + k) for each that has a row.
+template <typename Placed>
+void place_tokens(const int64_t* ids, int64_t count, const Routing& routing, int rank, int32_t* head, Placed&& placed) {
+  std::vector<int64_t> next = routing.first_rows(rank);
   const int64_t L = routing.num_local_experts();
   for (int64_t i = 0; i < count; ++i) {
     head[i] = -1;
@@ -31,7 +31,7 @@ void place_tokens(const int64_t* ids, int64_t count, const Routing& routing, std
     const int64_t dest = ids[i] / L, row = next[ids[i]]++;
     if (row >= routing.delivered(dest)) continue;
     head[i] = static_cast<int32_t>(row);
-    entry(static_cast<int32_t>(dest), head[i], static_cast<int32_t>(i));
+    placed(static_cast<int32_t>(dest), head[i], static_cast<int32_t>(i));
   }
 }
 
@@ -132,7 +132,7 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
   const uint64_t row_bytes = recv.row_bytes();
   auto* head = send_head.mutable_data_ptr<int32_t>();
   if (op.all_attached()) {
-    place_tokens(ids, T * K, *routing, routing->first_rows(op.rank()), head, [](int32_t, int32_t, int32_t) {});
+    place_tokens(ids, T * K, *routing, op.rank(), head, [](int32_t, int32_t, int32_t) {});
     op.enter(Phase::copy);
     std::vector<int64_t> next(L * R);  // row of a local expert's next token from a rank
     routing->segments(op.rank(), [&](int64_t l, int64_t s, int64_t first, int64_t) { next[l * R + s] = first; });
@@ -157,7 +157,7 @@ Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, 
   } else {
     std::vector<Entry> entries;
     entries.reserve(T * K);
-    place_tokens(ids, T * K, *routing, routing->first_rows(op.rank()), head,
+    place_tokens(ids, T * K, *routing, op.rank(), head,
                  [&](int32_t dest, int32_t row, int32_t i) { entries.push_back({dest, row, i}); });
     struct Segment {
       int64_t local_expert, source, end;
