@@ -57,9 +57,8 @@ def quick() -> list[Point]:
     points = []
     for ranks in RANKS:
         point = Point(ranks, only=(DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED, COPY))
-        points += [point, replace(point, tokens=64), replace(point, backward=True)]
+        points += [point, replace(point, hidden=7168), replace(point, tokens=64), replace(point, backward=True)]
         points += [replace(point, tokens=tokens, hidden=7168, mode="low_latency") for tokens in (1, 8)]
-    points += [replace(points[0], hidden=7168)]
     return points + growth((2,), (1024, 32768))
 
 
