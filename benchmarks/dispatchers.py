@@ -332,8 +332,7 @@ def make_dispatchers(group: dist.ProcessGroup, point: Point) -> list[Dispatcher 
     competitors: list[Dispatcher | Memory] = []
     from_cpp = point.mode == "low_latency" and not point.backward
     if from_cpp:
-        competitors += [CalledFromCpp(name, group, point) for name in (DEEP_EP, GLOO)]
-        competitors += [DeepEPLowLatency(group, point, "alltoall")]
+        competitors += [CalledFromCpp(DEEP_EP, group, point), DeepEPLowLatency(group, point, "alltoall")]
     elif point.mode == "low_latency":
         competitors += [DeepEPLowLatency(group, point, overload) for overload in ("default", "alltoall")]
     elif point.rows == "rank":
@@ -341,7 +340,7 @@ def make_dispatchers(group: dist.ProcessGroup, point: Point) -> list[Dispatcher 
     else:
         competitors += [DeepEP(group, E, overload) for overload in ("default", "alltoall")]
     if point.rows == "expert":
-        competitors += [] if from_cpp else [GlooDispatcher(group, E, GLOO)]
+        competitors += [CalledFromCpp(GLOO, group, point) if from_cpp else GlooDispatcher(group, E, GLOO)]
         if point.dtype != "fp32":
             competitors += [GlooDispatcher(group, E, GLOO_LOWP, DTYPES[point.dtype])]
     if not point.backward:

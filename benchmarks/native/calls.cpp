@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
-#include <memory>
 #include <string>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -23,14 +22,31 @@ struct Sizes {
   std::string group;
 };
 
-class Dispatcher {
- public:
-  virtual ~Dispatcher() = default;
+}  // namespace
+
+// What is called, with the result of its newest operation.
+struct Calls {
+  explicit Calls(Sizes sizes) : s(std::move(sizes)) {}
+  virtual ~Calls() = default;
   // recv_x [N, H], of x [T, H], ids and weights [T, K].
   virtual Tensor dispatch(const Tensor& x, const Tensor& ids, const Tensor& weights) = 0;
   // [T, H], of y [N, H] and what the newest dispatch has returned.
   virtual Tensor combine(const Tensor& y, const Tensor& ids, const Tensor& weights) = 0;
+
+  template <typename Operation>
+  void* repeat(int64_t times, const Operation& operation) {
+    for (int64_t i = 0; i < times; ++i) {
+      result = Tensor();  // gives memory back before the next call
+      result = operation();
+    }
+    return result.mutable_data_ptr();
+  }
+
+  const Sizes s;
+  Tensor result;
 };
+
+namespace {
 
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> op(const char* name) {
@@ -38,16 +54,16 @@ c10::TypedOperatorHandle<Signature> op(const char* name) {
 }
 
 // With room for M = T tokens per rank.
-class DeepEP : public Dispatcher {
+class DeepEP : public Calls {
  public:
-  explicit DeepEP(Sizes sizes) : s_(std::move(sizes)) {}
+  using Calls::Calls;
 
   Tensor dispatch(const Tensor& x, const Tensor& ids, const Tensor&) override {
     static const auto call = op<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
         const Tensor&, const Tensor&, int64_t, int64_t, int64_t, c10::string_view, c10::string_view)>(
         "deep_ep::low_latency_dispatch");
     auto [recv_x, recv_count, recv_src_idx, layout_range, send_head] =
-        call.call(x, ids, s_.tokens, s_.experts, s_.ranks, s_.group, "");
+        call.call(x, ids, s.tokens, s.experts, s.ranks, s.group, "");
     recv_src_idx_ = std::move(recv_src_idx);
     layout_range_ = std::move(layout_range);
     send_head_ = std::move(send_head);
@@ -58,29 +74,28 @@ class DeepEP : public Dispatcher {
     static const auto call =
         op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
                   int64_t, c10::string_view, c10::string_view)>("deep_ep::low_latency_combine");
-    return call.call(y, ids, weights, recv_src_idx_, layout_range_, send_head_, s_.experts, s_.ranks, s_.group, "");
+    return call.call(y, ids, weights, recv_src_idx_, layout_range_, send_head_, s.experts, s.ranks, s.group, "");
   }
 
  private:
-  const Sizes s_;
   Tensor recv_src_idx_, layout_range_, send_head_;
 };
 
 // GlooDispatcher of dispatchers.py, which says what it is, line by line.
-class Gloo : public Dispatcher {
+class Gloo : public Calls {
  public:
-  explicit Gloo(Sizes sizes) : s_(std::move(sizes)), group_(c10d::resolve_process_group(s_.group)) {}
+  explicit Gloo(Sizes sizes) : Calls(std::move(sizes)), group_(c10d::resolve_process_group(s.group)) {}
 
   Tensor dispatch(const Tensor& x, const Tensor& ids, const Tensor& weights) override {
-    const int64_t R = s_.ranks, L = s_.experts / R;
-    const Tensor send_counts = at::bincount(ids.flatten(), {}, s_.experts).view({R, L});
+    const int64_t R = s.ranks, L = s.experts / R;
+    const Tensor send_counts = at::bincount(ids.flatten(), {}, s.experts).view({R, L});
     recv_counts_ = at::empty_like(send_counts);
     exchange(recv_counts_, send_counts, {}, {});
     send_splits_ = counts(send_counts.sum(1));
     recv_splits_ = counts(recv_counts_.sum(1));
 
     order_ = at::argsort(ids.flatten(), /*stable=*/true, -1, false);
-    const Tensor rows = x.index_select(0, at::floor_divide(order_, s_.top_k));
+    const Tensor rows = x.index_select(0, at::floor_divide(order_, s.top_k));
     const Tensor row_weights = weights.flatten().index_select(0, order_);
 
     Tensor recv_x = all_to_all(rows, send_splits_, recv_splits_);
@@ -94,13 +109,13 @@ class Gloo : public Dispatcher {
   }
 
   Tensor combine(const Tensor& y, const Tensor&, const Tensor& weights) override {
-    const int64_t R = s_.ranks, L = s_.experts / R;
+    const int64_t R = s.ranks, L = s.experts / R;
     const Tensor by_rank = L > 1 ? reorder_chunks(y, counts(recv_counts_.t().flatten()), L, R) : y;
     const Tensor rows = all_to_all(by_rank, recv_splits_, send_splits_);
     Tensor by_token = at::empty_like(rows);
     by_token.index_put_({order_}, rows);
-    const Tensor terms = by_token.view({s_.tokens, s_.top_k, s_.hidden}).to(at::kFloat);
-    return at::bmm(weights.unsqueeze(1), terms).squeeze(1).to(s_.dtype);
+    const Tensor terms = by_token.view({s.tokens, s.top_k, s.hidden}).to(at::kFloat);
+    return at::bmm(weights.unsqueeze(1), terms).squeeze(1).to(s.dtype);
   }
 
  private:
@@ -131,33 +146,27 @@ class Gloo : public Dispatcher {
     return received;
   }
 
-  const Sizes s_;
   const c10::intrusive_ptr<c10d::ProcessGroup> group_;
   Tensor order_, recv_counts_, recv_weights_;
   Counts send_splits_, recv_splits_;
 };
 
-}  // namespace
+// Tensors over memory of the caller.
+struct Arguments {
+  Arguments(const Sizes& s, const void* rows, int64_t num_rows, const int64_t* ids, const float* weights)
+      : rows(tensor(rows, num_rows, s.hidden, s.dtype)),
+        ids(tensor(ids, s.tokens, s.top_k, at::kLong)),
+        weights(tensor(weights, s.tokens, s.top_k, at::kFloat)) {}
 
-// A dispatcher with the result of its newest operation.
-struct Calls {
-  Sizes sizes;
-  std::unique_ptr<Dispatcher> dispatcher;
-  Tensor result;
+  const Tensor rows, ids, weights;
 
-  Tensor tensor(const void* data, int64_t rows, int64_t columns, at::ScalarType dtype) const {
+ private:
+  static Tensor tensor(const void* data, int64_t rows, int64_t columns, at::ScalarType dtype) {
     return at::from_blob(const_cast<void*>(data), {rows, columns}, at::TensorOptions().dtype(dtype));
   }
-
-  template <typename Operation>
-  void* repeat(int64_t times, const Operation& operation) {
-    for (int64_t i = 0; i < times; ++i) {
-      result = Tensor();  // gives memory back before the next call
-      result = operation();
-    }
-    return result.mutable_data_ptr();
-  }
 };
+
+}  // namespace
 
 extern "C" {
 
@@ -165,13 +174,9 @@ extern "C" {
 Calls* calls_make(bool of_gloo, int64_t tokens, int64_t hidden, int64_t top_k, int64_t experts, int64_t ranks,
                   int64_t dtype, const char* group) {
   constexpr at::ScalarType types[] = {at::kFloat, at::kHalf, at::kBFloat16};
-  const Sizes sizes{tokens, hidden, top_k, experts, ranks, types[dtype], group};
-  std::unique_ptr<Dispatcher> dispatcher;
-  if (of_gloo)
-    dispatcher = std::make_unique<Gloo>(sizes);
-  else
-    dispatcher = std::make_unique<DeepEP>(sizes);
-  return new Calls{sizes, std::move(dispatcher), {}};
+  Sizes sizes{tokens, hidden, top_k, experts, ranks, types[dtype], group};
+  if (of_gloo) return new Gloo(std::move(sizes));
+  return new DeepEP(std::move(sizes));
 }
 
 void calls_drop(Calls* calls) { delete calls; }
@@ -181,10 +186,8 @@ void calls_drop(Calls* calls) { delete calls; }
 void* calls_dispatch(Calls* c, const void* x, const int64_t* ids, const float* weights, int64_t times,
                      int64_t* num_rows) {
   const c10::InferenceMode as_for_decoding;
-  const Sizes& s = c->sizes;
-  const Tensor x_ = c->tensor(x, s.tokens, s.hidden, s.dtype), ids_ = c->tensor(ids, s.tokens, s.top_k, at::kLong),
-               weights_ = c->tensor(weights, s.tokens, s.top_k, at::kFloat);
-  void* const rows = c->repeat(times, [&] { return c->dispatcher->dispatch(x_, ids_, weights_); });
+  const Arguments arguments(c->s, x, c->s.tokens, ids, weights);
+  void* const rows = c->repeat(times, [&] { return c->dispatch(arguments.rows, arguments.ids, arguments.weights); });
   *num_rows = c->result.size(0);
   return rows;
 }
@@ -193,9 +196,7 @@ void* calls_dispatch(Calls* c, const void* x, const int64_t* ids, const float* w
 void* calls_combine(Calls* c, const void* y, int64_t num_rows, const int64_t* ids, const float* weights,
                     int64_t times) {
   const c10::InferenceMode as_for_decoding;
-  const Sizes& s = c->sizes;
-  const Tensor y_ = c->tensor(y, num_rows, s.hidden, s.dtype), ids_ = c->tensor(ids, s.tokens, s.top_k, at::kLong),
-               weights_ = c->tensor(weights, s.tokens, s.top_k, at::kFloat);
-  return c->repeat(times, [&] { return c->dispatcher->combine(y_, ids_, weights_); });
+  const Arguments arguments(c->s, y, num_rows, ids, weights);
+  return c->repeat(times, [&] { return c->combine(arguments.rows, arguments.ids, arguments.weights); });
 }
 }

@@ -37,13 +37,13 @@ void place_tokens(const int64_t* ids, int64_t count, const Routing& routing, int
 
 }  // namespace
 
-Dispatched dispatch_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
+Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                          const std::optional<Tensor>& topk_weights, int64_t num_experts, int64_t num_ranks,
                          int64_t num_worst_tokens) {
   const bool low_latency = !topk_weights.has_value();
   Contribution mine;
   Post& post = mine.post;
-  post.op = op_code;
+  post.op = low_latency ? Op::low_latency_dispatch : Op::dispatch;
   std::vector<int32_t>& counts = mine.words;
   const int64_t* ids = nullptr;
   const float* weights = nullptr;
@@ -220,7 +220,7 @@ Dispatched run(Turn turn, const Tensor& x, const Tensor& topk_idx, const Tensor&
                int64_t num_ranks, int64_t num_worst_tokens) {
   Checks checks =
       check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, turn.group().size());
-  return dispatch_rows(kOp, std::move(turn), std::move(checks), x, topk_idx, topk_weights, num_experts, num_ranks,
+  return dispatch_rows(std::move(turn), std::move(checks), x, topk_idx, topk_weights, num_experts, num_ranks,
                        num_worst_tokens);
 }
 

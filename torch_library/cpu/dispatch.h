@@ -17,9 +17,8 @@ struct Dispatched {
   std::optional<Rest> rest;
 };
 
-// Runs as the operation `op`; `checks` has been made of its arguments, which are those of the op dispatch.
-// Without topk_weights: low latency.
-Dispatched dispatch_rows(Op op, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
+// The op dispatch or, without topk_weights, low_latency_dispatch; `checks` has been made of its arguments.
+Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                          const std::optional<Tensor>& topk_weights, int64_t num_experts, int64_t num_ranks,
                          int64_t num_worst_tokens);
 

@@ -13,8 +13,8 @@ Results run(Turn turn, const Tensor& x, const Tensor& topk_idx, int64_t num_max,
   Checks checks = check_low_latency_dispatch(x, topk_idx, num_max, num_experts, num_ranks, turn.group().size());
   int64_t num_rows = 0;
   if (checks.passed()) num_rows = num_ranks * num_max * std::min(topk_idx.size(1), num_experts / num_ranks);
-  const Dispatched out = dispatch_rows(kOp, std::move(turn), std::move(checks), x, topk_idx, std::nullopt, num_experts,
-                                       num_ranks, num_rows);
+  const Dispatched out =
+      dispatch_rows(std::move(turn), std::move(checks), x, topk_idx, std::nullopt, num_experts, num_ranks, num_rows);
   return {out.recv_x, out.num_recv_tokens_per_expert, out.recv_src_idx, out.recv_channel_prefix_matrix, out.send_head};
 }
 
