@@ -11,9 +11,11 @@
 namespace deep_ep {
 
 void Bell::ring() {
-  rings.fetch_add(1, std::memory_order_seq_cst);
-  if (sleeping.load(std::memory_order_seq_cst) != 0)
-    syscall(SYS_futex, &rings, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+  // Either this sees that the owner sleeps, or the owner sees the change before it does: both have a fence between.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (sleeping.load(std::memory_order_relaxed) == 0) return;
+  rings.fetch_add(1, std::memory_order_release);
+  syscall(SYS_futex, &rings, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
 void Bell::yield() { sched_yield(); }

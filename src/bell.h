@@ -12,7 +12,7 @@ struct Bell {
   std::atomic<uint32_t> rings;
   std::atomic<uint32_t> sleeping;
 
-  // Call after the change that a waiter looks for has been stored.
+  // Call after the change that a waiter looks for has been stored. Who is awake sees it without.
   void ring();
 
   // Returns true once `ready()` holds, false after at most `milliseconds`. Yields first, then sleeps: to be woken takes
@@ -26,8 +26,9 @@ struct Bell {
         yield();
       }
     } while (std::chrono::steady_clock::now() - start < kAwake);
-    sleeping.store(1, std::memory_order_seq_cst);
-    const uint32_t seen = rings.load(std::memory_order_seq_cst);
+    sleeping.store(1, std::memory_order_relaxed);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    const uint32_t seen = rings.load(std::memory_order_acquire);
     const bool done = ready();
     if (!done) sleep(seen, milliseconds);
     sleeping.store(0, std::memory_order_relaxed);

@@ -79,13 +79,15 @@ def _target(descriptor: str) -> str:
 class Entries:
     """Waits for peers to enter an op under `default`, from a rank that has not.
 
-    A window begins with a counter of how often its owner was rung, and whoever enters an op rings everybody.
+    A window begins with a counter of how often its owner was rung, and whether the owner sleeps. Whoever enters an op
+    rings those who sleep; this rank says that it does.
     """
 
     def __init__(self) -> None:
         first, _ = window_mappings()[0]
         self._rings = ctypes.c_uint32.from_address(first)
         self._before = self._rings.value
+        ctypes.c_uint32.from_address(first + 4).value = 1
 
     def wait_for(self, peers: int) -> None:
         while self._rings.value - self._before < peers:
