@@ -30,32 +30,51 @@ DEEP_EP_INLINE To bits(const From& value) {
   return out;
 }
 
-// Formats of 16 bits, in the lower half of words.
+// Formats of 16 bits, in the lower or the upper half of words: from_ ignores the other half, to_ leaves it 0.
 
 struct BF16 {
   template <typename Float, typename Word>
-  static DEEP_EP_INLINE Float load(const Word& value) {
-    return bits<Float>(Word(value << 16));
+  static DEEP_EP_INLINE Float from_lower(const Word& word) {
+    return bits<Float>(Word(word << 16));
+  }
+  template <typename Float, typename Word>
+  static DEEP_EP_INLINE Float from_upper(const Word& word) {
+    return bits<Float>(Word(word & 0xffff0000));
   }
   template <typename Word, typename Float>
-  static DEEP_EP_INLINE Word store(const Float& value) {
+  static DEEP_EP_INLINE Word to_lower(const Float& value) {
+    return round<Word>(value) >> 16;
+  }
+  template <typename Word, typename Float>
+  static DEEP_EP_INLINE Word to_upper(const Float& value) {
+    return round<Word>(value) & 0xffff0000;
+  }
+
+ private:
+  // In the upper half; the lower one is undefined.
+  template <typename Word, typename Float>
+  static DEEP_EP_INLINE Word round(const Float& value) {
     const Word u = bits<Word>(value);
-    const Word rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-    return (u & 0x7fffffff) > 0x7f800000 ? Word(rounded * 0 + 0x7fc0) : rounded;
+    const Word rounded = u + 0x7fff + (u >> 16 & 1);
+    return value != value ? Word(rounded * 0 + 0x7fc00000) : rounded;
   }
 };
 
 struct F16 {
   // The exponent is rebased by a multiplication, which also normalises subnormals; infinities and NaN by hand.
   template <typename Float, typename Word>
-  static DEEP_EP_INLINE Float load(const Word& value) {
-    const Word magnitude = (value & 0x7fff) << 13;
+  static DEEP_EP_INLINE Float from_lower(const Word& word) {
+    const Word magnitude = (word & 0x7fff) << 13;
     const Word finite = bits<Word>(Float(bits<Float>(magnitude) * 0x1p112f));
     const Word special = magnitude | 0x7f800000;
-    return bits<Float>(Word((value & 0x8000) << 16 | ((value & 0x7c00) == 0x7c00 ? special : finite)));
+    return bits<Float>(Word((word & 0x8000) << 16 | ((word & 0x7c00) == 0x7c00 ? special : finite)));
+  }
+  template <typename Float, typename Word>
+  static DEEP_EP_INLINE Float from_upper(const Word& word) {
+    return from_lower<Float>(Word(word >> 16));
   }
   template <typename Word, typename Float>
-  static DEEP_EP_INLINE Word store(const Float& value) {
+  static DEEP_EP_INLINE Word to_lower(const Float& value) {
     const Word sign = bits<Word>(value) >> 16 & 0x8000, u = bits<Word>(value) & 0x7fffffff;
     const Word normal = (u - (112u << 23) + 0xfff + (u >> 13 & 1)) >> 13;
     const Word subnormal = bits<Word>(Float(bits<Float>(u) + 0.5f)) - bits<uint32_t>(0.5f);  // rounds at 2^-24
@@ -63,6 +82,10 @@ struct F16 {
     const Word large = u > 0x7f800000 ? Word(zero + 0x7e00) : Word(zero + 0x7c00);
     const Word finite = u < (113u << 23) ? subnormal : normal;
     return sign | (u >= 0x477ff000 ? large : finite);
+  }
+  template <typename Word, typename Float>
+  static DEEP_EP_INLINE Word to_upper(const Float& value) {
+    return to_lower<Word>(value) << 16;
   }
 };
 
@@ -75,19 +98,19 @@ struct Columns {
 template <typename Format>
 struct Half {
   using Storage = uint16_t;
-  static DEEP_EP_INLINE float load(uint16_t value) { return Format::template load<float>(uint32_t{value}); }
+  static DEEP_EP_INLINE float load(uint16_t value) { return Format::template from_lower<float>(uint32_t{value}); }
   static DEEP_EP_INLINE uint16_t store(float value) {
-    return static_cast<uint16_t>(Format::template store<uint32_t>(value));
+    return static_cast<uint16_t>(Format::template to_lower<uint32_t>(value));
   }
   // Even columns and odd ones: two of a word.
   static DEEP_EP_INLINE Columns load(const uint16_t* from) {
     Words words;
     std::memcpy(&words, from, sizeof words);
-    return {Format::template load<Floats>(Words(words & 0xffff)), Format::template load<Floats>(Words(words >> 16))};
+    return {Format::template from_lower<Floats>(words), Format::template from_upper<Floats>(words)};
   }
   static DEEP_EP_INLINE void store(const Columns& values, uint16_t* to) {
-    const Words words = Format::template store<Words>(values.first) | Format::template store<Words>(values.second)
-                                                                          << 16;
+    const Words words =
+        Format::template to_lower<Words>(values.first) | Format::template to_upper<Words>(values.second);
     std::memcpy(to, &words, sizeof words);
   }
   static DEEP_EP_INLINE float column(const Columns& values, int64_t i) {
