@@ -18,6 +18,7 @@ from benchmarks import native
 from benchmarks.points import DTYPES, Point, num_rows
 
 DEEP_EP = "deep_ep.default"
+DEEP_EP_ALLTOALL = "deep_ep.alltoall"
 GLOO = "gloo"
 GLOO_LOWP = "gloo.lowp"  # weighted sums in the dtype of x
 GLOO_TUNED = "gloo.tuned"
@@ -25,6 +26,7 @@ MPI = "mpi"  # a row for each (token, expert) on the wire
 MPI_MERGED = "mpi.merged"  # one for each (token, rank)
 COPY = "memcpy"
 WRITE_READ = "write+read"
+NAMES = (DEEP_EP, DEEP_EP_ALLTOALL, GLOO, GLOO_LOWP, GLOO_TUNED, MPI, MPI_MERGED, COPY, WRITE_READ)
 
 
 class Dispatcher(Protocol):
@@ -302,7 +304,7 @@ class DeepEPBuffer:
     """deep_ep.Buffer with rows="rank"; the layout that its dispatch asks for belongs to the time of dispatch."""
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
-        self.name = "deep_ep.default"
+        self.name = DEEP_EP
         self.sum_eps = torch.finfo(torch.float32).eps
         self.num_experts = num_experts
         self.buffer = deep_ep.Buffer(group, rows="rank")
@@ -322,6 +324,16 @@ class DeepEPBuffer:
 
     def combine(self, y: Tensor, state: Any) -> Tensor:
         return self.buffer.combine(y, state)[0]
+
+
+def needed_bytes(point: Point) -> int:
+    """Memory that the ranks of a point take at their peak, about: measured, and rounded up.
+
+    deep_ep alone has recv_x, the expert's output and what they are compared with; gloo has rows in several orders and
+    in fp32, and what is tuned has three buffers that stay.
+    """
+    payloads = 5 if point.only == (DEEP_EP,) else 12
+    return payloads * point.payload + point.ranks * (200 << 20)
 
 
 def make_dispatchers(group: dist.ProcessGroup, point: Point) -> list[Dispatcher | Memory]:

@@ -1,7 +1,7 @@
 """Times dispatch and combine of deep_ep against what else does the same, and against memory, on local processes.
 
     python -m benchmarks.ep                       what the goals are about, a subset of 7 minutes
-    python -m benchmarks.ep --full                every configuration
+    python -m benchmarks.ep --full                every configuration that fits into memory
     python -m benchmarks.ep --ranks 2 4 --tokens 4096 --hidden 7168 --backward --out FOLDER
 
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N received rows.
@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import goals
-from benchmarks.dispatchers import COPY, DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED
+from benchmarks.dispatchers import COPY, DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED, NAMES, needed_bytes
 from benchmarks.plot import plot
 from benchmarks.points import DTYPES, MODES, ROWS, Point
 from benchmarks.rank import num_cores, run
@@ -92,7 +92,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Point]]:
         default = getattr(Point(), name)
         kind = {"type": type(default), "choices": CHOICES.get(name), "nargs": "+"}
         axes.add_argument(f"--{name.replace('_', '-')}", help=f"{text} ({default})", **kind)
-    axes.add_argument("--only", nargs="+", default=(), metavar="NAME", help="competitors (all)")
+    names = f"competitors, of {', '.join(NAMES)} (all)"
+    axes.add_argument("--only", nargs="+", default=(), choices=NAMES, metavar="NAME", help=names)
     axes.add_argument("--repeats", type=int, default=7, help="repetitions, at least 7 (%(default)s)")
     axes.add_argument("--backward", action="store_true", help="time the backward pass as well")
     parser.add_argument(
@@ -118,14 +119,40 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Point]]:
             parser.error(f"--topk must be in 1..{point.experts} (--experts), got {point.topk}")
         if point.mode == "low_latency" and point.rows != "expert":
             parser.error("--mode low_latency has --rows expert only")
+    if args.only and DEEP_EP not in args.only:
+        parser.error(f"--only must name {DEEP_EP}, with which others are compared, got {' '.join(args.only)}")
     return args, points
+
+
+def available_bytes() -> int:
+    """Memory that the host has left."""
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) << 10
+
+
+def fitting(points: list[Point], available: int) -> tuple[list[Point], list[str]]:
+    """The points that so many bytes of memory are enough for, and what is to be said of the others."""
+    fit, others = [], []
+    for point in points:
+        needed = needed_bytes(point)
+        if needed <= available:
+            fit.append(point)
+        else:
+            sizes = f"takes about {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} GiB are available"
+            others.append(f"{point}: {sizes}")
+    return fit, others
 
 
 def main(argv: list[str]) -> None:
     args, points = parse(argv)
     results = Results()
+    left_out: list[str] = []
     for ranks in sorted({point.ranks for point in points} | ({1} if args.overhead else set())):
-        measured = run(ranks, [point for point in points if point.ranks == ranks], args.overhead)
+        fit, others = fitting([point for point in points if point.ranks == ranks], available_bytes())
+        left_out += others
+        for text in others:
+            print(f"\nleft out: {text}", flush=True)
+        measured = run(ranks, fit, args.overhead)
         for point, samples in measured.points:
             print(f"\n{point}, {point.repeats} repetitions, {num_cores()} cores")
             print(table(summarize(samples, DEEP_EP), DEEP_EP), flush=True)
@@ -133,6 +160,8 @@ def main(argv: list[str]) -> None:
             print(f"\n{value.name}: {value.value:.3g} at {value.config}", flush=True)
         results.points.extend(measured.points)
         results.values.extend(measured.values)
+    if not results.points and not results.values:
+        sys.exit("nothing of what was asked for fits into memory")
     print(f"\n{goals.table(results)}")
     args.out.mkdir(parents=True, exist_ok=True)
     environment = {
@@ -144,6 +173,7 @@ def main(argv: list[str]) -> None:
     document = {
         "environment": environment,
         "points": [{"point": asdict(point), "samples": samples} for point, samples in results.points],
+        "left_out": left_out,
         "values": [asdict(value) for value in results.values],
         "goals": goals.as_json(results),
     }

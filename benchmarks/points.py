@@ -41,6 +41,11 @@ class Point:
     def stages(self) -> list[str]:
         return ["dispatch", "combine", "backward"] if self.backward else ["dispatch", "combine"]
 
+    @property
+    def payload(self) -> int:
+        """Bytes of recv_x, of all ranks together, with rows="expert"."""
+        return self.ranks * self.tokens * self.topk * self.hidden * DTYPES[self.dtype].itemsize
+
     def __str__(self) -> str:
         text = f"R={self.ranks} T={self.tokens} H={self.hidden} K={self.topk} E={self.experts} {self.dtype}"
         text += f" rows={self.rows}" * (self.rows != "expert") + " low latency" * (self.mode == "low_latency")

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import ep, goals
-from benchmarks.dispatchers import COPY, DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED
+from benchmarks.dispatchers import DEEP_EP, MPI, MPI_MERGED, NAMES
 from benchmarks.points import Point
 from benchmarks.rank import with_mpirun
 from benchmarks.report import TOTAL, Results, Value
@@ -26,9 +27,9 @@ def test_smallest_run(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     document = json.loads((tmp_path / "results.json").read_text())
-    assert set(document) == {"environment", "points", "values", "goals"}
-    competitors = {DEEP_EP, "deep_ep.alltoall", GLOO, "gloo.lowp", GLOO_TUNED, COPY, "write+read"}
-    competitors |= {MPI, MPI_MERGED} if with_mpirun() else set()
+    assert set(document) == {"environment", "points", "left_out", "values", "goals"}
+    assert document["left_out"] == []
+    competitors = set(NAMES) - (set() if with_mpirun() else {MPI, MPI_MERGED})
     assert [record["point"]["mode"] for record in document["points"]] == ["normal", "low_latency"]
     for record in document["points"]:
         assert Point(**record["point"] | {"only": ()}).tokens == 16
@@ -70,9 +71,23 @@ def test_goals_take_paired_medians() -> None:
         (["--ranks", "3"], "--experts must be a multiple of --ranks, got 64 and 3"),
         (["--topk", "65"], "--topk must be in 1..64 (--experts), got 65"),
         (["--mode", "low_latency", "--rows", "rank"], "--mode low_latency has --rows expert only"),
+        (["--only", "gloo"], "--only must name deep_ep.default, with which others are compared, got gloo"),
+        (["--only", "glue"], "argument --only: invalid choice: 'glue'"),
     ],
 )
 def test_options_that_cannot_be(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         ep.parse(arguments)
     assert said in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_left_out() -> None:
+    small, large = Point(4), Point(4, tokens=4096, hidden=7168)
+    available = 16 << 30
+    fit, others = ep.fitting([large, small], available)
+    assert fit == [small]
+    (said,) = others
+    assert said == f"{large}: takes about 22 GiB of memory, 16 GiB are available"
+    # deep_ep alone takes less than half of it.
+    alone = replace(large, only=(DEEP_EP,))
+    assert ep.fitting([alone], available) == ([alone], [])
