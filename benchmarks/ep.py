@@ -1,7 +1,7 @@
 """Times dispatch and combine of deep_ep against what else does the same, and against memory, on local processes.
 
     python -m benchmarks.ep                       what the goals are about, a subset of 7 minutes
-    python -m benchmarks.ep --full                every configuration that fits into memory
+    python -m benchmarks.ep --full                every configuration that fits into memory, an hour
     python -m benchmarks.ep --ranks 2 4 --tokens 4096 --hidden 7168 --backward --out FOLDER
 
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N received rows.
