@@ -329,10 +329,11 @@ class DeepEPBuffer:
 def needed_bytes(point: Point) -> int:
     """Memory that the ranks of a point take at their peak, about: measured, and rounded up.
 
-    deep_ep alone has recv_x, the expert's output and what they are compared with; gloo has rows in several orders and
-    in fp32, and what is tuned has three buffers that stay.
+    deep_ep alone has recv_x, the expert's output, what they are compared with and gradients; gloo has rows in several
+    orders and in fp32, and what is tuned has three buffers that stay.
     """
-    payloads = 5 if point.only == (DEEP_EP,) else 12
+    alone = 10 if point.backward else 5
+    payloads = alone if point.only == (DEEP_EP,) else 12
     return payloads * point.payload + point.ranks * (200 << 20)
 
 

@@ -152,6 +152,8 @@ def main(argv: list[str]) -> None:
         left_out += others
         for text in others:
             print(f"\nleft out: {text}", flush=True)
+        if not fit and not args.overhead:
+            continue
         measured = run(ranks, fit, args.overhead)
         for point, samples in measured.points:
             print(f"\n{point}, {point.repeats} repetitions, {num_cores()} cores")

@@ -26,7 +26,7 @@ from benchmarks.report import Value
 REPEATS = 15
 CALLS = 200  # of one op, in one repetition
 # Of the graph that is timed against eager calls, as many as a model has: to enter a graph, whatever is in it, takes
-# torch 50 µs, and many times that where rows have displaced its code and data from the caches.
+# torch 50 µs, and several hundred where rows have displaced its code and data from the caches.
 LAYERS = 16
 
 EAGER_CALL = "eager call, µs"

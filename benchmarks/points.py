@@ -43,8 +43,11 @@ class Point:
 
     @property
     def payload(self) -> int:
-        """Bytes of recv_x, of all ranks together, with rows="expert"."""
-        return self.ranks * self.tokens * self.topk * self.hidden * DTYPES[self.dtype].itemsize
+        """Bytes of recv_x, of all ranks together, with rows="expert"; in low latency with its rows of 0."""
+        rows = self.tokens * self.topk
+        if self.mode == "low_latency":
+            rows = self.ranks * self.tokens * min(self.topk, self.experts // self.ranks)
+        return self.ranks * rows * self.hidden * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
         text = f"R={self.ranks} T={self.tokens} H={self.hidden} K={self.topk} E={self.experts} {self.dtype}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ep, goals
-from benchmarks.dispatchers import DEEP_EP, MPI, MPI_MERGED, NAMES
+from benchmarks.dispatchers import COPY, DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED, NAMES
 from benchmarks.points import Point
 from benchmarks.rank import with_mpirun
 from benchmarks.report import TOTAL, Results, Value
@@ -29,7 +29,9 @@ def test_smallest_run(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "results.json").read_text())
     assert set(document) == {"environment", "points", "left_out", "values", "goals"}
     assert document["left_out"] == []
-    competitors = set(NAMES) - (set() if with_mpirun() else {MPI, MPI_MERGED})
+    competitors = {DEEP_EP, "deep_ep.alltoall", GLOO, "gloo.lowp", GLOO_TUNED, COPY, "write+read"}
+    assert set(NAMES) == competitors | {MPI, MPI_MERGED}
+    competitors |= {MPI, MPI_MERGED} if with_mpirun() else set()
     assert [record["point"]["mode"] for record in document["points"]] == ["normal", "low_latency"]
     for record in document["points"]:
         assert Point(**record["point"] | {"only": ()}).tokens == 16
@@ -91,3 +93,15 @@ def test_what_does_not_fit_is_left_out() -> None:
     # deep_ep alone takes less than half of it.
     alone = replace(large, only=(DEEP_EP,))
     assert ep.fitting([alone], available) == ([alone], [])
+    # In low latency a rank has room for all rows of all ranks.
+    padded = replace(small, mode="low_latency", tokens=4096)
+    assert padded.payload == 4 * replace(padded, mode="normal").payload
+
+
+def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """No ranks are started for it."""
+    monkeypatch.setattr(ep, "available_bytes", lambda: 0)
+    monkeypatch.delattr(ep, "run")
+    with pytest.raises(SystemExit, match="nothing of what was asked for fits into memory"):
+        ep.main(["--ranks", "2", "4"])
+    assert capsys.readouterr().out.count("left out: ") == 2
