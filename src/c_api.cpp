@@ -60,6 +60,9 @@ DEEP_EP_API void deep_ep_group_publish(void* handle, const char* name) {
   deep_ep::groups::put(name, group);
 }
 
+// From here on, results of calls that go on look like none until they have come.
+DEEP_EP_API void deep_ep_group_spoil(void* handle) { (*static_cast<Handle*>(handle))->set_spoils(); }
+
 // Codes of the newest operations, oldest first, into ops[capacity]; returns how many were ever issued.
 DEEP_EP_API uint64_t deep_ep_group_log(void* handle, uint32_t* ops, uint64_t capacity) {
   uint64_t issued;

@@ -84,6 +84,10 @@ OwnWindow::OwnWindow(const WindowLayout& at)
   window.reserve(at.staging, at.staging_bytes);
 }
 
+std::shared_ptr<std::byte> OwnWindow::kept(Block block) {
+  return {window.at(block.offset), [own = shared_from_this(), block](std::byte*) { own->pool.give_back(block); }};
+}
+
 Group::Group(int rank, int size, uint64_t bytes, std::chrono::milliseconds timeout)
     : rank_(rank), size_(size), bytes_(window_bytes(size, bytes)), timeout_(timeout), peers_(size) {
   peers_[rank_].at = WindowLayout::of(size_, kMaxExperts, bytes_);
@@ -122,6 +126,12 @@ Nanoseconds Group::spent(Op op, uint64_t* finished) const {
   const auto& [nanoseconds, count] = spent_[static_cast<int>(op)];
   *finished = count;
   return nanoseconds;
+}
+
+std::optional<PoolMemory> Group::reserve(uint64_t bytes) const {
+  const Block block = own_->pool.trim(own_->pool.take(bytes), bytes);
+  PoolMemory taken{block, own_->kept(block)};
+  return block.bytes < bytes ? std::nullopt : std::optional(std::move(taken));
 }
 
 std::byte* Group::address(int rank, uint64_t offset) const {
@@ -186,7 +196,7 @@ Operation::Operation(Turn turn, Contribution mine, const std::function<std::stri
     if (group_.log_.size() < Group::kLogged) group_.log_.resize(Group::kLogged);
     group_.log_[(sequence_ - 1) % Group::kLogged] = op_;
   }
-  offered_ = group_.own_->pool.take(with_margin(std::max(mine.expected, wanted())));
+  if (!mine.reserved) offered_ = group_.own_->pool.take(with_margin(std::max(mine.expected, wanted())));
   open_ = true;
 
   try {
@@ -202,8 +212,9 @@ void Operation::enter(const Contribution& mine, const std::function<std::string(
   post = mine.post;
   post.rejected = !mine.rejected.empty();
   copy_text(post.text, mine.rejected);
-  post.pool_offset = offered_.offset;
-  post.pool_bytes = offered_.bytes;
+  const Block block = mine.reserved.value_or(offered_);
+  post.pool_offset = block.offset;
+  post.pool_bytes = block.bytes;
   post.attached = attach(mine);
   std::copy(mine.words.begin(), mine.words.end(), reinterpret_cast<int32_t*>(&post + 1));
   group_.control(group_.rank_).sequence.store(sequence_, std::memory_order_release);
@@ -475,7 +486,7 @@ std::shared_ptr<std::byte> Operation::keep(uint64_t bytes) {
   // Once it is given back, it is to do for one that needs somewhat more.
   const uint64_t most = with_margin(std::max(needed_, wanted()));
   const Block block = group_.own_->pool.trim(std::exchange(offered_, {}), std::max(bytes, most));
-  return {group_.own_->window.at(block.offset), [own = group_.own_, block](std::byte*) { own->pool.give_back(block); }};
+  return group_.own_->kept(block);
 }
 
 namespace groups {

@@ -28,11 +28,20 @@
 namespace deep_ep {
 
 // The own window with its pool. Tensors whose memory lies in it keep it alive beyond the group.
-struct OwnWindow {
+struct OwnWindow : std::enable_shared_from_this<OwnWindow> {
   explicit OwnWindow(const WindowLayout& at);
+
+  // The memory of a block that was taken from the pool, to which it is given back when the pointer dies.
+  std::shared_ptr<std::byte> kept(Block block);
 
   Window window;
   Pool pool;
+};
+
+// A block of the pool, and what keeps it.
+struct PoolMemory {
+  Block block;
+  std::shared_ptr<std::byte> memory;
 };
 
 class Group {
@@ -53,6 +62,14 @@ class Group {
 
   // Runs what its callers do not wait for.
   Worker& worker() { return worker_; }
+
+  // Whether results of calls that go on are to look like none until they have come. For debugging.
+  bool spoils() const { return spoils_; }
+  void set_spoils() { spoils_ = true; }
+
+  // A block of the pool for an operation that is to come, given back when its memory dies; nothing if there is none
+  // of as many bytes.
+  std::optional<PoolMemory> reserve(uint64_t bytes) const;
 
   // False once an operation has failed in its middle: no further one can work.
   bool usable() const { return control(rank_).state.load() == State::open; }
@@ -92,6 +109,7 @@ class Group {
   std::vector<Peer> peers_;
   Turns turns_;
   Worker worker_;
+  std::atomic<bool> spoils_ = false;
   mutable std::mutex log_mutex_;
   uint64_t sequence_ = 0;
   std::vector<Op> log_;
@@ -147,6 +165,8 @@ struct Contribution {
   std::vector<int32_t> words;  // published with the post
   std::string rejected;        // unless empty: why this rank cannot take part
   uint64_t expected = 0;       // bytes of the pool that rows for this rank are expected to need
+  // Instead, where rows for this rank go is settled: this block of the pool, of 0 bytes for none.
+  std::optional<Block> reserved;
   // What this rank has to send, for an operation of little data: `attach` writes these bytes.
   uint64_t attached_bytes = 0;
   std::function<void(std::byte*)> attach;

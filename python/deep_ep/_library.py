@@ -43,6 +43,7 @@ def _load() -> ctypes.CDLL:
         "deep_ep_group_bytes": (u64, [pointer]),
         "deep_ep_group_connect": (i32, [pointer, pointer, pointer, pointer, text]),
         "deep_ep_group_publish": (None, [pointer, text]),
+        "deep_ep_group_spoil": (None, [pointer]),
         "deep_ep_group_log": (u64, [pointer, pointer, u64]),
         "deep_ep_group_phases": (u64, [pointer, ctypes.c_uint32, pointer]),
         "deep_ep_group_agree": (i32, [text, ctypes.c_uint32, pointer, text, text]),

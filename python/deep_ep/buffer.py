@@ -284,12 +284,13 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                 them, and N grows by at most L * (expert_alignment - 1), which is by how much it does grow with
                 num_worst_tokens.
             previous_event: the call begins after it, and waits for it.
-            async_finish: the call does not wait for peers. The event does, and fills the returned tensors, which hold
-                zeros until then. x, topk_idx and topk_weights may be written to before, unless they need gradients.
-                Errors that concern several ranks are raised by the event. Every rank waits for its events in the
-                order of the calls; other calls of the group wait for a call that has been started. Without a handle
-                and with num_worst_tokens=0 the number of rows has to be known first: then the call is finished when it
-                returns.
+            async_finish: under rows="rank" the call does not wait for peers; the event does. What the call returned
+                is undefined until then. Its gradients are those of a call where this one was made, in whatever grad
+                mode or thread the event is waited for. x must not be written to before, which is a RuntimeError of the
+                event. Errors that concern several ranks are raised by the event, too. Every rank waits for its events
+                in the order of the calls; other calls of the group wait for a call that has been started. Without a
+                handle and with num_worst_tokens=0 the number of rows has to be known first: then the call is finished
+                when it returns. Under rows="expert" it always is, as programs that never wait expect.
             allocate_on_comm_stream: accepted for compatibility; as upstream, it needs previous_event and async_finish.
             config: see Config.
             dispatch_wait_recv_cost_stats: int32 or int64 [R]; the call adds to every peer's entry the microseconds
@@ -370,18 +371,18 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             call = info, rows, topk_idx, topk_weights, E, num_worst_tokens, is_token_in_rank
             plan = Plan(dispatch_op, [call], expert_rows, (num_worst_tokens,))
 
-        def received(*outs: dispatch_op.DispatchOutput) -> tuple[Any, ...]:
+        def received(*outs: Any) -> tuple[Any, ...]:
             recv_x, *others = plan.received(*outs)
             return recv_x if packed is None else quantization.unpack(recv_x, *packed), *others
 
         has_shape = handle is not None or num_worst_tokens != 0
         sends = plan._replace(received=received)
-        return self._issue(sends, async_finish and has_shape, async_finish, dispatch_wait_recv_cost_stats)
+        return self._issue(sends, async_finish, dispatch_wait_recv_cost_stats, has_shape)
 
-    def _issue(self, plan: Plan, overlaps: bool, async_finish: bool, stats: Tensor | None) -> tuple[Any, ...]:
+    def _issue(self, plan: Plan, async_finish: bool, stats: Tensor | None, has_shape: bool = True) -> tuple[Any, ...]:
         """The results and the event; stats get what was waited."""
-        results, fill = issue(plan, overlaps, None, stats, self.rank)
-        return *results, event_of(async_finish, fill)
+        results, wait = issue(plan, async_finish and has_shape and self._rows == "rank", None, stats, self.rank)
+        return *results, event_of(async_finish, wait)
 
     def _rows_to_send(
         self, x: Rows, quant_mode: str | None, cached: bool
@@ -498,15 +499,15 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             plan = Plan(combine_op, [(info, x, known)], lambda combined: (combined, None))
 
         def received(*outs: Tensor) -> tuple[Any, ...]:
-            combined, combined_weights = plan.received(*outs)
+            combined, combined_weights = plan.received(*outs[: len(plan.calls)])
             if biases:
                 total = combined.to(torch.float32)
-                for one in biases:
+                for one in outs[len(plan.calls) :]:
                     total = total + one
                 combined = total.to(x.dtype)
             return combined, combined_weights
 
-        return self._issue(plan._replace(received=received), async_finish, async_finish, combine_send_cost_stats)
+        return self._issue(plan._replace(received=received, inputs=biases), async_finish, combine_send_cost_stats)
 
 
 def _as_aligned(handle: tuple[Tensor, ...]) -> AlignedHandle | None:

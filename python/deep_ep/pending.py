@@ -12,7 +12,7 @@ import queue
 import struct
 import threading
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -22,7 +22,57 @@ from torch.distributed import ProcessGroup, distributed_c10d
 
 # Below 0, where those of .default are not.
 _numbers = itertools.count(-1, -1)
-_calls: dict[int, tuple[str, Future]] = {}
+
+
+class _Call(Future):
+    """One that goes on. Its result is a list of tensors."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.op = op
+        self.early: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    def arriving(self, make: Callable[[], Sequence[Tensor]] | None) -> list[Tensor]:
+        """The tensors of the result, which are made now if they can be, and are filled in when it is there.
+
+        Without, it raises what the call raised.
+        """
+        with self._lock:
+            if make is not None and (not self.done() or self.exception() is not None):
+                self.early = list(make())
+                spoil(self.early)
+                return self.early
+        return self.result()
+
+    def run(self, kernel: Callable[..., Any], arguments: list[Any]) -> None:
+        try:
+            with torch.no_grad():
+                results = kernel(*arguments)
+            results = [results] if isinstance(results, Tensor) else list(results)
+            with self._lock:
+                for early, result in zip(self.early, results, strict=False):
+                    write(early, result)
+                self.set_result(self.early or results)
+        except BaseException as error:
+            spoil(self.early)
+            self.set_exception(error)
+
+
+def write(to: Tensor, of: Tensor) -> None:
+    """Writes behind torch's back: autograd, version counters and grad mode do not see it."""
+    with torch.inference_mode():
+        to.data.copy_(of)
+
+
+def spoil(tensors: Sequence[Tensor]) -> None:
+    """Makes values out of nothing, in the same way: NaN, and -1."""
+    for tensor in tensors:
+        with torch.inference_mode():
+            tensor.data.view(-1).view(torch.uint8).fill_(0xFF)
+
+
+_calls: dict[int, _Call] = {}
 
 
 class _Worker:
@@ -35,9 +85,9 @@ class _Worker:
         self._thread.start()
         weakref.finalize(group, self._tasks.put, None)
 
-    def run(self, call: Future, kernel: Callable[..., Any], arguments: list[Any]) -> None:
+    def run(self, call: _Call, kernel: Callable[..., Any], arguments: list[Any]) -> None:
         self.newest = call
-        self._tasks.put(lambda: _run(call, kernel, arguments))
+        self._tasks.put(lambda: call.run(kernel, arguments))
 
     def join(self) -> None:
         if threading.current_thread() is not self._thread:
@@ -48,15 +98,6 @@ def _work(tasks: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
     while (task := tasks.get()) is not None:
         task()
         del task  # and with it the tensors that it holds
-
-
-def _run(call: Future, kernel: Callable[..., Any], arguments: list[Any]) -> None:
-    try:
-        with torch.no_grad():
-            results = kernel(*arguments)
-            call.set_result([results] if isinstance(results, Tensor) else list(results))
-    except BaseException as error:
-        call.set_exception(error)
 
 
 _workers: MutableMapping[ProcessGroup, _Worker] = weakref.WeakKeyDictionary()
@@ -80,17 +121,16 @@ def starting(op: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
     place = place_of_group(kernel)
 
     def start(*arguments: Any) -> Tensor:
-        # The caller may write to its tensors as soon as this returns.
-        kept = [argument.detach().clone() if isinstance(argument, Tensor) else argument for argument in arguments]
+        kept = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
         group = _group(arguments[place])
         if group is None:
             kernel(*arguments)  # says what is wrong
         assert group is not None
         if group not in _workers:
             _workers[group] = _Worker(group)
-        call: Future = Future()
+        call = _Call(op)
         _workers[group].run(call, kernel, kept)
-        return _ticket(op, call)
+        return _ticket(call)
 
     return start
 
@@ -99,16 +139,16 @@ def holding(op: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
     """The kernel of `<op>_start` where that of `op` waits for nobody, since it queues work on a stream."""
 
     def start(*arguments: Any) -> Tensor:
-        call: Future = Future()
-        _run(call, kernel, list(arguments))
-        return _ticket(op, call)
+        call = _Call(op)
+        call.run(kernel, list(arguments))
+        return _ticket(call)
 
     return start
 
 
-def _ticket(op: str, call: Future) -> Tensor:
+def _ticket(call: _Call) -> Tensor:
     number = next(_numbers)
-    _calls[number] = op, call
+    _calls[number] = call
     memory = _Memory(struct.pack("d", number))
     # Results that nobody asks for go with the ticket.
     weakref.finalize(memory, _calls.pop, number, None).atexit = False
@@ -121,14 +161,28 @@ class _Memory(bytearray):
 
 def finish(op: str, ticket: Tensor) -> list[Tensor]:
     """The results of the call that gave the ticket. Raises what it raised, or RuntimeError if there is none of `op`."""
-    started_op, call = _calls.pop(int(ticket), (op, None))
+    call = _find("wait", op, ticket)
+    del _calls[int(ticket)]
+    return call.result()
+
+
+def arriving(op: str, ticket: Tensor, make: Callable[[], Sequence[Tensor]] | None) -> list[Tensor]:
+    """The same, without waiting for the call if `make` makes the tensors that will hold the results.
+
+    The ticket stays good for `finish`.
+    """
+    return _find("arriving", op, ticket).arriving(make)
+
+
+def _find(caller: str, op: str, ticket: Tensor) -> _Call:
+    call = _calls.get(int(ticket))
     if call is None:
         raise RuntimeError(
-            f"deep_ep.wait: ticket must be what {op}_start returned in this process, and is good for one wait"
+            f"deep_ep.{caller}: ticket must be what {op}_start returned in this process, and is good for one wait"
         )
-    if started_op != op:
-        raise RuntimeError(f"deep_ep.wait: ticket must be what {op}_start returned, got that of {started_op}_start")
-    return call.result()
+    if call.op != op:
+        raise RuntimeError(f"deep_ep.{caller}: ticket must be what {op}_start returned, got that of {call.op}_start")
+    return call
 
 
 def join(group: str) -> None:

@@ -130,6 +130,10 @@ class Windows:
         """Whether ops can use these windows: not after one has failed in its middle, on this rank."""
         return bool(library.deep_ep_group_usable(self._handle))
 
+    def spoil(self) -> None:
+        """From here on, results of calls that go on hold NaN and -1 until they have come."""
+        library.deep_ep_group_spoil(self._handle)
+
     def log(self, since: int) -> tuple[list[str], int]:
         """Names of this rank's communicating ops after the first `since` ones, and how many there are by now."""
         codes = (ctypes.c_uint32 * _LOGGED)()
