@@ -40,8 +40,9 @@ def communicating(op: torch._ops.OpOverload) -> None:
 
 
 def prepare() -> None:
-    """Tags the compile caches, orders our ops in inductor and gives torchair their converters, if these are loaded."""
-    _tag_caches()
+    """Keys the compile caches, saves and orders our ops and gives torchair their converters, where these are loaded."""
+    if "torch._dynamo" in sys.modules:
+        _key_caches()
     if "torch._functorch.partitioners" in sys.modules:
         _save_in_partitioner()
     if "torch._inductor.graph" in sys.modules:
@@ -49,6 +50,7 @@ def prepare() -> None:
     ge.register()
 
 
+@functools.cache
 def _digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
@@ -57,10 +59,18 @@ def _digest() -> str:
 
 
 @functools.cache
-def _tag_caches() -> None:
-    import torch.compiler.config as config
+def _key_caches() -> None:
+    # torch.compiler.config.cache_key_tag is the user's: what we put there would be gone when he sets it.
+    from torch._inductor.codecache import FxGraphHashDetails
 
-    config.cache_key_tag += f"deep_ep-{_digest()}"
+    init = FxGraphHashDetails.__init__
+
+    @functools.wraps(init)
+    def init_with_ours(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.deep_ep = _digest()
+
+    FxGraphHashDetails.__init__ = init_with_ours  # type: ignore[method-assign]
 
 
 @functools.cache
