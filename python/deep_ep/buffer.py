@@ -136,7 +136,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self._destroyed = False
-        is_logged = env.value("DEBUG_MODE") == "ON"
+        is_logged = env.value("DEBUG_MODE").upper() == "ON"
         self.group = group
         self.rank = group.rank()
         self.group_size = group.size()
