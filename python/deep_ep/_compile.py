@@ -2,7 +2,8 @@
 
 Ranks compile on their own, with their own sizes, and still must issue the same communicating ops in the same order:
 
-- no graph pass removes such an op (`communicating`),
+- no graph pass removes such an op (`communicating`), merges two of them that look the same (ranks may differ in what
+  looks the same), or recomputes one in backward where a memory budget asks for it; an explicit checkpoint does,
 - inductor runs them in the order of the program: `prepare` gives them a lowering that depends on the one before, and
   keeps the pass that moves nodes towards their users away from graphs that contain them,
 - what lies between the start of a call and its wait in the program runs between them: inductor would move the wait
@@ -16,6 +17,7 @@ that contains our ops is looked up in a cache or lowered.
 
 import functools
 import hashlib
+import operator
 import sys
 import weakref
 from collections.abc import MutableMapping
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from .npu import ge
 
@@ -37,13 +40,17 @@ def communicating(op: torch._ops.OpOverload) -> None:
 
 
 def prepare() -> None:
-    """Tags the compile caches, orders our ops in inductor and gives torchair their converters, if these are loaded."""
-    _tag_caches()
+    """Keys the compile caches, saves and orders our ops and gives torchair their converters, where these are loaded."""
+    if "torch._dynamo" in sys.modules:
+        _key_caches()
+    if "torch._functorch.partitioners" in sys.modules:
+        _save_in_partitioner()
     if "torch._inductor.graph" in sys.modules:
         _order_in_inductor()
     ge.register()
 
 
+@functools.cache
 def _digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
@@ -52,10 +59,67 @@ def _digest() -> str:
 
 
 @functools.cache
-def _tag_caches() -> None:
-    import torch.compiler.config as config
+def _key_caches() -> None:
+    # torch.compiler.config.cache_key_tag is the user's: what we put there would be gone when he sets it.
+    from torch._inductor.codecache import FxGraphHashDetails
 
-    config.cache_key_tag += f"deep_ep-{_digest()}"
+    init = FxGraphHashDetails.__init__
+
+    @functools.wraps(init)
+    def init_with_ours(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.deep_ep = _digest()
+
+    FxGraphHashDetails.__init__ = init_with_ours  # type: ignore[method-assign]
+
+
+@functools.cache
+def _save_in_partitioner() -> None:
+    from torch._functorch import compile_utils, partitioners
+
+    # Equal nodes become one, unless they are random.
+    compile_utils.rand_ops.extend({op.overloadpacket: None for op in _communicating})
+    choose = partitioners.choose_saved_values_set
+
+    def choose_with_ours(joint_graph: torch.fx.Graph, node_info: Any, *args: Any, **kwargs: Any) -> list[torch.fx.Node]:
+        for node in joint_graph.nodes:
+            if node.target in _communicating and node_info.is_required_fw(node) and not _is_checkpointed(node):
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        saved = choose(joint_graph, node_info, *args, **kwargs)
+        return _without_recomputing_ours(saved, node_info)
+
+    partitioners.choose_saved_values_set = choose_with_ours
+
+
+def _is_checkpointed(node: torch.fx.Node) -> bool:
+    return node.meta.get("recompute") in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def _without_recomputing_ours(saved: list[torch.fx.Node], node_info: Any) -> list[torch.fx.Node]:
+    """`saved`, with results of our ops that backward would recompute otherwise: with a budget of 0 torch looks at no
+    tags. Ops with several results are not saved themselves, since a tuple cannot be."""
+
+    def is_ours(node: torch.fx.Node) -> bool:
+        return node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE and node.target in _communicating
+
+    def is_result(node: torch.fx.Node) -> bool:
+        op = node.args[0] if node.target is operator.getitem else node
+        return isinstance(op, torch.fx.Node) and is_ours(op) and isinstance(node.meta.get("val"), torch.Tensor)
+
+    found = dict.fromkeys(node for node in saved if not is_ours(node) or is_result(node))
+    seen = set()
+    wanted = list(node_info.required_bw_nodes)
+    while wanted:
+        node = wanted.pop()
+        if node in found or node in seen:
+            continue
+        seen.add(node)
+        is_size = isinstance(node.meta.get("val"), torch.SymInt)
+        if is_result(node) or (is_size and any(is_result(source) for source in node.all_input_nodes)):
+            found[node] = None
+        else:
+            wanted += node.all_input_nodes
+    return list(found)
 
 
 @functools.cache

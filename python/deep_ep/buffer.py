@@ -7,6 +7,7 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 
 import warnings
 import weakref
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from .low_latency import LowLatencyCalls, Rows
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
 from .ops import get_dispatch_layout as layout_op
-from .ops.dispatch import DispatchHandle
+from .ops.dispatch import DispatchHandle, copy_in_graph
 from .other_calls import OtherCalls
 from .overlap import Plan, begin_after, event_of, issue
 from .rank_rows import RankHandle
@@ -45,6 +46,9 @@ class AlignedHandle(NamedTuple):
     """int64 [N without padding]: where each row lies among the N rows."""
     num_rows: Tensor
     """int64 [L]: rows of each local expert, padding included."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy_in_graph(self, memo)
 
     @property
     def num_dropped(self) -> Tensor:
@@ -82,6 +86,10 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         rows: "expert" or "rank"; None is what DEEP_EP_ROWS says.
         comm_alg: as in `deep_ep.init`.
         straight_through: quantised dispatch gives one tensor of dequantised rows, with the identity as its gradient.
+
+    A copy of a Buffer, as in a deepcopy of a module that has one, is the Buffer itself, since it stands for a group.
+    One that was pickled comes back without its group: a module with it can be saved and loaded, and gets a new Buffer
+    before it communicates again.
 
     What no argument says is read from the environment when the Buffer is made: see `deep_ep.env`.
 
@@ -128,7 +136,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self._destroyed = False
-        is_logged = env.value("DEBUG_MODE") == "ON"
+        is_logged = env.value("DEBUG_MODE").upper() == "ON"
         self.group = group
         self.rank = group.rank()
         self.group_size = group.size()
@@ -138,7 +146,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         if normal_strategy is not None:
             normal_strategy = one_of("normal_strategy", normal_strategy, NormalStrategy)
             low_latency_strategy = low_latency_strategy or MODES[env.value("DEEP_USE_MODE")][1]
-        self._info = init(
+        self._info: GroupInfo | None = init(
             group,
             num_bytes=max(num_nvl_bytes, num_rdma_bytes) or None,
             strategy=normal_strategy,
@@ -223,7 +231,20 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
     def _live(self) -> GroupInfo:
         if self._destroyed:
             raise RuntimeError("deep_ep: this Buffer was destroyed; make another one")
+        if self._info is None:
+            raise RuntimeError("deep_ep: this Buffer was pickled, and has no group since; make another one")
         return self._info
+
+    def __copy__(self) -> "Buffer":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Buffer":
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle has of it: all that is of no group, of no other object and of no process."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | str | Enum)}
+        return plain | {"group": None, "_info": None, "explicitly_destroy": False}
 
     def get_dispatch_layout(
         self,

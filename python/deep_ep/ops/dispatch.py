@@ -4,6 +4,7 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 W num_worst_tokens.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,15 @@ from ..npu import ge
 from . import get_dispatch_layout
 from ._registration import Start, register, reject
 from .wait import Completion, Started, completes, issued, no_rows
+
+
+def copy_in_graph(handle: Any, memo: dict[int, Any]) -> Any:
+    """copy.deepcopy of a handle: the copy of weights that need gradients leads back to where they came from."""
+
+    def copied(field: Any) -> Any:
+        return field.clone() if field.requires_grad and not field.is_leaf else copy.deepcopy(field, memo)
+
+    return type(handle)(*map(copied, handle))
 
 
 class DispatchHandle(NamedTuple):
@@ -41,6 +51,9 @@ class DispatchHandle(NamedTuple):
     """int64 [T, K], as given to dispatch."""
     topk_weights: Tensor
     """fp32 [T, K], as given to dispatch; ones if none were given."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy_in_graph(self, memo)
 
     @property
     def num_dropped(self) -> Tensor:
