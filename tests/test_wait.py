@@ -223,7 +223,7 @@ def test_overlap(pool: RankPool, backend: str, strategy: str, mode: str) -> None
     pool.run(2, overlap, strategy, backend, CASES[mode], timeout=240)
 
 
-@pytest.mark.parametrize("backend, strategy, rows", where(("default", "rank"), ("alltoall", "expert")))
+@pytest.mark.parametrize("backend, strategy, rows", where(("default", "rank"), ("alltoall", "rank")))
 def test_overlap_of_a_buffer(pool: RankPool, backend: str, strategy: str, rows: str) -> None:
     pool.run(2, overlap, strategy, backend, CASES["capacity"], rows, timeout=240)
 
@@ -425,15 +425,11 @@ def wrong_calls(ctx: RankContext, strategy: str) -> list[tuple[str, str]]:
     op = getattr(torch.ops.deep_ep.wait, strategy)
     errors.append(error_of(op, torch.zeros(1), "combine", list(started.arguments), 2, 2, 0, group.group_name))
 
-    # What the gradient needs was written to after the start.
-    leaf = x.clone().requires_grad_()
-    rows = out.recv_x * leaf[:1]
+    # What is sent was written to after the start.
+    rows = out.recv_x.clone()
     started = deep_ep.combine_start(rows, out.handle, group=group)
-    with torch.no_grad():
-        rows.zero_()
-    combined = deep_ep.wait(started)
-    assert_same("combined", combined.detach(), 2 * x)
-    errors.append(error_of(torch.autograd.grad, combined.sum(), leaf))
+    rows.zero_()
+    errors.append(error_of(deep_ep.wait, started))
     check_ops(case, ctx.rank, group.group_name, strategy)
     return errors
 
@@ -445,7 +441,7 @@ def test_wrong_calls(pool: RankPool, strategy: str) -> None:
         ("deep_ep.wait: ticket must be what dispatch_start returned", "good for one wait"),
         ("deep_ep.wait: ticket must be what dispatch_start returned, got that of combine_start",),
         ("deep_ep.wait: ticket must be torch.float64",),
-        ("modified by an inplace operation",),
+        ("deep_ep.combine: x was written to between the start of the call and its wait",),
     )
     for errors in pool.run(2, wrong_calls, strategy):
         for (kind, message), wanted in zip(errors, says, strict=True):

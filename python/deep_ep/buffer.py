@@ -18,7 +18,7 @@ from . import call_log, cost, env, quantization, rank_rows
 from .config import Config
 from .fused import FusedCalls
 from .fused_weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
-from .groups import GroupInfo, init
+from .groups import GroupInfo, init, spoil
 from .low_latency import LowLatencyCalls, Rows
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
@@ -158,6 +158,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             self._undestroyed = weakref.finalize(self, _warn_of_undestroyed, group.group_name)
         if is_logged:
             call_log.start(self, self.group.group_name)
+            spoil(self._info)
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:

@@ -137,6 +137,7 @@ def _forget(name: str, owner: weakref.ref[dist.ProcessGroup]) -> None:
 def _drop(name: str) -> None:
     _owners.pop(name, None)
     _infos.pop(name, None)
+    _spoiled.discard(name)
     for device in list(_windows.get(name, ())):
         _close_windows(name, device)
     _windows.pop(name, None)
@@ -192,6 +193,22 @@ def op_log(group: Group = None, since: int = 0) -> tuple[list[str], int]:
         many have been issued by now.
     """
     return _cpu_windows(group).log(since)
+
+
+_spoiled: set[str] = set()
+
+
+def spoil(info: GroupInfo) -> None:
+    """From here on, results of calls of the group that go on hold NaN and -1 until they have come."""
+    _spoiled.add(info.name)
+    windows = _windows.get(info.name, {}).get("cpu")
+    if isinstance(windows, Windows):
+        windows.spoil()
+
+
+def spoils(info: GroupInfo) -> bool:
+    """Whether they do."""
+    return info.name in _spoiled
 
 
 def phases(group: Group = None) -> dict[str, dict[str, float]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import cost
+from .groups import spoils
 from .pending import spoil, write
 from .utils import EventHandle, EventOverlap
 
@@ -93,8 +94,9 @@ def _in_memory(plan: Plan, started: list[Any], into: Tensor | None) -> tuple[Any
         return [arrived[n] for n in places]
 
     computed = [torch.empty_like(results[n], memory_format=torch.contiguous_format) for n in places]
-    if computed:
+    if spoils(plan.calls[0][0]):
         spoil(computed)
+    if computed:
         computed = list(_Computed.apply(compute, computed, *given))
     results = [arriving.get(id(leaf), leaf) for leaf in results]
     for n, one in zip(places, computed, strict=True):
@@ -149,7 +151,8 @@ class _Computed(torch.autograd.Function):
         if not pairs:
             return None, None, *(None for _ in given)
         leaves = [one for one, is_needed in zip(given, needed, strict=True) if is_needed]
-        found = iter(torch.autograd.grad(*zip(*pairs, strict=True), leaves, allow_unused=True))  # type: ignore
+        outputs, gradients = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, leaves, gradients, allow_unused=True))
         return None, None, *(next(found) if is_needed else None for is_needed in needed)
 
 
