@@ -15,6 +15,7 @@
 #include "arithmetic.h"
 #include "copy.h"
 #include "error.h"
+#include "per_process.h"
 
 namespace deep_ep {
 namespace {
@@ -475,7 +476,9 @@ std::shared_ptr<std::byte> Operation::keep(uint64_t bytes) {
   // Once it is given back, it is to do for one that needs somewhat more.
   const uint64_t most = with_margin(std::max(needed_, wanted()));
   const Block block = group_.own_->pool.trim(std::exchange(offered_, {}), std::max(bytes, most));
-  return {group_.own_->window.at(block.offset), [own = group_.own_, block](std::byte*) { own->pool.give_back(block); }};
+  return {group_.own_->window.at(block.offset), [own = group_.own_, block](std::byte*) {
+            if (own->process == getpid()) own->pool.give_back(block);
+          }};
 }
 
 namespace groups {
@@ -486,11 +489,7 @@ struct Registry {
   std::map<std::string, std::shared_ptr<Group>> by_name;
 };
 
-// Never destroyed: tensors and threads may outlive static destruction.
-Registry& registry() {
-  static Registry& instance = *new Registry;
-  return instance;
-}
+Registry& registry() { return PerProcess<Registry>::get(); }
 
 }  // namespace
 
@@ -502,6 +501,9 @@ void put(const std::string& name, std::shared_ptr<Group> group) {
 std::shared_ptr<Group> get(const char* op, const std::string& name) {
   std::lock_guard lock(registry().mutex);
   const auto found = registry().by_name.find(name);
+  if (found == registry().by_name.end() && PerProcess<Registry>::forked())
+    throw Error(str("deep_ep.", op, ": this process was forked from a rank and has no part in its group '", name,
+                    "'; call the op in the rank itself, or make a group of such processes"));
   if (found == registry().by_name.end())
     throw Error(str("deep_ep.", op, ": there are no windows for the group '", name,
                     "' on this rank; call deep_ep.init(group) or make a deep_ep.Buffer first"));

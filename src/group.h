@@ -8,6 +8,8 @@
 // moves rows into slots of the receivers' windows.
 #pragma once
 
+#include <unistd.h>
+
 #include <array>
 #include <chrono>
 #include <cstdint>
@@ -31,6 +33,7 @@ namespace deep_ep {
 struct OwnWindow {
   explicit OwnWindow(const WindowLayout& at);
 
+  const pid_t process = getpid();  // whose pool it is: a forked child has tensors in it, too
   Window window;
   Pool pool;
 };

@@ -8,6 +8,7 @@ import ctypes
 import os
 import socket
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -63,6 +64,17 @@ def raise_everywhere(group: dist.ProcessGroup, error: str | None) -> None:
         raise RuntimeError(f"deep_ep: cannot make windows for the group '{group.group_name}': {'; '.join(errors)}")
 
 
+def finalize_here(owner: object, function: Callable[..., object], *args: object) -> "weakref.finalize[..., Any]":
+    """weakref.finalize, but for processes that are forked: what goes with the owner is not theirs to close."""
+    process = os.getpid()
+
+    def finalize() -> None:
+        if os.getpid() == process:
+            function(*args)
+
+    return weakref.finalize(owner, finalize)
+
+
 def agree(op: str, group: str, rejected: str | None, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
     """All ranks issue `op` with the same dtype and sizes, or RuntimeError on all of them. Nothing else moves.
 
@@ -98,7 +110,7 @@ class Windows:
         self._handle = library.deep_ep_group_create(
             group.rank(), group.size(), num_bytes or 0, int(timeout.total_seconds() * 1000), error
         )
-        self._close = weakref.finalize(group, _destroy, self._handle, self.name)
+        self._close = finalize_here(group, _destroy, self._handle, self.name)
         try:
             raise_everywhere(group, error.value.decode() or None)
             self._connect(group)
