@@ -60,6 +60,10 @@ class Group {
   // False once an operation has failed in its middle: no further one can work.
   bool usable() const { return control(rank_).state.load() == State::open; }
 
+  // Call while the caller of `op` waits, every kHealthMilliseconds (interrupt.h). If it is interrupted the group is given
+  // up, which ends what the thread of the group waits for, too, and peers hear of it.
+  void check_interrupt(Op op);
+
   // The operations issued so far, oldest first, at most the last `limit` and the last kLogged; and how many there were.
   std::vector<Op> log(uint64_t limit, uint64_t* issued) const;
 
@@ -95,6 +99,7 @@ class Group {
   std::vector<Peer> peers_;
   Turns turns_;
   Worker worker_;
+  std::mutex close_mutex_;
   mutable std::mutex log_mutex_;
   uint64_t sequence_ = 0;
   std::vector<Op> log_;
@@ -114,8 +119,8 @@ class Turn {
 
   Group& group() const { return *group_; }
 
-  // Returns when all operations before have ended.
-  void wait();
+  // Returns when all operations before have ended, and `op` can begin.
+  void wait(Op op);
 
  private:
   std::shared_ptr<Group> group_;  // nullptr: moved from

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ._library import ERROR_BYTES, library
+from ._library import ERROR_BYTES, library, raise_interrupt
 
 # How many ops a group remembers.
 _LOGGED = 1024
@@ -87,6 +87,7 @@ def agree(op: str, group: str, rejected: str | None, dtype: torch.dtype, sizes: 
     numbers = (ctypes.c_int64 * 6)(H, K, E, 0 if rejected else _DTYPES.index(dtype), M, quant_mode)
     error = ctypes.create_string_buffer(ERROR_BYTES)
     if library.deep_ep_group_agree(group.encode(), _OPS.index(op), numbers, (rejected or "").encode(), error):
+        raise_interrupt()
         raise RuntimeError(error.value.decode())
 
 
