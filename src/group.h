@@ -60,8 +60,8 @@ class Group {
   // False once an operation has failed in its middle: no further one can work.
   bool usable() const { return control(rank_).state.load() == State::open; }
 
-  // Call while the caller of `op` waits, every kHealthMilliseconds (interrupt.h). If it is interrupted the group is given
-  // up, which ends what the thread of the group waits for, too, and peers hear of it.
+  // Call while the caller of `op` waits, every kHealthMilliseconds (interrupt.h). If it is interrupted the group is
+  // given up, which ends what the thread of the group waits for, too, and peers hear of it.
   void check_interrupt(Op op);
 
   // The operations issued so far, oldest first, at most the last `limit` and the last kLogged; and how many there were.

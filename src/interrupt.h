@@ -19,9 +19,9 @@ using Interrupted = pybind11::builtin_exception;
 
 constexpr int kHealthMilliseconds = 100;
 
-// While the main thread waits, call this every kHealthMilliseconds, with no lock held: the program's signal handlers run
-// as they do between two lines of Python. If one raises, this throws an Interrupted, which becomes that very exception.
-// On other threads, and without an interpreter, it does nothing.
+// While the main thread waits, call this every kHealthMilliseconds, with no lock held: the program's signal handlers
+// run as they do between two lines of Python. If one raises, this throws an Interrupted, which becomes that very
+// exception. On other threads, and without an interpreter, it does nothing.
 void check_interrupt();
 
 }  // namespace deep_ep
