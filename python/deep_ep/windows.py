@@ -10,7 +10,7 @@ import socket
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -91,11 +91,28 @@ def agree(op: str, group: str, rejected: str | None, dtype: torch.dtype, sizes: 
         raise RuntimeError(error.value.decode())
 
 
-def _host() -> tuple[str, str, int]:
-    """What ranks must have in common to open each other's windows: machine, process namespace, user."""
+class _Place(NamedTuple):
+    """What ranks must have in common to open each other's windows."""
+
+    host: str
+    container: str
+    user: str
+
+
+def _place() -> _Place:
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
-    return f"{socket.gethostname()} ({boot})", os.readlink("/proc/self/ns/pid"), os.getuid()
+    real, effective, saved = os.getresuid()
+    user = str(effective) if real == effective == saved else f"{effective} (real {real}, saved {saved})"
+    return _Place(f"{socket.gethostname()} ({boot})", os.readlink("/proc/self/ns/pid"), user)
+
+
+def _scattered(places: list[_Place]) -> str | None:
+    """What the ranks do not have in common."""
+    for what, by_rank in zip(_Place._fields, zip(*places, strict=True), strict=True):
+        if len(set(by_rank)) > 1:
+            return f"several {what}s ({', '.join(f'rank {rank}: {value}' for rank, value in enumerate(by_rank))})"
+    return None
 
 
 class Windows:
@@ -123,13 +140,11 @@ class Windows:
     def _connect(self, group: dist.ProcessGroup) -> None:
         handle, size = self._handle, group.size()
         fd, num_bytes = library.deep_ep_group_fd(handle), library.deep_ep_group_bytes(handle)
-        peers = exchange(group, (_host(), os.getpid(), fd, num_bytes))
-        hosts = [peer[0] for peer in peers]
-        if len(set(hosts)) > 1:
-            places = ", ".join(f"rank {rank} on {host[0]}" for rank, host in enumerate(hosts))
+        peers = exchange(group, (_place(), os.getpid(), fd, num_bytes))
+        if scattered := _scattered([peer[0] for peer in peers]):
             raise RuntimeError(
-                f"deep_ep: the group '{self.name}' spans several hosts, containers or users ({places}); on CPU the "
-                "strategy 'default' works within one host, use DEEP_USE_MODE=alltoall"
+                f"deep_ep: the group '{self.name}' spans {scattered}; on CPU the strategy 'default' works within one "
+                "host, container and user, use DEEP_USE_MODE=alltoall"
             )
         pids, fds = ((ctypes.c_int64 * size)(*(peer[i] for peer in peers)) for i in (1, 2))
         sizes = (ctypes.c_uint64 * size)(*(peer[3] for peer in peers))
