@@ -11,6 +11,7 @@
 #include "error.h"
 #include "fused_layout.h"
 #include "group.h"
+#include "interrupt.h"
 
 #define DEEP_EP_API extern "C" __attribute__((visibility("default")))
 
@@ -22,18 +23,32 @@ using Handle = std::shared_ptr<Group>;
 
 constexpr size_t kErrorBytes = 512;
 
+// Why the last call on this thread failed, where that was a signal.
+thread_local std::exception_ptr interrupted;
+
 template <typename Body>
 int guarded(char* error, Body&& body) {
+  interrupted = nullptr;
   try {
     body();
     return 0;
   } catch (const std::exception& e) {
+    if (dynamic_cast<const deep_ep::Interrupted*>(&e) != nullptr) interrupted = std::current_exception();
     std::strncpy(error, e.what(), kErrorBytes - 1);
     return 1;
   }
 }
 
 }  // namespace
+
+// If the last call failed because of a signal, raises what the signal's handler raised. Needs the interpreter's lock.
+DEEP_EP_API void deep_ep_raise_interrupt() {
+  try {
+    if (interrupted) std::rethrow_exception(std::exchange(interrupted, nullptr));
+  } catch (const deep_ep::Interrupted& e) {
+    e.set_error();
+  }
+}
 
 DEEP_EP_API void* deep_ep_group_create(int rank, int size, uint64_t bytes, int64_t timeout_ms, char* error) {
   Handle* handle = nullptr;

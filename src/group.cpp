@@ -15,11 +15,12 @@
 #include "arithmetic.h"
 #include "copy.h"
 #include "error.h"
+#include "interrupt.h"
+#include "per_process.h"
 
 namespace deep_ep {
 namespace {
 
-constexpr int kHealthMilliseconds = 100;
 constexpr uint64_t kMargin = 512 << 10;  // of blocks for rows
 constexpr uint64_t kSpared = 20;         // a window leaves one part in as many of the host's memory alone
 
@@ -85,7 +86,9 @@ OwnWindow::OwnWindow(const WindowLayout& at)
 }
 
 std::shared_ptr<std::byte> OwnWindow::kept(Block block) {
-  return {window.at(block.offset), [own = shared_from_this(), block](std::byte*) { own->pool.give_back(block); }};
+  return {window.at(block.offset), [own = shared_from_this(), block](std::byte*) {
+            if (own->process == getpid()) own->pool.give_back(block);
+          }};
 }
 
 Group::Group(int rank, int size, uint64_t bytes, std::chrono::milliseconds timeout)
@@ -163,7 +166,17 @@ void Group::ring_all() const {
     if (r == rank_ || peers_[r].pidfd >= 0) control(r).bell.ring();
 }
 
+void Group::check_interrupt(Op op) {
+  try {
+    deep_ep::check_interrupt();
+  } catch (...) {
+    close(State::broken, str("deep_ep.", name_of(op), ": rank ", rank_, " was interrupted"));
+    throw;
+  }
+}
+
 void Group::close(State state, const std::string& reason) {
+  std::lock_guard lock(close_mutex_);
   Control& own = control(rank_);
   if (own.state.load() != State::open) return;
   copy_text(own.reason, reason);
@@ -173,18 +186,18 @@ void Group::close(State state, const std::string& reason) {
 
 Turn::~Turn() {
   if (!group_) return;
-  wait();
+  while (!has_come_) has_come_ = group_->turns_.wait_for(number_, kHealthMilliseconds);
   group_->turns_.end();
 }
 
-void Turn::wait() {
-  if (!has_come_) group_->turns_.wait_for(number_);
-  has_come_ = true;
+void Turn::wait(Op op) {
+  while (!has_come_ && !(has_come_ = group_->turns_.wait_for(number_, kHealthMilliseconds)))
+    group_->check_interrupt(op);
 }
 
 Operation::Operation(Turn turn, Contribution mine, const std::function<std::string(const Operation&)>& check)
     : turn_(std::move(turn)), group_(turn_.group()), op_(mine.post.op) {
-  turn_.wait();
+  turn_.wait(op_);
   const Control& own = group_.control(group_.rank_);
   if (own.state.load() == State::broken)
     throw Error(str(prefix(), "the windows of this group were given up and cannot be used again; make a new group (",
@@ -326,6 +339,9 @@ void Operation::wait_until(const char* phase, const std::function<bool()>& ready
   const auto start = std::chrono::steady_clock::now();
   Control& own = group_.control(rank());
   while (!own.bell.wait(ready, kHealthMilliseconds)) {
+    group_.check_interrupt(op_);
+    if (own.state.load(std::memory_order_acquire) == State::broken)
+      throw Error(str(prefix(), "the windows of this group were given up (", own.reason, ")"));
     for (int r = 0; r < size(); ++r) {
       const bool exited = group_.has_exited(r);
       const State state = group_.control(r).state.load(std::memory_order_acquire);
@@ -497,11 +513,7 @@ struct Registry {
   std::map<std::string, std::shared_ptr<Group>> by_name;
 };
 
-// Never destroyed: tensors and threads may outlive static destruction.
-Registry& registry() {
-  static Registry& instance = *new Registry;
-  return instance;
-}
+Registry& registry() { return PerProcess<Registry>::get(); }
 
 }  // namespace
 
@@ -513,6 +525,9 @@ void put(const std::string& name, std::shared_ptr<Group> group) {
 std::shared_ptr<Group> get(const char* op, const std::string& name) {
   std::lock_guard lock(registry().mutex);
   const auto found = registry().by_name.find(name);
+  if (found == registry().by_name.end() && PerProcess<Registry>::forked())
+    throw Error(str("deep_ep.", op, ": this process was forked from a rank and has no part in its group '", name,
+                    "'; call the op in the rank itself, or make a group of such processes"));
   if (found == registry().by_name.end())
     throw Error(str("deep_ep.", op, ": there are no windows for the group '", name,
                     "' on this rank; call deep_ep.init(group) or make a deep_ep.Buffer first"));

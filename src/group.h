@@ -8,6 +8,8 @@
 // moves rows into slots of the receivers' windows.
 #pragma once
 
+#include <unistd.h>
+
 #include <array>
 #include <chrono>
 #include <cstdint>
@@ -34,6 +36,7 @@ struct OwnWindow : std::enable_shared_from_this<OwnWindow> {
   // The memory of a block that was taken from the pool, to which it is given back when the pointer dies.
   std::shared_ptr<std::byte> kept(Block block);
 
+  const pid_t process = getpid();  // whose pool it is: a forked child has tensors in it, too
   Window window;
   Pool pool;
 };
@@ -74,6 +77,10 @@ class Group {
   // False once an operation has failed in its middle: no further one can work.
   bool usable() const { return control(rank_).state.load() == State::open; }
 
+  // Call while the caller of `op` waits, every kHealthMilliseconds (interrupt.h). If it is interrupted the group is
+  // given up, which ends what the thread of the group waits for, too, and peers hear of it.
+  void check_interrupt(Op op);
+
   // The operations issued so far, oldest first, at most the last `limit` and the last kLogged; and how many there were.
   std::vector<Op> log(uint64_t limit, uint64_t* issued) const;
 
@@ -110,6 +117,7 @@ class Group {
   Turns turns_;
   Worker worker_;
   std::atomic<bool> spoils_ = false;
+  std::mutex close_mutex_;
   mutable std::mutex log_mutex_;
   uint64_t sequence_ = 0;
   std::vector<Op> log_;
@@ -128,9 +136,10 @@ class Turn {
   ~Turn();
 
   Group& group() const { return *group_; }
+  std::weak_ptr<Group> weak_group() const { return group_; }
 
-  // Returns when all operations before have ended.
-  void wait();
+  // Returns when all operations before have ended, and `op` can begin.
+  void wait(Op op);
 
  private:
   std::shared_ptr<Group> group_;  // nullptr: moved from

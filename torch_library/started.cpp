@@ -1,5 +1,6 @@
 #include "started.h"
 
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -7,13 +8,16 @@
 #include <mutex>
 #include <optional>
 
+#include "interrupt.h"
+
 namespace deep_ep {
 namespace {
 
 struct Started {
   Op op;
   std::shared_future<Results> results;
-  Results early;  // of `results`, before they are there
+  std::weak_ptr<Group> group;  // of the thread that will have them
+  Results early;               // of `results`, before they are there
 };
 
 // Tickets hold a number, not an address: code that copies a ticket and drops it must not lead astray.
@@ -96,11 +100,18 @@ Started find(const char* caller, const Tensor& ticket, const std::string& op) {
   return *started;
 }
 
+// Waits for them. The program may be interrupted there, which gives the group up.
+const Results& results_of(const Started& started) {
+  while (started.results.wait_for(std::chrono::milliseconds(kHealthMilliseconds)) == std::future_status::timeout)
+    if (const auto group = started.group.lock()) group->check_interrupt(started.op);
+  return started.results.get();
+}
+
 }  // namespace
 
 Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> body) {
   if (turn.group().spoils()) spoil(early);
-  Tensor ticket = ticket_for({op, body.get_future(), std::move(early)});
+  Tensor ticket = ticket_for({op, body.get_future(), turn.weak_group(), std::move(early)});
   Worker& worker = turn.group().worker();
   worker.run(Worker::Task([body = std::move(body), turn = std::move(turn)]() mutable { body(std::move(turn)); }));
   return ticket;
@@ -109,7 +120,7 @@ Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> 
 Tensor hold(Op op, Results results) {
   std::promise<Results> promise;
   promise.set_value(results);
-  return ticket_for({op, promise.get_future(), std::move(results)});
+  return ticket_for({op, promise.get_future(), {}, std::move(results)});
 }
 
 void spoil(const Results& results) {
@@ -124,13 +135,13 @@ Results wait(Tensor ticket, GroupName op_name, std::vector<Tensor> arguments, in
     if (auto nothing = nothing_started(op, arguments)) return *nothing;
   const Started started = find("wait", ticket, op);
   registry().remove(number_of(ticket));
-  return started.results.get();
+  return results_of(started);
 }
 
 Results arriving(Tensor ticket, GroupName op_name, std::vector<Tensor> /* arguments */, int64_t /* num_experts */,
                  int64_t /* num_ranks */, int64_t /* num_max */, GroupName /* group */) {
   const Started started = find("arriving", ticket, op_name.value);
-  return started.early.empty() ? started.results.get() : started.early;
+  return started.early.empty() ? results_of(started) : started.early;
 }
 
 }  // namespace deep_ep

@@ -18,7 +18,7 @@ def find(name: str) -> Path | None:
     return None
 
 
-def _load() -> ctypes.CDLL:
+def _load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
     path = find("libdeep_ep.so")
     if path is None:
         import deep_ep
@@ -62,7 +62,7 @@ def _load() -> ctypes.CDLL:
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return library
+    return library, ctypes.PyDLL(str(path))
 
 
 def _announce_operators() -> None:
@@ -74,5 +74,10 @@ def _announce_operators() -> None:
 
 
 _announce_operators()
-library = _load()
+library, _with_python = _load()
 ERROR_BYTES = 512
+
+
+def raise_interrupt() -> None:
+    """If the last call on this thread failed because of a signal, raises what the signal's handler raised."""
+    _with_python.deep_ep_raise_interrupt()

@@ -1,6 +1,7 @@
 """What is known of a group: its size, the strategy chosen for it, and its windows."""
 
 import functools
+import os
 import weakref
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +35,16 @@ class GroupInfo:
 _owners: dict[str, weakref.ref[dist.ProcessGroup]] = {}
 _infos: dict[str, GroupInfo] = {}
 _windows: dict[str, dict[str, Windows | npu_windows.Windows]] = {}  # by group and kind of device
+_parents: dict[str, weakref.ref[dist.ProcessGroup]] = {}  # of the rank that this process was forked from, if it was
+
+
+def _forget_parents() -> None:
+    _parents.update(_owners)
+    for known in (_owners, _infos, _windows):
+        known.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parents)
 
 
 def process_group(group: Group) -> dist.ProcessGroup:
@@ -85,6 +96,8 @@ def init(
     if error := check_comm_alg(comm_alg):
         raise ValueError(error)
     pg = process_group(group)
+    if pg.group_name in _parents and _parents[pg.group_name]() is pg:
+        raise _is_parents(pg.group_name)
     if num_bytes is not None and num_bytes <= 0:
         raise ValueError(f"num_bytes must be positive, got {num_bytes}")
     env.value("MOE_SHARED_EXPERT_RANK_NUM")
@@ -174,10 +187,19 @@ def destroy(group: Group = None) -> None:
     _drop(group if isinstance(group, str) else process_group(group).group_name)
 
 
+def _is_parents(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"deep_ep: this process was forked from a rank and has no part in its group '{name}'; call the function in the "
+        "rank itself, or make a group of such processes"
+    )
+
+
 def info_of(group: Group) -> GroupInfo:
     """What `init` recorded for the group; traceable."""
     name = group if isinstance(group, str) else (group or dist.group.WORLD).group_name  # type: ignore[union-attr]
     info = _infos.get(name)
+    if info is None and name in _parents:
+        raise _is_parents(name)
     if info is None or not (torch.compiler.is_compiling() or _owns(process_group(group))):
         raise RuntimeError(
             f"deep_ep: the group '{name}' is not prepared; call deep_ep.init(group) first, on all its ranks"

@@ -6,7 +6,6 @@ group's own: HCCL's collectives overwrite the memory of theirs.
 
 import ctypes
 import uuid
-import weakref
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from .. import env
 from .._library import ERROR_BYTES, find, library
-from ..windows import exchange, raise_everywhere
+from ..windows import exchange, finalize_here, raise_everywhere
 
 _HEADER = 8
 """Words of a table before the addresses of the ranks' windows (torch_library/npu/kernels.h)."""
@@ -107,7 +106,7 @@ class Windows:
             *(name.encode(), communicator_name.encode(), group.rank(), group.size(), num_bytes),
             *(int(timeout.total_seconds() * 1000), self._words, error),
         )
-        self._close = weakref.finalize(group, _close, name, own)
+        self._close = finalize_here(group, _close, name, own)
         try:
             # Nobody writes to a window before its rank has made it ready.
             raise_everywhere(group, error.value.decode() or None)
