@@ -21,7 +21,21 @@ Tensor start(Op op, Turn turn, std::packaged_task<Results(Turn)> body);
 
 template <typename Body>
 Tensor start(Op op, Turn turn, Body body) {
-  return start(op, std::move(turn), std::packaged_task<Results(Turn)>(std::move(body)));
+  ThreadCalls& calls = ThreadCalls::mine();
+  auto of_call = [failed = calls.failed, form = calls.form, body = std::move(body)](Turn turn) mutable {
+    ThreadCalls::mine().form = form;
+    if (failed && !failed->empty()) throw Error(*failed);
+    try {
+      return body(std::move(turn));
+    } catch (const std::exception& error) {
+      if (failed) *failed = error.what();
+      throw;
+    }
+  };
+  Tensor ticket = start(op, std::move(turn), std::packaged_task<Results(Turn)>(std::move(of_call)));
+  ++calls.entered;
+  calls.completed = true;
+  return ticket;
 }
 
 // For results that are there already, such as those of work on a stream.

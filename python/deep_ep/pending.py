@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
+from .calls import Failed, mine
+
 # Below 0, where those of .default are not.
 _numbers = itertools.count(-1, -1)
 _calls: dict[int, tuple[str, Future]] = {}
@@ -37,7 +39,9 @@ class _Worker:
 
     def run(self, call: Future, kernel: Callable[..., Any], arguments: list[Any]) -> None:
         self.newest = call
-        self._tasks.put(lambda: _run(call, kernel, arguments))
+        failed, form = mine.failed, mine.form
+        self._tasks.put(lambda: _run(call, kernel, arguments, failed, form))
+        mine.leave_to_thread()
 
     def join(self) -> None:
         if threading.current_thread() is not self._thread:
@@ -50,12 +54,17 @@ def _work(tasks: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
         del task  # and with it the tensors that it holds
 
 
-def _run(call: Future, kernel: Callable[..., Any], arguments: list[Any]) -> None:
+def _run(call: Future, kernel: Callable[..., Any], arguments: list[Any], failed: Failed | None, form: str) -> None:
+    mine.form = form
     try:
+        if failed is not None and failed.error is not None:
+            raise failed.error
         with torch.no_grad():
             results = kernel(*arguments)
             call.set_result([results] if isinstance(results, Tensor) else list(results))
     except BaseException as error:
+        if failed is not None:
+            failed.error = error
         call.set_exception(error)
 
 
@@ -100,7 +109,7 @@ def holding(op: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
 
     def start(*arguments: Any) -> Tensor:
         call: Future = Future()
-        _run(call, kernel, list(arguments))
+        _run(call, kernel, list(arguments), mine.failed, mine.form)
         return _ticket(op, call)
 
     return start

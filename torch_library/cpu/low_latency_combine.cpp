@@ -11,7 +11,7 @@ Results run(Turn turn, const Tensor& x, const Tensor& topk_idx, const Tensor& to
   Checks checks = check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, turn.group().size());
   checks.tensor("layout_range", layout_range, {ScalarType::Int}, {num_experts});
   return {combine_rows(kOp, std::move(turn), std::move(checks), x, topk_idx, topk_weights, recv_src_idx, send_head,
-                       num_experts, num_ranks)};
+                       num_experts, num_ranks, &layout_range)};
 }
 
 // comm_alg is for .ops.

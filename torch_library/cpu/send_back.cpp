@@ -90,7 +90,7 @@ void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
 
 HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks, const Tensor& expert_rows,
                                  const Tensor& topk_idx, const Tensor& recv_src_idx, const Tensor& send_head,
-                                 int64_t num_experts, int64_t num_ranks) {
+                                 int64_t num_experts, int64_t num_ranks, const Tensor* layout_range) {
   Post& post = contribution.post;
   post.op = op;
   contribution.rejected = checks.wrong();
@@ -103,7 +103,8 @@ HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks
             topk_idx.size(1),
             num_experts,
             num_ranks,
-            group.rank()};
+            group.rank(),
+            layout_range != nullptr ? layout_range->const_data_ptr<int32_t>() : nullptr};
   post.tokens = handle.num_tokens;
   post.hidden = expert_rows.size(1);
   post.top_k = handle.top_k;
@@ -115,10 +116,10 @@ HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks
 
 Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
-                    int64_t num_experts, int64_t num_ranks) {
+                    int64_t num_experts, int64_t num_ranks, const Tensor* layout_range) {
   checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, topk_idx.sizes());
-  HandleArguments arguments(op_code, turn.group(), checks, x, topk_idx, recv_src_idx, send_head, num_experts,
-                            num_ranks);
+  HandleArguments arguments(op_code, turn.group(), checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks,
+                            layout_range);
   SendBack back{.handle = arguments.handle};
   if (arguments.right()) {
     back.dtype = dtype_of(x);
