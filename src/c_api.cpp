@@ -125,6 +125,26 @@ DEEP_EP_API int deep_ep_group_agree(const char* name, uint32_t op, const int64_t
   });
 }
 
+// Between these two, this thread makes one call: of its operations that are left to the thread of a group, those after
+// one that failed are not entered. Both return how many operations this thread has entered, doubled; and 1 more
+// unless the newest of them has failed.
+DEEP_EP_API uint64_t deep_ep_call_begin() {
+  auto& calls = deep_ep::ThreadCalls::mine();
+  calls.failed = std::make_shared<std::string>();
+  calls.form.clear();
+  return 2 * calls.entered + calls.completed;
+}
+
+DEEP_EP_API uint64_t deep_ep_call_end() {
+  auto& calls = deep_ep::ThreadCalls::mine();
+  calls.failed.reset();
+  calls.form.clear();
+  return 2 * calls.entered + calls.completed;
+}
+
+// What ranks must have in common in the call that this thread makes, in words.
+DEEP_EP_API void deep_ep_call_form(const char* form) { deep_ep::ThreadCalls::mine().form = form; }
+
 // Frees the handle; the group goes with the last operation and the registry entry under `name`, if it is its own.
 DEEP_EP_API void deep_ep_group_destroy(void* handle, const char* name) {
   auto* group = static_cast<Handle*>(handle);

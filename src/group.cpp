@@ -195,6 +195,11 @@ void Turn::wait(Op op) {
     group_->check_interrupt(op);
 }
 
+ThreadCalls& ThreadCalls::mine() {
+  thread_local ThreadCalls calls;
+  return calls;
+}
+
 Operation::Operation(Turn turn, Contribution mine, const std::function<std::string(const Operation&)>& check)
     : turn_(std::move(turn)), group_(turn_.group()), op_(mine.post.op) {
   turn_.wait(op_);
@@ -209,6 +214,9 @@ Operation::Operation(Turn turn, Contribution mine, const std::function<std::stri
     if (group_.log_.size() < Group::kLogged) group_.log_.resize(Group::kLogged);
     group_.log_[(sequence_ - 1) % Group::kLogged] = op_;
   }
+  ThreadCalls& calls = ThreadCalls::mine();
+  ++calls.entered;
+  calls.completed = false;
   if (!mine.reserved) offered_ = group_.own_->pool.take(with_margin(std::max(mine.expected, wanted())));
   open_ = true;
 
@@ -224,7 +232,7 @@ void Operation::enter(const Contribution& mine, const std::function<std::string(
   Post& post = group_.post(group_.rank_, sequence_);
   post = mine.post;
   post.rejected = !mine.rejected.empty();
-  copy_text(post.text, mine.rejected);
+  copy_text(post.text, post.rejected ? mine.rejected : ThreadCalls::mine().form);
   const Block block = mine.reserved.value_or(offered_);
   post.pool_offset = block.offset;
   post.pool_bytes = block.bytes;
@@ -251,7 +259,7 @@ void Operation::enter(const Contribution& mine, const std::function<std::string(
   const std::string wrong = verdict(check);
   stopwatch_.enter(Phase::allocate);
   if (wrong.empty()) return;
-  finish();
+  end();
   throw Error(str(prefix(), wrong));
 }
 
@@ -276,6 +284,11 @@ void Operation::abandon() {
 }
 
 void Operation::finish() {
+  end();
+  ThreadCalls::mine().completed = true;
+}
+
+void Operation::end() {
   group_.own_->pool.give_back(std::exchange(offered_, {}));
   open_ = false;
   stopwatch_.enter(Phase::finish);
@@ -305,14 +318,24 @@ std::string Operation::verdict(const std::function<std::string(const Operation&)
                     name(value(r)));
     return text;
   };
+  // A rank that failed before it knew its operation may name another one than its peers: its reason counts.
+  std::string rejected;
+  bool one_fault = size() > 1;  // of all ranks
+  for (int r = 0; r < size(); ++r) {
+    if (post(r).rejected) rejected += str(rejected.empty() ? "" : "; ", "rank ", r, ": ", post(r).text);
+    one_fault = one_fault && post(r).rejected && std::strcmp(post(r).text, post(0).text) == 0;
+  }
+  if (!rejected.empty()) return one_fault ? str("all ranks: ", post(0).text) : rejected;
+
   if (std::string text = differ("the operation", &Post::op, [](Op op) { return name_of(op); }); !text.empty())
     return text + str(" (operation number ", sequence_,
                       " of this group); all ranks must issue the same operations in the same order");
 
-  std::string rejected;
-  for (int r = 0; r < size(); ++r)
-    if (post(r).rejected) rejected += str(rejected.empty() ? "" : "; ", "rank ", r, ": ", post(r).text);
-  if (!rejected.empty()) return rejected;
+  for (int a = 0; a < size(); ++a)
+    for (int b = a + 1; b < size(); ++b)
+      if (post(a).text[0] && post(b).text[0] && std::strcmp(post(a).text, post(b).text) != 0)
+        return str("the calls differ: rank ", a, " has ", post(a).text, ", rank ", b, " has ", post(b).text,
+                   "; it must be the same on all ranks");
 
   const auto number = [](int64_t value) { return value; };
   std::string text = differ("the dtype", &Post::dtype, [](int64_t dtype) { return name_of(DType{dtype}); });

@@ -181,6 +181,19 @@ struct Contribution {
   std::function<void(std::byte*)> attach;
 };
 
+// What a thread has done with operations, for calls that fail in Python (python/deep_ep/collective.py).
+struct ThreadCalls {
+  uint64_t entered = 0;   // operations that it has entered, or left to the thread of their group
+  bool completed = true;  // the newest of them has not failed here
+  // Of the call that it makes, if it makes one: why an operation that was left to the thread of the group has failed,
+  // which alone looks at it. The later ones of such a call are not entered, on any rank, and fail for that reason.
+  std::shared_ptr<std::string> failed;
+  // What ranks must have in common in this call, in words, where an operation's post does not say it; or nothing.
+  std::string form;
+
+  static ThreadCalls& mine();
+};
+
 class Operation {
  public:
   // Enters `mine.post.op` on the group of `turn`. `check` runs once all posts are there, may look at all of them, must
@@ -231,7 +244,9 @@ class Operation {
   uint64_t& wanted() const { return group_.wanted_[static_cast<int>(op_)]; }
   // Of the pool, for `bytes` of this operation: routing varies, and more where tokens are few.
   static uint64_t with_margin(uint64_t bytes);
-  // Gives the group up unless finish() was called.
+  // Ends an operation that peers need nothing more of.
+  void end();
+  // Gives the group up unless it has ended.
   void abandon();
   // Waits until ready(). `missing(r)`: rank r still owes something; `needed(r)`: nothing can become ready if rank r
   // is gone; `phase` names what is waited for.

@@ -539,7 +539,8 @@ def wrong_hooks(ctx: RankContext, strategy: str) -> list[tuple[str, str]]:
     errors = [
         error_of(dispatch, x, ids, 2 if last else 3, ctx.size) if last else error_of(hook_of, dispatch(x, ids, 3, 2))
     ]
-    errors.append(error_of(hook_of, dispatch(x, ids + 7 * last, 3, ctx.size)))
+    wrong = partial(dispatch, x, ids + 7 * last, 3, ctx.size)
+    errors.append(error_of(wrong) if last else error_of(hook_of, wrong()))
 
     recv_x, _, handle, _, hook = dispatch(x, ids, 3, ctx.size)
     hook()

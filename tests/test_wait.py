@@ -413,8 +413,9 @@ def wrong_calls(ctx: RankContext, strategy: str) -> list[tuple[str, str]]:
     kwargs: dict[str, Any] = {"num_experts": 2, "group": group}
     errors = []
 
-    started = deep_ep.dispatch_start(x, ids + 7 * last, **kwargs)
-    errors.append(error_of(deep_ep.wait, started))
+    # What this rank sees is raised when the call is issued.
+    begin = partial(deep_ep.dispatch_start, x, ids + 7 * last, **kwargs)
+    errors.append(error_of(begin) if last else error_of(deep_ep.wait, begin()))
 
     started = deep_ep.dispatch_start(x, ids, **kwargs)
     out = deep_ep.wait(started)
@@ -459,12 +460,13 @@ def wrong_options(ctx: RankContext) -> list[tuple[str, str]]:
     both = {"async_finish": True, "return_recv_hook": True}
     errors.append(error_of(buffer.low_latency_dispatch, x, ids, 2, 2, **both))
 
-    # An error that concerns several ranks is the event's, and stays with it.
+    # What this rank sees is raised when the call is issued; what another one sees is the event's, and stays with it.
     layout = {"num_tokens_per_rank": ids, "is_token_in_rank": ids, "num_tokens_per_expert": torch.zeros(2)}
-    bad = ids + 9 * ctx.rank
-    *_, event = buffer.dispatch(x, topk_idx=bad, num_worst_tokens=4, async_finish=True, **layout)
-    errors.append(error_of(buffer.get_dispatch_layout, ids, 2, previous_event=event))
-    # One that this rank sees at once is raised at once, by all of them.
+    call = partial(buffer.dispatch, x, topk_idx=ids + 9 * ctx.rank, num_worst_tokens=4, async_finish=True, **layout)
+    if ctx.rank == 1:
+        errors.append(error_of(call))
+    else:
+        errors.append(error_of(buffer.get_dispatch_layout, ids, 2, previous_event=call()[-1]))
     call = partial(buffer.dispatch, topk_idx=ids, num_worst_tokens=4, async_finish=True, **layout)
     if ctx.rank == 1:
         errors.append(error_of(call, x.double()))

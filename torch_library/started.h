@@ -26,15 +26,22 @@ void spoil(const Results& results);
 
 template <typename Body>
 Tensor start(Op op, Turn turn, Results early, Body body) {
-  auto spoiling = [early, body = std::move(body)](Turn turn) mutable {
+  ThreadCalls& calls = ThreadCalls::mine();
+  auto of_call = [early, failed = calls.failed, form = calls.form, body = std::move(body)](Turn turn) mutable {
+    ThreadCalls::mine().form = form;
     try {
+      if (failed && !failed->empty()) throw Error(*failed);
       return body(std::move(turn));
-    } catch (...) {
+    } catch (const std::exception& error) {
+      if (failed) *failed = error.what();
       spoil(early);
       throw;
     }
   };
-  return start(op, std::move(turn), std::move(early), std::packaged_task<Results(Turn)>(std::move(spoiling)));
+  Tensor ticket = start(op, std::move(turn), std::move(early), std::packaged_task<Results(Turn)>(std::move(of_call)));
+  ++calls.entered;
+  calls.completed = true;
+  return ticket;
 }
 
 // For results that are there already, such as those of work on a stream.

@@ -14,6 +14,7 @@ and the group is ready for the next call. Collectives after the header:
     combine_backward   weights; each token's gradient once per destination; gradients of the weights
 """
 
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from . import checks, pending, reference
+from . import calls, checks, pending, reference
 
 _OPS = (
     "dispatch",
@@ -40,29 +41,18 @@ _TEXT_BYTES = 512
 _BLOCK = 1 << 16
 
 
-# What only the values in the tensors show: the message for the first bad one, or None.
-
-
-def _range_error(name: str, what: str, tensor: Tensor, bound: int) -> str | None:
-    bad = (tensor < -1) | (tensor >= bound)
-    if not bad.any():
-        return None
-    at = bad.nonzero()[0].tolist()
-    allowed = f"-1 and 0..{bound - 1}" if bound > 0 else "-1"
-    return f"{name} has the {what} {int(tensor[tuple(at)])} at {at}; allowed are {allowed}"
-
-
-def _ids_error(topk_idx: Tensor, num_experts: int) -> str | None:
-    return _range_error("topk_idx", "id", topk_idx, num_experts)
-
-
 def _handle_error(
-    topk_idx: Tensor, recv_src_idx: Tensor, send_head: Tensor, num_experts: int, num_ranks: int
+    topk_idx: Tensor,
+    recv_src_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    is_low_latency: bool = False,
 ) -> str | None:
     error = (
-        _ids_error(topk_idx, num_experts)
-        or _range_error("recv_src_idx[:, 0]", "source rank", recv_src_idx[:, 0], num_ranks)
-        or _range_error("recv_src_idx[:, 2]", "k", recv_src_idx[:, 2], topk_idx.shape[1])
+        checks.ids_error(topk_idx, num_experts)
+        or checks.range_error("recv_src_idx[:, 0]", "source rank", recv_src_idx[:, 0], num_ranks)
+        or checks.range_error("recv_src_idx[:, 2]", "k", recv_src_idx[:, 2], topk_idx.shape[1])
     )
     if error:
         return error
@@ -73,6 +63,12 @@ def _handle_error(
     stray = (send_head >= 0) & (topk_idx < 0)
     if stray.any():
         return f"send_head has a row at {stray.nonzero()[0].tolist()}, where topk_idx has no expert"
+    if is_low_latency and (unsent := (send_head < 0) & (topk_idx >= 0)).any():
+        at = unsent.nonzero()[0].tolist()
+        return (
+            f"topk_idx has the id {int(topk_idx[tuple(at)])} at {at}, which was not dispatched; it must be that of "
+            "low_latency_dispatch"
+        )
     return None
 
 
@@ -86,7 +82,7 @@ class _Routes(NamedTuple):
     slots: Tensor  # this rank's delivered slots, ordered by (destination, row there)
     rows_per_rank: list[int]
     slots_per_rank: list[int]
-    row_marks: list[int]  # per source rank: a hash of its set of (slot, row)
+    row_marks: list[int]  # per source rank: a hash of its set of (slot, row), in low latency with the expert
     slot_marks: list[int]  # per destination: the same
 
 
@@ -95,6 +91,7 @@ class _Header(NamedTuple):
 
     op: int
     failed: int
+    form: int  # a hash of that of the call, 0 for none
     T: int
     W: int
     common: list[int]  # the values of _COMMON
@@ -145,22 +142,27 @@ class _Call:
 
         error: what is wrong with this rank's arguments. x's columns are H.
         """
+        calls.mine.enter()
         R = self.size
-        header = [_OPS.index(self.op), 1] + [0] * (2 + len(_COMMON) + 4 * R)
+        form = "" if error else calls.mine.form
+        header = [_OPS.index(self.op), 1] + [0] * (3 + len(_COMMON) + 4 * R)
         if not error:
             device_type = int.from_bytes(x.device.type.encode()[:7], "big")
             common = [x.shape[1], topk_idx.shape[1], num_experts, checks.FLOATS.index(x.dtype), device_type]
-            header[1 : 4 + len(common)] = [0, topk_idx.shape[0], num_worst_tokens, *common]
+            header[1 : 5 + len(common)] = [0, zlib.crc32(form.encode()), topk_idx.shape[0], num_worst_tokens, *common]
         if routes:
             header[-4 * R :] = [value for per_rank in routes[2:] for value in per_rank]
         gathered = self.all_gather("headers", torch.tensor(header, dtype=torch.int64))
         headers = []
-        for op, failed, T, W, *values in gathered.tolist():
+        for op, failed, form_hash, T, W, *values in gathered.tolist():
             per_rank = [values[i : i + R] for i in range(len(_COMMON), len(values), R)]
-            headers.append(_Header(op, failed, T, W, values[: len(_COMMON)], *per_rank))
-        self._check_ops(headers)
+            headers.append(_Header(op, failed, form_hash, T, W, values[: len(_COMMON)], *per_rank))
+        # A rank that failed before it knew its op may name another one than its peers: its reason counts.
         if any(h.failed for h in headers):
-            self._raise_first(error)
+            self._raise_reasons(error)
+        self._check_ops(headers)
+        if len({h.form for h in headers} - {0}) > 1:
+            self._raise_forms(form)
         self._check_common(headers)
         self._check_routes(headers)
         return headers
@@ -173,13 +175,23 @@ class _Call:
             where = "; ".join(f"{_OPS[op]} on rank {', '.join(ranks)}" for op, ranks in ranks_in.items())
             raise RuntimeError(f"deep_ep: the ranks are in different ops: {where}")
 
-    def _raise_first(self, error: str | None) -> None:
-        """Raises the message of the lowest rank that has one."""
-        text = (error or "").encode()[:_TEXT_BYTES]
-        texts = self.all_gather("errors", torch.tensor(list(text.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8))
-        for rank, row in enumerate(texts):
-            if message := bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore"):
-                raise RuntimeError(f"deep_ep.{self.op}: rank {rank}: {message}")
+    def _raise_reasons(self, error: str | None) -> None:
+        """Raises what is wrong on which ranks."""
+        reasons = self._texts(error or "")
+        told = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+        if self.size > 1 and len(set(reasons)) == 1:
+            told = f"all ranks: {reasons[0]}"
+        raise RuntimeError(f"deep_ep.{self.op}: {told}")
+
+    def _raise_forms(self, form: str) -> None:
+        told = ", ".join(f"rank {rank} has {text}" for rank, text in enumerate(self._texts(form)) if text)
+        raise RuntimeError(f"deep_ep.{self.op}: the calls differ: {told}; it must be the same on all ranks")
+
+    def _texts(self, text: str) -> list[str]:
+        """Every rank's."""
+        row = list(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"))
+        texts = self.all_gather("errors", torch.tensor(row, dtype=torch.uint8))
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in texts]
 
     def _check_common(self, headers: list[_Header]) -> None:
         def text(what: str, value: int) -> str:
@@ -207,6 +219,7 @@ class _Call:
                     continue
                 raise RuntimeError(
                     f"deep_ep.{self.op}: rank {d}: {difference}; all ranks must pass one dispatch's handle"
+                    + (", and its topk_idx" if self.op == "low_latency_combine" else "")
                 )
 
     def all_gather(self, what: str, row: Tensor) -> Tensor:
@@ -232,20 +245,33 @@ class _Call:
         return RuntimeError(f"deep_ep.{self.op}: rank {self.rank}: exchange of {what} failed: {error}")
 
 
-def _routes(recv_src_idx: Tensor, topk_idx: Tensor, send_head: Tensor, num_experts: int, num_ranks: int) -> _Routes:
-    K = topk_idx.shape[1]
+def _routes(
+    recv_src_idx: Tensor,
+    topk_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    layout_range: Tensor | None = None,
+) -> _Routes:
+    """layout_range: of low latency, where ranks compare experts, too."""
+    K, L = topk_idx.shape[1], num_experts // num_ranks
     source, token, k = recv_src_idx.long().unbind(1)
     rows, rows_per_rank = _sort_by_rank(source, source, num_ranks)
     head = send_head.view(-1).long()
-    destination = (topk_idx.view(-1) // (num_experts // num_ranks)).where(head >= 0, -1)
+    destination = (topk_idx.view(-1) // L).where(head >= 0, -1)
     slots, slots_per_rank = _sort_by_rank(destination, (destination << 32) + head, num_ranks)
+    to_slot, of_slot = token[rows] * K + k[rows], slots
+    if layout_range is not None:
+        ends = layout_range.view(L, num_ranks)[:, -1].contiguous()
+        to_slot = to_slot * L + torch.searchsorted(ends, rows.to(torch.int32), right=True).clamp(max=L - 1)
+        of_slot = slots * L + topk_idx.view(-1)[slots] % L
     return _Routes(
         rows,
         slots,
         rows_per_rank,
         slots_per_rank,
-        _marks(token[rows] * K + k[rows], rows, source[rows], num_ranks),
-        _marks(slots, head[slots], destination[slots], num_ranks),
+        _marks(to_slot, rows, source[rows], num_ranks),
+        _marks(of_slot, head[slots], destination[slots], num_ranks),
     )
 
 
@@ -284,6 +310,13 @@ def _exclusive_cumsum(counts: Tensor) -> Tensor:
 # Ops
 
 
+def reject(op: str, group: str, error: str) -> None:
+    """Enters `op` as one that this rank cannot take part in. Raises RuntimeError, as on all ranks."""
+    nothing = torch.empty(0, 0)
+    _Call(op, group, nothing).agree(error, nothing, nothing, 0)
+
+
+@calls.completing
 def agree(
     op: str, group: str, error: str | None, x: Tensor, topk_idx: Tensor, num_experts: int, M: int, quant_mode: int
 ) -> None:
@@ -312,7 +345,9 @@ def get_dispatch_layout(
     topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts of the local tokens; no communication. See reference.get_dispatch_layout."""
-    error = checks.get_dispatch_layout(topk_idx, num_experts, num_ranks, num_nodes) or _ids_error(topk_idx, num_experts)
+    error = checks.get_dispatch_layout(topk_idx, num_experts, num_ranks, num_nodes) or checks.ids_error(
+        topk_idx, num_experts
+    )
     if error:
         raise RuntimeError(f"deep_ep.get_dispatch_layout: {error}")
     return reference.get_dispatch_layout(topk_idx, num_experts, num_ranks, num_nodes)
@@ -353,7 +388,7 @@ def low_latency_dispatch(
     """
     call = _Call("low_latency_dispatch", group, x)
     M = num_max_dispatch_tokens_per_rank
-    error = checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks) or _crowded_error(
+    error = checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks) or checks.crowded_error(
         topk_idx, num_experts // num_ranks
     )
     num_rows = 0 if error else num_ranks * M * min(topk_idx.shape[1], num_experts // num_ranks)
@@ -361,23 +396,6 @@ def low_latency_dispatch(
     out = _dispatch(call, error, x, topk_idx, weights, num_experts, num_ranks, num_rows, same_rows=True)
     layout_range = out.recv_channel_prefix_matrix.view(-1)
     return out.recv_x, out.num_recv_tokens_per_expert, out.recv_src_idx, layout_range, out.send_head
-
-
-def _crowded_error(topk_idx: Tensor, L: int) -> str | None:
-    """With ids that repeat, a token may want more rows of a rank than low latency has room for."""
-    K = topk_idx.shape[1]
-    if K <= L:
-        return None
-    rank = topk_idx // L
-    rows = ((rank.unsqueeze(1) == rank.unsqueeze(2)) & (topk_idx >= 0).unsqueeze(1)).sum(2)
-    wrong = ((rows > L) & (topk_idx >= 0)).nonzero()
-    if not wrong.numel():
-        return None
-    t, k = wrong[0].tolist()
-    return (
-        f"topk_idx sends token {t} to rank {int(rank[t, k])} {int(rows[t, k])} times; allowed are {L}: ids may not "
-        f"repeat where K exceeds the {L} experts of a rank"
-    )
 
 
 def _dispatch(
@@ -392,7 +410,9 @@ def _dispatch(
     same_rows: bool = False,
 ) -> reference.DispatchResult:
     """`error`: what is wrong with the arguments. same_rows: num_worst_tokens must be equal on all ranks."""
-    error = call.device_error or checks.group_size(num_ranks, call.size) or error or _ids_error(topk_idx, num_experts)
+    error = (
+        call.device_error or checks.group_size(num_ranks, call.size) or error or checks.ids_error(topk_idx, num_experts)
+    )
     headers = call.agree(error, x, topk_idx, num_experts, num_worst_tokens)
     for rank, header in enumerate(headers):
         if same_rows and header.W != headers[0].W:
@@ -521,7 +541,9 @@ def low_latency_combine(
     error = checks.low_latency_combine(
         x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks
     )
-    return _combine(call, error, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
+    return _combine(
+        call, error, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks, layout_range
+    )
 
 
 def _combine(
@@ -534,15 +556,16 @@ def _combine(
     send_head: Tensor,
     num_experts: int,
     num_ranks: int,
+    layout_range: Tensor | None = None,
 ) -> Tensor:
-    """`error`: what is wrong with the arguments by themselves."""
+    """`error`: what is wrong with the arguments by themselves. layout_range: of low latency."""
     error = (
         call.device_error
         or checks.group_size(num_ranks, call.size)
         or error
-        or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
+        or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks, layout_range is not None)
     )
-    routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
+    routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks, layout_range)
     call.agree(error, x, topk_idx, num_experts, routes=routes)
     assert routes
     return _return_rows(call, x, routes, topk_idx, topk_weights)

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import call_log, cost, env, quantization, rank_rows
+from . import call_log, calls, cost, env, quantization, rank_rows
+from .collective import collective
 from .config import Config
 from .fused import FusedCalls
 from .fused_weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
@@ -57,6 +58,20 @@ class AlignedHandle(NamedTuple):
 
 
 Handle = DispatchHandle | AlignedHandle | RankHandle
+
+
+def _ops_of_dispatch(given: dict[str, Any]) -> tuple[str, ...]:
+    """Of a call with these arguments, whether they are right or not."""
+    if given.get("handle") is not None:
+        return "combine", "dispatch"
+    worst = given.get("num_worst_tokens", 0)
+    is_static = isinstance(worst, int) and worst != 0
+    is_alone = given["self"]._rows == "expert" or (given.get("topk_idx") is None and is_static)
+    return ("dispatch",) * (1 if is_alone else 2)
+
+
+def _ops_of_combine(given: dict[str, Any]) -> tuple[str, ...]:
+    return ("combine",) * (2 if given["self"]._rows == "rank" and given.get("topk_weights") is not None else 1)
 
 
 class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
@@ -268,6 +283,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             in_rank = in_rank.to(torch.bool)
         return per_rank, None, per_expert, in_rank, event_of(async_finish)
 
+    @collective(_ops_of_dispatch)
     def dispatch(
         self,
         x: Rows,
@@ -364,6 +380,12 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                 if value is None:
                     raise ValueError(f"{name} is missing; get_dispatch_layout gives the layout of topk_idx")
         rows, packed = self._rows_to_send(x, quant_mode, handle is not None)
+        routing = "of a handle" if handle is not None else "without topk_idx" if topk_idx is None else "with topk_idx"
+        if topk_idx is None and num_worst_tokens != 0:
+            routing += ", with num_worst_tokens"
+        calls.form(f'{quantization.described(x if packed is None else packed)} under rows="{self._rows}" {routing}')
+        if handle is not None:
+            self._check_handles(info, handle, async_finish)
 
         if self._rows == "rank":
             if handle is not None:
@@ -400,6 +422,18 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         has_shape = handle is not None or num_worst_tokens != 0
         sends = plan._replace(received=received)
         return self._issue(sends, async_finish, dispatch_wait_recv_cost_stats, has_shape)
+
+    def _check_handles(self, info: GroupInfo, handle: Handle, overlaps: bool) -> None:
+        """All ranks must have handles of one dispatch, which combine finds out, of rows of the least size that an NPU
+        moves.
+        """
+        known = rank_rows.op_handle(handle) if self._rows == "rank" else _expert_handle(handle)
+        known = known._replace(topk_weights=torch.ones_like(known.topk_idx, dtype=torch.float32))
+        nothing = known.recv_src_idx.new_zeros((known.recv_src_idx.shape[0], 8), dtype=torch.float32)
+        if overlaps and not torch.compiler.is_compiling():
+            combine_op.start(info, nothing, known)  # where it fails, so does what is started next
+        else:
+            combine_op.call(info, nothing, known)
 
     def _issue(self, plan: Plan, async_finish: bool, stats: Tensor | None, has_shape: bool = True) -> tuple[Any, ...]:
         """The results and the event; stats get what was waited."""
@@ -469,6 +503,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         call = info, x, known.topk_idx, known.topk_weights, E, capacity, known.is_token_in_rank
         return Plan(dispatch_op, [call], received, (N,))
 
+    @collective(_ops_of_combine)
     def combine(
         self,
         x: Tensor,
@@ -510,6 +545,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         known = rank_rows.check_handle(handle) if self._rows == "rank" else _expert_handle(handle)
         biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         _check_biases(biases, x, known.is_token_in_rank.shape[0])
+        summed = ", with topk_weights" if topk_weights is not None and self._rows == "rank" else ""
+        calls.form(f'rows="{self._rows}"{summed}')
         if isinstance(known, RankHandle):
             plan = rank_rows.combine(info, x, known, topk_weights)
         else:

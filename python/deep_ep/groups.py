@@ -207,6 +207,11 @@ def info_of(group: Group) -> GroupInfo:
     return info
 
 
+def has_native_cpu_only(info: GroupInfo) -> bool:
+    """Whether what the ops of the group run on is the CPU, where a rank can say that it has failed."""
+    return list(_windows.get(info.name, ())) == ["cpu"]
+
+
 def op_log(group: Group = None, since: int = 0) -> tuple[list[str], int]:
     """What this rank issued under ``default``: for debugging ranks that fall out of step.
 

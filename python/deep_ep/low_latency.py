@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cost, quantization
+from . import calls, cost, quantization
+from .checks import differ
+from .collective import collective
 from .groups import GroupInfo
 from .ops import low_latency_combine as combine_op
 from .ops import low_latency_dispatch as dispatch_op
@@ -51,6 +53,7 @@ class LowLatencyCalls:
     def _live(self) -> GroupInfo:
         raise NotImplementedError
 
+    @collective("low_latency_dispatch")
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -145,6 +148,7 @@ class LowLatencyCalls:
             else:
                 sent = quantization.quantize(x, quant_mode, **options)
                 x = quantization.pack(*sent)
+        calls.form(quantization.described(x if sent is None else sent))
         call = info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts
 
         def received(out: dispatch_op.LowLatencyOutput) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle]:
@@ -204,6 +208,7 @@ class LowLatencyCalls:
         handle, indices = _padded(info, packed)
         return _one_or_two(tuple(_pad(part, indices) for part in rows)), out.recv_count.int(), handle
 
+    @collective("low_latency_combine")
     def low_latency_combine(
         self,
         x: Tensor,
@@ -244,20 +249,25 @@ class LowLatencyCalls:
         packed = handle
         if isinstance(handle, PaddedHandle):
             packed = handle.packed
-            x = x.reshape(-1, x.shape[-1]).index_select(0, handle.place)
+            R, M, L = self.group_size, handle.num_max_dispatch_tokens_per_rank, handle.num_experts // self.group_size
+            if x.dim() != 3 or differ(x.shape[0], L) or differ(x.shape[1], R * M):
+                raise ValueError(
+                    f"x must have the shape [L, R·M, H] of low_latency_dispatch's recv_x with L = {L} and "
+                    f"R·M = {R * M}, got {list(x.shape)}"
+                )
+            x = x.flatten(0, 1).index_select(0, handle.place)
         call = self._live(), x, topk_idx, topk_weights, LowLatencyHandle(*packed)
         stats = combine_wait_recv_cost_stats
         cost.check("combine_wait_recv_cost_stats", stats, self.group_size)
-        wrong = None
         if out is not None:
             T, H = topk_idx.shape[0], x.shape[-1]
             if out.dim() != 2 or out.shape[0] < T or out.shape[1] != H or out.dtype != x.dtype:
-                wrong = f"out must be {x.dtype} {[T, H]}, got {out.dtype} {list(out.shape)}"
-        overlaps = self._overlaps(async_finish, return_recv_hook) and wrong is None
-        into = None if out is None or wrong else out[: topk_idx.shape[0]]
+                raise ValueError(f"out must be {x.dtype} {[T, H]}, got {out.dtype} {list(out.shape)}")
+            if out.requires_grad and out.is_leaf and torch.is_grad_enabled():
+                raise ValueError("out must not be a leaf that requires a gradient: it is written to")
+        overlaps = self._overlaps(async_finish, return_recv_hook)
+        into = None if out is None else out[: topk_idx.shape[0]]
         combined, wait = issue(Plan(combine_op, [call], lambda result: result), overlaps, into, stats, self.rank)
-        if wrong:  # on this rank alone, which must not keep it from taking part
-            raise ValueError(wrong)
         return combined, *_event_and_hook(async_finish, return_recv_hook, wait)
 
     def _overlaps(self, async_finish: bool, return_recv_hook: bool) -> bool:

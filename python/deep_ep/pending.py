@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
+from .calls import Failed, mine
+
 # Below 0, where those of .default are not.
 _numbers = itertools.count(-1, -1)
 
@@ -45,8 +47,11 @@ class _Call(Future):
                 return self.early
         return self.result()
 
-    def run(self, kernel: Callable[..., Any], arguments: list[Any]) -> None:
+    def run(self, kernel: Callable[..., Any], arguments: list[Any], failed: Failed | None, form: str) -> None:
+        mine.form = form
         try:
+            if failed is not None and failed.error is not None:
+                raise failed.error
             with torch.no_grad():
                 results = kernel(*arguments)
             results = [results] if isinstance(results, Tensor) else list(results)
@@ -55,6 +60,8 @@ class _Call(Future):
                     write(early, result)
                 self.set_result(self.early or results)
         except BaseException as error:
+            if failed is not None:
+                failed.error = error
             spoil(self.early)
             self.set_exception(error)
 
@@ -87,7 +94,9 @@ class _Worker:
 
     def run(self, call: _Call, kernel: Callable[..., Any], arguments: list[Any]) -> None:
         self.newest = call
-        self._tasks.put(lambda: call.run(kernel, arguments))
+        failed, form = mine.failed, mine.form
+        self._tasks.put(lambda: call.run(kernel, arguments, failed, form))
+        mine.leave_to_thread()
 
     def join(self) -> None:
         if threading.current_thread() is not self._thread:
@@ -140,7 +149,7 @@ def holding(op: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
 
     def start(*arguments: Any) -> Tensor:
         call = _Call(op)
-        call.run(kernel, list(arguments))
+        call.run(kernel, list(arguments), mine.failed, mine.form)
         return _ticket(call)
 
     return start

@@ -23,7 +23,7 @@ Tensor low_latency_combine_start(Tensor x, Tensor topk_idx, Tensor topk_weights,
   const Checks checks =
       check(turn, x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks);
   return start_combine(kOp, std::move(turn), checks, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts,
-                       num_ranks);
+                       num_ranks, layout_range);
 }
 
 Tensor low_latency_combine(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_idx, Tensor layout_range,
@@ -32,7 +32,7 @@ Tensor low_latency_combine(Tensor x, Tensor topk_idx, Tensor topk_weights, Tenso
   Turn turn = groups::get(name_of(kOp), group.value);
   Checks checks = check(turn, x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks);
   return combine_rows(kOp, std::move(turn), std::move(checks), x, topk_idx, topk_weights, recv_src_idx, send_head,
-                      num_experts, num_ranks);
+                      num_experts, num_ranks, &layout_range);
 }
 
 }  // namespace

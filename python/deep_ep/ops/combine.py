@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from .. import alltoall, checks
+from ..collective import collective
 from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
-from ._registration import Start, register, reject
+from ._registration import Start, refuse, register, reject
 from .dispatch import DispatchHandle
 from .wait import Completion, Started, completes, issued, no_rows
 
 
+@collective("combine")
 def combine(x: Tensor, handle: DispatchHandle, *, group: Group = None) -> Tensor:
     """Sums up each token's rows with its weights. Collective over the group; differentiable in x and in the weights.
 
@@ -36,12 +38,15 @@ def combine(x: Tensor, handle: DispatchHandle, *, group: Group = None) -> Tensor
     return call(info_of(group), x, handle)
 
 
+@collective("combine")
 def combine_start(x: Tensor, handle: DispatchHandle, *, group: Group = None) -> Started:
     """Begins a combine and does not wait for peers; `deep_ep.wait` completes it and gives its result.
 
     The arguments are those of `deep_ep.combine`; for the rest see `deep_ep.dispatch_start`.
     """
-    return start(info_of(group), x, handle)
+    arguments = info_of(group), x, handle
+    refuse(call, wrong, *arguments)
+    return start(*arguments)
 
 
 def call(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import alltoall, checks
+from ..collective import collective
 from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from . import get_dispatch_layout
-from ._registration import Start, register, reject
+from ._registration import Start, refuse, register, reject
 from .wait import Completion, Started, completes, issued, no_rows
 
 
@@ -78,6 +79,7 @@ class DispatchOutput(NamedTuple):
     """int64 []: rows for this rank that did not fit into W; 0 in exact mode."""
 
 
+@collective("dispatch")
 def dispatch(
     x: Tensor,
     topk_idx: Tensor,
@@ -106,6 +108,7 @@ def dispatch(
     return call(info_of(group), x, topk_idx, topk_weights, num_experts, num_worst_tokens)
 
 
+@collective("dispatch")
 def dispatch_start(
     x: Tensor,
     topk_idx: Tensor,
@@ -123,7 +126,9 @@ def dispatch_start(
     the wait is. Other calls of the group run behind this one, in the order of the program. Every rank waits for its
     calls, in the same order.
     """
-    return start(info_of(group), x, topk_idx, topk_weights, num_experts, num_worst_tokens)
+    arguments = info_of(group), x, topk_idx, topk_weights, num_experts, num_worst_tokens
+    refuse(call, wrong, *arguments)
+    return start(*arguments)
 
 
 def _own(topk_idx: Tensor, topk_weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -184,11 +189,12 @@ def _of(started: Started, results: list[Tensor]) -> DispatchOutput:
 
 
 def wrong(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, *sizes: Any) -> str | None:
-    """What is wrong with the arguments of `call`, as far as that needs no values."""
+    """What is wrong with the arguments of `call`, as far as this rank alone can tell."""
     num_experts, num_worst_tokens, *_ = sizes
     if topk_weights is None:
         topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
-    return checks.dispatch(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens)
+    error = checks.dispatch(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens)
+    return error or (checks.ids_error(topk_idx, num_experts) if checks.has_values(topk_idx) else None)
 
 
 def nothing_yet(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import alltoall, checks, npu_ops
+from ..collective import collective
 from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
@@ -21,6 +22,7 @@ from .low_latency_dispatch import LowLatencyHandle
 from .wait import Completion, Started, completes, issued, no_rows
 
 
+@collective("low_latency_combine")
 def low_latency_combine(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: LowLatencyHandle, *, group: Group = None
 ) -> Tensor:

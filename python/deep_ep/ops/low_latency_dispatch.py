@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import alltoall, checks, npu_ops
+from ..collective import collective
 from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
@@ -46,6 +47,7 @@ class LowLatencyOutput(NamedTuple):
     handle: LowLatencyHandle
 
 
+@collective("low_latency_dispatch")
 def low_latency_dispatch(
     x: Tensor,
     topk_idx: Tensor,
@@ -101,9 +103,12 @@ def arriving(started: Started) -> LowLatencyOutput:
 
 
 def wrong(info: GroupInfo, x: Tensor, topk_idx: Tensor, M: int, num_experts: int) -> str | None:
-    """What is wrong with the arguments of `call`, as far as that needs no values."""
+    """What is wrong with the arguments of `call`, as far as this rank alone can tell."""
     sizes = M, num_experts, info.size, info.comm_alg
-    return _error(x, topk_idx, *sizes, overload=info.low_latency.value)
+    error = _error(x, topk_idx, *sizes, overload=info.low_latency.value)
+    if error or not checks.has_values(topk_idx):
+        return error
+    return checks.ids_error(topk_idx, num_experts) or checks.crowded_error(topk_idx, num_experts // info.size)
 
 
 def nothing_yet(
