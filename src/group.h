@@ -54,6 +54,9 @@ class Group {
   // Runs what its callers do not wait for.
   Worker& worker() { return worker_; }
 
+  // Until the operations that have been issued have ended, or for so long. False: they have not.
+  bool join(std::chrono::milliseconds time) { return turns_.end_within(time); }
+
   // False once an operation has failed in its middle: no further one can work.
   bool usable() const { return control(rank_).state.load() == State::open; }
 

@@ -17,7 +17,7 @@ from . import call_log, cost, env, quantization, rank_rows
 from .config import Config
 from .fused import FusedCalls
 from .fused_weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
-from .groups import GroupInfo, init
+from .groups import GroupInfo, prepare
 from .low_latency import LowLatencyCalls, Rows
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
@@ -138,12 +138,14 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         if normal_strategy is not None:
             normal_strategy = one_of("normal_strategy", normal_strategy, NormalStrategy)
             low_latency_strategy = low_latency_strategy or MODES[env.value("DEEP_USE_MODE")][1]
-        self._info = init(
+        self._info = prepare(
             group,
-            num_bytes=max(num_nvl_bytes, num_rdma_bytes) or None,
-            strategy=normal_strategy,
-            low_latency_strategy=low_latency_strategy,
-            comm_alg=comm_alg,
+            max(num_nvl_bytes, num_rdma_bytes) or None,
+            normal_strategy,
+            low_latency_strategy,
+            None,
+            comm_alg,
+            chooses=False,
         )
         self.normal_strategy, self.low_latency_strategy = self._info.normal, self._info.low_latency
         if explicitly_destroy:

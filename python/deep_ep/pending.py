@@ -1,53 +1,26 @@
 """Calls of the `.alltoall` overloads that go on while their caller does something else.
 
-They run one after the other on a thread of their group, and every other call of the group waits for them first
-(`join`), so collectives keep the order of the program. The counterpart for `.default` is torch_library/started.cpp.
+They run one after the other on the thread of their group's communicator, and every other call of the group waits for
+them first, so collectives keep the order of the program. The counterpart for `.default` is torch_library/started.cpp.
 """
 
-import atexit
-import concurrent.futures
 import inspect
 import itertools
-import queue
 import struct
-import threading
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, distributed_c10d
+
+from . import communicator
+from .communicator import Communicator
 
 # Below 0, where those of .default are not.
 _numbers = itertools.count(-1, -1)
-_calls: dict[int, tuple[str, Future]] = {}
-
-
-class _Worker:
-    """The thread of a group. It ends with the group, and with the process, whatever it waits for."""
-
-    def __init__(self, group: ProcessGroup) -> None:
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(name="deep_ep", target=_work, args=(self._tasks,), daemon=True)
-        self.newest: Future = Future()
-        self._thread.start()
-        weakref.finalize(group, self._tasks.put, None)
-
-    def run(self, call: Future, kernel: Callable[..., Any], arguments: list[Any]) -> None:
-        self.newest = call
-        self._tasks.put(lambda: _run(call, kernel, arguments))
-
-    def join(self) -> None:
-        if threading.current_thread() is not self._thread:
-            concurrent.futures.wait([self.newest])
-
-
-def _work(tasks: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
-    while (task := tasks.get()) is not None:
-        task()
-        del task  # and with it the tensors that it holds
+_calls: dict[int, tuple[str, Communicator | None, Future]] = {}
 
 
 def _run(call: Future, kernel: Callable[..., Any], arguments: list[Any]) -> None:
@@ -57,17 +30,6 @@ def _run(call: Future, kernel: Callable[..., Any], arguments: list[Any]) -> None
             call.set_result([results] if isinstance(results, Tensor) else list(results))
     except BaseException as error:
         call.set_exception(error)
-
-
-_workers: MutableMapping[ProcessGroup, _Worker] = weakref.WeakKeyDictionary()
-
-
-@atexit.register
-def _let_go() -> None:
-    """Gives calls that go on the time to end, or to come to where they wait for a peer: a thread that asks for the
-    interpreter while that ends, as CPython before 3.14 has it, takes the process down with it.
-    """
-    concurrent.futures.wait([worker.newest for worker in _workers.values()], timeout=1.0)
 
 
 def place_of_group(kernel: Callable[..., Any]) -> int:
@@ -82,15 +44,10 @@ def starting(op: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
     def start(*arguments: Any) -> Tensor:
         # The caller may write to its tensors as soon as this returns.
         kept = [argument.detach().clone() if isinstance(argument, Tensor) else argument for argument in arguments]
-        group = _group(arguments[place])
-        if group is None:
-            kernel(*arguments)  # says what is wrong
-        assert group is not None
-        if group not in _workers:
-            _workers[group] = _Worker(group)
+        group = communicator.of(f"{op}_start", arguments[place])
         call: Future = Future()
-        _workers[group].run(call, kernel, kept)
-        return _ticket(op, call)
+        group.start(lambda: _run(call, kernel, kept))
+        return _ticket(op, group, call)
 
     return start
 
@@ -101,14 +58,14 @@ def holding(op: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
     def start(*arguments: Any) -> Tensor:
         call: Future = Future()
         _run(call, kernel, list(arguments))
-        return _ticket(op, call)
+        return _ticket(op, None, call)
 
     return start
 
 
-def _ticket(op: str, call: Future) -> Tensor:
+def _ticket(op: str, group: Communicator | None, call: Future) -> Tensor:
     number = next(_numbers)
-    _calls[number] = op, call
+    _calls[number] = op, group, call
     memory = _Memory(struct.pack("d", number))
     # Results that nobody asks for go with the ticket.
     weakref.finalize(memory, _calls.pop, number, None).atexit = False
@@ -121,25 +78,14 @@ class _Memory(bytearray):
 
 def finish(op: str, ticket: Tensor) -> list[Tensor]:
     """The results of the call that gave the ticket. Raises what it raised, or RuntimeError if there is none of `op`."""
-    started_op, call = _calls.pop(int(ticket), (op, None))
+    started_op, group, call = _calls.pop(int(ticket), (op, None, None))
     if call is None:
         raise RuntimeError(
             f"deep_ep.wait: ticket must be what {op}_start returned in this process, and is good for one wait"
         )
     if started_op != op:
         raise RuntimeError(f"deep_ep.wait: ticket must be what {op}_start returned, got that of {started_op}_start")
-    return call.result()
-
-
-def join(group: str) -> None:
-    """Waits until all calls started in `group` have ended, unless this is one of them."""
-    pg = _group(group)
-    if pg is not None and pg in _workers:
-        _workers[pg].join()
-
-
-def _group(name: str) -> ProcessGroup | None:
-    try:
-        return cast(Any, distributed_c10d)._resolve_process_group(name)
-    except RuntimeError:
-        return None
+    if group is None:
+        return call.result()
+    with group.giving_up_if_interrupted():
+        return call.result()
