@@ -70,16 +70,18 @@ class _Links:
     def __init__(self, group: dist.ProcessGroup, meeting: Meeting, timeout: timedelta) -> None:
         self.rank, self.size = group.rank(), group.size()
         store = PrefixStore("communicator", meeting.store)
-        self.host: Any = _gloo(group, store, meeting.timeout)
+        # That of fake ranks talks to nobody.
+        fake = group._get_backend(group._device_types[0]) if meeting.is_fake else None
+        self.host: Any = fake or _gloo(group, store, meeting.timeout)
         self.by_device: dict[str, Any] = {}
         for device in group._device_types:
             theirs = group._get_backend(device)
-            same = device.type == "cpu" or isinstance(theirs, ProcessGroupGloo)
+            same = fake is not None or device.type == "cpu" or isinstance(theirs, ProcessGroupGloo)
             self.by_device[device.type] = self.host if same else _like(theirs, group, device, store, timeout)
         self.inbox = torch.zeros(self.size, _TEXT_BYTES, dtype=torch.uint8)
         self.watch: Any = None
         self._remaining, self._looked = self._peers(), 0.0
-        if self.size > 1:
+        if self.size > 1 and fake is None:
             self._receives = [self.host.recv([self.inbox[rank]], rank, _FAREWELL_TAG) for rank in self._peers()]
             self._nothing = torch.empty(self.size, 1, dtype=torch.uint8)
             options = dist.GatherOptions()
