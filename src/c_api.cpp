@@ -62,6 +62,11 @@ DEEP_EP_API int deep_ep_group_fd(void* handle) { return (*static_cast<Handle*>(h
 
 DEEP_EP_API int deep_ep_group_usable(void* handle) { return (*static_cast<Handle*>(handle))->usable(); }
 
+// Whether the operations that have been issued have ended, for which it waits so long.
+DEEP_EP_API int deep_ep_group_join(void* handle, int64_t time_ms) {
+  return (*static_cast<Handle*>(handle))->join(std::chrono::milliseconds(time_ms));
+}
+
 DEEP_EP_API uint64_t deep_ep_group_bytes(void* handle) { return (*static_cast<Handle*>(handle))->bytes(); }
 
 DEEP_EP_API int deep_ep_group_connect(void* handle, const int64_t* pids, const int64_t* fds, const uint64_t* bytes,

@@ -74,6 +74,9 @@ class Group {
   // of as many bytes.
   std::optional<PoolMemory> reserve(uint64_t bytes) const;
 
+  // Until the operations that have been issued have ended, or for so long. False: they have not.
+  bool join(std::chrono::milliseconds time) { return turns_.end_within(time); }
+
   // False once an operation has failed in its middle: no further one can work.
   bool usable() const { return control(rank_).state.load() == State::open; }
 

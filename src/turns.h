@@ -21,6 +21,12 @@ class Turns {
     return ended_one_.wait_for(lock, std::chrono::milliseconds(milliseconds), [&] { return ended_ == number; });
   }
 
+  // Until all turns drawn so far have ended, or for so long. False: they have not.
+  bool end_within(std::chrono::milliseconds time) {
+    std::unique_lock lock(mutex_);
+    return ended_one_.wait_for(lock, time, [&, drawn = drawn_] { return ended_ >= drawn; });
+  }
+
   // Ends the turn that wait_for() has waited for.
   void end() {
     {

@@ -40,6 +40,7 @@ def _load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
         "deep_ep_group_create": (pointer, [i32, i32, u64, i64, text]),
         "deep_ep_group_fd": (i32, [pointer]),
         "deep_ep_group_usable": (i32, [pointer]),
+        "deep_ep_group_join": (i32, [pointer, i64]),
         "deep_ep_group_bytes": (u64, [pointer]),
         "deep_ep_group_connect": (i32, [pointer, pointer, pointer, pointer, text]),
         "deep_ep_group_publish": (None, [pointer, text]),

@@ -19,7 +19,7 @@ from .collective import collective
 from .config import Config
 from .fused import FusedCalls
 from .fused_weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
-from .groups import GroupInfo, init, spoil
+from .groups import GroupInfo, prepare, spoil
 from .low_latency import LowLatencyCalls, Rows
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
@@ -161,12 +161,14 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         if normal_strategy is not None:
             normal_strategy = one_of("normal_strategy", normal_strategy, NormalStrategy)
             low_latency_strategy = low_latency_strategy or MODES[env.value("DEEP_USE_MODE")][1]
-        self._info: GroupInfo | None = init(
+        self._info: GroupInfo | None = prepare(
             group,
-            num_bytes=max(num_nvl_bytes, num_rdma_bytes) or None,
-            strategy=normal_strategy,
-            low_latency_strategy=low_latency_strategy,
-            comm_alg=comm_alg,
+            max(num_nvl_bytes, num_rdma_bytes) or None,
+            normal_strategy,
+            low_latency_strategy,
+            None,
+            comm_alg,
+            chooses=False,
         )
         self.normal_strategy, self.low_latency_strategy = self._info.normal, self._info.low_latency
         if explicitly_destroy:

@@ -1,38 +1,35 @@
 """Calls of the `.alltoall` overloads that go on while their caller does something else.
 
-They run one after the other on a thread of their group, and every other call of the group waits for them first
-(`join`), so collectives keep the order of the program. The counterpart for `.default` is torch_library/started.cpp.
+They run one after the other on the thread of their group's communicator, and every other call of the group waits for
+them first, so collectives keep the order of the program. The counterpart for `.default` is torch_library/started.cpp.
 """
 
-import atexit
-import concurrent.futures
+import contextlib
 import inspect
 import itertools
-import queue
 import struct
 import threading
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, distributed_c10d
 
+from . import communicator
 from .calls import Failed, mine
-
-# Below 0, where those of .default are not.
-_numbers = itertools.count(-1, -1)
+from .communicator import Communicator
 
 
 class _Call(Future):
     """One that goes on. Its result is a list of tensors."""
 
-    def __init__(self, op: str) -> None:
+    def __init__(self, op: str, group: Communicator | None = None) -> None:
         super().__init__()
         self.op = op
-        self.early: list[Tensor] = []
+        self._group = group
+        self._early: list[Tensor] = []
         self._lock = threading.Lock()
 
     def arriving(self, make: Callable[[], Sequence[Tensor]] | None) -> list[Tensor]:
@@ -42,10 +39,15 @@ class _Call(Future):
         """
         with self._lock:
             if make is not None and (not self.done() or self.exception() is not None):
-                self.early = list(make())
-                spoil(self.early)
-                return self.early
-        return self.result()
+                self._early = list(make())
+                spoil(self._early)
+                return self._early
+        return self.wait()
+
+    def wait(self) -> list[Tensor]:
+        """Its result. Raises what it raised."""
+        with contextlib.nullcontext() if self._group is None else self._group.giving_up_if_interrupted():
+            return self.result()
 
     def run(self, kernel: Callable[..., Any], arguments: list[Any], failed: Failed | None, form: str) -> None:
         mine.form = form
@@ -56,14 +58,15 @@ class _Call(Future):
                 results = kernel(*arguments)
             results = [results] if isinstance(results, Tensor) else list(results)
             with self._lock:
-                for early, result in zip(self.early, results, strict=False):
+                for early, result in zip(self._early, results, strict=False):
                     write(early, result)
-                self.set_result(self.early or results)
+                self.set_result(self._early or results)
         except BaseException as error:
             if failed is not None:
                 failed.error = error
-            spoil(self.early)
-            self.set_exception(error)
+            with self._lock:
+                spoil(self._early)
+                self.set_exception(error)
 
 
 def write(to: Tensor, of: Tensor) -> None:
@@ -79,45 +82,9 @@ def spoil(tensors: Sequence[Tensor]) -> None:
             tensor.data.view(-1).view(torch.uint8).fill_(0xFF)
 
 
+# By the number in the ticket, below 0, where those of .default are not.
 _calls: dict[int, _Call] = {}
-
-
-class _Worker:
-    """The thread of a group. It ends with the group, and with the process, whatever it waits for."""
-
-    def __init__(self, group: ProcessGroup) -> None:
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(name="deep_ep", target=_work, args=(self._tasks,), daemon=True)
-        self.newest: Future = Future()
-        self._thread.start()
-        weakref.finalize(group, self._tasks.put, None)
-
-    def run(self, call: _Call, kernel: Callable[..., Any], arguments: list[Any]) -> None:
-        self.newest = call
-        failed, form = mine.failed, mine.form
-        self._tasks.put(lambda: call.run(kernel, arguments, failed, form))
-        mine.leave_to_thread()
-
-    def join(self) -> None:
-        if threading.current_thread() is not self._thread:
-            concurrent.futures.wait([self.newest])
-
-
-def _work(tasks: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
-    while (task := tasks.get()) is not None:
-        task()
-        del task  # and with it the tensors that it holds
-
-
-_workers: MutableMapping[ProcessGroup, _Worker] = weakref.WeakKeyDictionary()
-
-
-@atexit.register
-def _let_go() -> None:
-    """Gives calls that go on the time to end, or to come to where they wait for a peer: a thread that asks for the
-    interpreter while that ends, as CPython before 3.14 has it, takes the process down with it.
-    """
-    concurrent.futures.wait([worker.newest for worker in _workers.values()], timeout=1.0)
+_numbers = itertools.count(-1, -1)
 
 
 def place_of_group(kernel: Callable[..., Any]) -> int:
@@ -131,14 +98,10 @@ def starting(op: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
 
     def start(*arguments: Any) -> Tensor:
         kept = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
-        group = _group(arguments[place])
-        if group is None:
-            kernel(*arguments)  # says what is wrong
-        assert group is not None
-        if group not in _workers:
-            _workers[group] = _Worker(group)
-        call = _Call(op)
-        _workers[group].run(call, kernel, kept)
+        group = communicator.of(f"{op}_start", arguments[place])
+        call, failed, form = _Call(op, group), mine.failed, mine.form
+        group.start(lambda: call.run(kernel, kept, failed, form))
+        mine.leave_to_thread()
         return _ticket(call)
 
     return start
@@ -172,7 +135,7 @@ def finish(op: str, ticket: Tensor) -> list[Tensor]:
     """The results of the call that gave the ticket. Raises what it raised, or RuntimeError if there is none of `op`."""
     call = _find("wait", op, ticket)
     del _calls[int(ticket)]
-    return call.result()
+    return call.wait()
 
 
 def arriving(op: str, ticket: Tensor, make: Callable[[], Sequence[Tensor]] | None) -> list[Tensor]:
@@ -192,17 +155,3 @@ def _find(caller: str, op: str, ticket: Tensor) -> _Call:
     if call.op != op:
         raise RuntimeError(f"deep_ep.{caller}: ticket must be what {op}_start returned, got that of {call.op}_start")
     return call
-
-
-def join(group: str) -> None:
-    """Waits until all calls started in `group` have ended, unless this is one of them."""
-    pg = _group(group)
-    if pg is not None and pg in _workers:
-        _workers[pg].join()
-
-
-def _group(name: str) -> ProcessGroup | None:
-    try:
-        return cast(Any, distributed_c10d)._resolve_process_group(name)
-    except RuntimeError:
-        return None

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ._library import ERROR_BYTES, library, raise_interrupt
+from .meeting import Meeting
 
 # How many ops a group remembers.
 _LOGGED = 1024
@@ -41,27 +42,6 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 PHASES = ("counts", "wait", "allocate", "copy", "reduce", "finish")
 """enum Phase of src/phases.h."""
-
-
-def group_timeout(group: dist.ProcessGroup) -> timedelta:
-    """The timeout that the group was made with."""
-    try:
-        return group._get_backend(torch.device("cpu")).options._timeout
-    except (RuntimeError, AttributeError):
-        return dist.distributed_c10d.default_pg_timeout
-
-
-def exchange(group: dist.ProcessGroup, mine: Any) -> list[Any]:
-    """What every rank of the group has for `mine`."""
-    everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
-
-
-def raise_everywhere(group: dist.ProcessGroup, error: str | None) -> None:
-    errors = [f"rank {rank}: {text}" for rank, text in enumerate(exchange(group, error)) if text]
-    if errors:
-        raise RuntimeError(f"deep_ep: cannot make windows for the group '{group.group_name}': {'; '.join(errors)}")
 
 
 def finalize_here(owner: object, function: Callable[..., object], *args: object) -> "weakref.finalize[..., Any]":
@@ -121,7 +101,7 @@ class Windows:
     They grow as ops need them, to `num_bytes` at most; None: to a rank's share in half of the host's memory.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_bytes: int | None, timeout: timedelta) -> None:
+    def __init__(self, group: dist.ProcessGroup, meeting: Meeting, num_bytes: int | None, timeout: timedelta) -> None:
         self.name = group.group_name
         self.timeout = timeout
         error = ctypes.create_string_buffer(ERROR_BYTES)
@@ -130,17 +110,17 @@ class Windows:
         )
         self._close = finalize_here(group, _destroy, self._handle, self.name)
         try:
-            raise_everywhere(group, error.value.decode() or None)
-            self._connect(group)
+            meeting.raise_everywhere("windows", error.value.decode() or None)
+            self._connect(group, meeting)
         except BaseException:
             self._close()
             raise
         self.num_bytes = library.deep_ep_group_bytes(self._handle)
 
-    def _connect(self, group: dist.ProcessGroup) -> None:
+    def _connect(self, group: dist.ProcessGroup, meeting: Meeting) -> None:
         handle, size = self._handle, group.size()
         fd, num_bytes = library.deep_ep_group_fd(handle), library.deep_ep_group_bytes(handle)
-        peers = exchange(group, (_place(), os.getpid(), fd, num_bytes))
+        peers = meeting.exchange((_place(), os.getpid(), fd, num_bytes))
         if scattered := _scattered([peer[0] for peer in peers]):
             raise RuntimeError(
                 f"deep_ep: the group '{self.name}' spans {scattered}; on CPU the strategy 'default' works within one "
@@ -150,7 +130,7 @@ class Windows:
         sizes = (ctypes.c_uint64 * size)(*(peer[3] for peer in peers))
         error = ctypes.create_string_buffer(ERROR_BYTES)
         library.deep_ep_group_connect(handle, pids, fds, sizes, error)
-        raise_everywhere(group, error.value.decode() or None)
+        meeting.raise_everywhere("windows", error.value.decode() or None)
         library.deep_ep_group_publish(handle, self.name.encode())
 
     @property
@@ -161,6 +141,11 @@ class Windows:
     def spoil(self) -> None:
         """From here on, results of calls that go on hold NaN and -1 until they have come."""
         library.deep_ep_group_spoil(self._handle)
+
+    def join(self) -> None:
+        """Waits until the ops that have been issued here have ended. A signal ends the wait of the main thread."""
+        while not library.deep_ep_group_join(self._handle, 100):
+            pass
 
     def log(self, since: int) -> tuple[list[str], int]:
         """Names of this rank's communicating ops after the first `since` ones, and how many there are by now."""
