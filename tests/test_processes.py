@@ -75,7 +75,7 @@ def fork_and_go_on(ctx: RankContext, strategy: str, leave: str) -> list[str]:
         return [f"{kind}: {message}" for kind, message in errors]
 
     told = in_child(child) if ctx.rank == 0 else []
-    assert strategy != "default" or groups._windows[group.group_name]["cpu"].usable
+    assert strategy != "default" or groups._parts[group.group_name]["cpu"].usable
     assert_same("recv_x", held[0].recv_x, right.result("dispatch", ctx.rank)[0])
     check_ops(right.case, ctx.rank, group.group_name, strategy)
     deep_ep.destroy(group)
@@ -94,7 +94,7 @@ def test_forked_child_has_no_part_in_the_group(pool: RankPool, strategy: str, le
 def pass_on(ctx: RankContext) -> tuple[int, int]:
     """Prepares the group. Process and descriptor of the window."""
     deep_ep.init(ctx.group, num_bytes=SMALL)
-    return os.getpid(), library.deep_ep_group_fd(groups._windows[ctx.group.group_name]["cpu"]._handle)
+    return os.getpid(), library.deep_ep_group_fd(groups._parts[ctx.group.group_name]["cpu"]._handle)
 
 
 def still_works(ctx: RankContext) -> None:

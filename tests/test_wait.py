@@ -450,7 +450,7 @@ def test_wrong_calls(pool: RankPool, strategy: str) -> None:
 
 
 def wrong_options(ctx: RankContext) -> list[tuple[str, str]]:
-    buffer = deep_ep.Buffer(ctx.prepared_group("default"))
+    buffer = deep_ep.Buffer(ctx.prepared_group("default"), rows="rank")
     ids, x = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 8)
     after = deep_ep.EventOverlap(deep_ep.EventHandle(), extra_tensors=(x,))
     wrong = [{"previous_event": after}, {"async_finish": True}, {"previous_event": deep_ep.EventOverlap()}]
@@ -461,7 +461,8 @@ def wrong_options(ctx: RankContext) -> list[tuple[str, str]]:
     errors.append(error_of(buffer.low_latency_dispatch, x, ids, 2, 2, **both))
 
     # What this rank sees is raised when the call is issued; what another one sees is the event's, and stays with it.
-    layout = {"num_tokens_per_rank": ids, "is_token_in_rank": ids, "num_tokens_per_expert": torch.zeros(2)}
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, 2)
+    layout = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
     call = partial(buffer.dispatch, x, topk_idx=ids + 9 * ctx.rank, num_worst_tokens=4, async_finish=True, **layout)
     if ctx.rank == 1:
         errors.append(error_of(call))
@@ -479,9 +480,12 @@ def wrong_options(ctx: RankContext) -> list[tuple[str, str]]:
 def test_wrong_options(pool: RankPool) -> None:
     says = [("ValueError", "allocate_on_comm_stream needs previous_event and async_finish=True")] * 3
     says += [("ValueError", "async_finish and return_recv_hook must not both be True")]
-    says += [("RuntimeError", "rank 1: topk_idx has the id 9"), ("RuntimeError", "rank 1: x must be torch.bfloat16")]
-    for errors in pool.run(2, wrong_options):
-        for (kind, message), (wanted_kind, wanted) in zip(errors, says, strict=True):
+    for rank, errors in enumerate(pool.run(2, wrong_options)):
+        of_ids = (
+            ("ValueError", "topk_idx has the id 9") if rank == 1 else ("RuntimeError", "rank 1: topk_idx has the id 9")
+        )
+        told = [*says, of_ids, ("RuntimeError", "rank 1: x must be torch.bfloat16")]
+        for (kind, message), (wanted_kind, wanted) in zip(errors, told, strict=True):
             assert kind == wanted_kind and wanted in message, (kind, message)
 
 

@@ -387,7 +387,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             routing += ", with num_worst_tokens"
         calls.form(f'{quantization.described(x if packed is None else packed)} under rows="{self._rows}" {routing}')
         if handle is not None:
-            self._check_handles(info, handle, async_finish)
+            self._check_handles(info, handle, self._overlaps(async_finish))
 
         if self._rows == "rank":
             if handle is not None:
@@ -439,7 +439,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
 
     def _issue(self, plan: Plan, async_finish: bool, stats: Tensor | None, has_shape: bool = True) -> tuple[Any, ...]:
         """The results and the event; stats get what was waited."""
-        results, wait = issue(plan, async_finish and has_shape and self._rows == "rank", None, stats, self.rank)
+        results, wait = issue(plan, self._overlaps(async_finish) and has_shape, None, stats, self.rank)
         return *results, event_of(async_finish, wait)
 
     def _rows_to_send(

@@ -155,7 +155,7 @@ class LowLatencyCalls:
             return self._received(info, out, sent)
 
         plan, cost_stats = Plan(dispatch_op, [call], received), dispatch_wait_recv_cost_stats
-        results, wait = issue(plan, self._overlaps(async_finish, return_recv_hook), None, cost_stats, self.rank)
+        results, wait = issue(plan, self._overlaps(async_finish or return_recv_hook), None, cost_stats, self.rank)
 
         def complete() -> None:
             if wait is not None:
@@ -265,14 +265,14 @@ class LowLatencyCalls:
                 raise ValueError(f"out must be {x.dtype} {[T, H]}, got {out.dtype} {list(out.shape)}")
             if out.requires_grad and out.is_leaf and torch.is_grad_enabled():
                 raise ValueError("out must not be a leaf that requires a gradient: it is written to")
-        overlaps = self._overlaps(async_finish, return_recv_hook)
+        overlaps = self._overlaps(async_finish or return_recv_hook)
         into = None if out is None else out[: topk_idx.shape[0]]
         combined, wait = issue(Plan(combine_op, [call], lambda result: result), overlaps, into, stats, self.rank)
         return combined, *_event_and_hook(async_finish, return_recv_hook, wait)
 
-    def _overlaps(self, async_finish: bool, return_recv_hook: bool) -> bool:
-        """Whether the call goes on when it returns: under rows="expert" clients need not wait for results."""
-        return (async_finish or return_recv_hook) and self._rows == "rank"
+    def _overlaps(self, is_asked: bool) -> bool:
+        """Whether a call goes on when it returns: under rows="expert" clients need not wait for results."""
+        return is_asked and self._rows == "rank"
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle | PaddedHandle) -> Tensor:
         """An uninitialised bf16 tensor for the experts' results, of the shape that low_latency_combine takes.
