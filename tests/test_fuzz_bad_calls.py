@@ -22,7 +22,6 @@ from torch import Tensor
 
 import deep_ep
 from deep_ep import quantization, reference
-from deep_ep.buffer import AlignedHandle
 from deep_ep.low_latency import PaddedHandle, _padded
 from deep_ep.ops.dispatch import DispatchHandle
 from deep_ep.ops.low_latency_dispatch import LowLatencyHandle
@@ -182,7 +181,9 @@ def expert_rows(given: list[Arguments], parts: list[tuple[Tensor, ...]], num_exp
         demand(one["topk_idx"].dtype == torch.int64 and len(one["topk_idx"]) == len(of_x[0]), "topk_idx")
         demand(bool(((one["topk_idx"] >= -1) & (one["topk_idx"] < num_experts[0])).all()), "topk_idx")
         weights = one.get("topk_weights")
-        demand(weights is None or weights.shape == one["topk_idx"].shape and weights.dtype == torch.float32, "weights")
+        demand(
+            weights is None or (weights.shape == one["topk_idx"].shape and weights.dtype == torch.float32), "weights"
+        )
     equal([one["topk_idx"].shape[1] for one in given], "K")
     ids = [one["topk_idx"] for one in given]
     weights = [
