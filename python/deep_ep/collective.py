@@ -11,9 +11,6 @@ from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils._pytree import tree_leaves
 
 from . import alltoall, calls, windows
 from .groups import GroupInfo, has_native_cpu_only, info_of
@@ -60,9 +57,9 @@ def collective(ops: str | Ops) -> Callable[[Callable[P, T]], Callable[P, T]]:
                 # An op that has been entered has told the others.
                 if completed or entered == 0:
                     given = dict(zip(names, args, strict=False)) | kwargs
-                    left = ops_of(given)[entered:]
-                    if left and not _is_traced(given):
-                        _enter_as_failed(given["self"] if is_method else given.get("group"), left[0], str(error))
+                    where = given["self"] if is_method else given.get("group")
+                    # Dynamo may run this function without tracing it, and trace what it calls.
+                    torch.compiler.disable(_fail)(where, ops_of, given, entered, str(error))
                 raise
             except BaseException:
                 calls.end(begun)
@@ -75,21 +72,31 @@ def collective(ops: str | Ops) -> Callable[[Callable[P, T]], Callable[P, T]]:
     return decorate
 
 
-def _is_traced(given: dict[str, Any]) -> bool:
-    """Whether there are no values, so that other ranks are not in this call."""
-    return get_proxy_mode() is not None or detect_fake_mode(tree_leaves(list(given.values()))) is not None
-
-
-def _enter_as_failed(where: Any, op: str, reason: str) -> None:
-    """`where`: a Buffer or a group. Where that is what is wrong, there is nothing to enter."""
+def _fail(where: Any, ops_of: Ops, given: dict[str, Any], entered: int, reason: str) -> None:
+    """Enters the next op of a call as failed, after the first `entered` ones. `where`: a Buffer or a group; where that
+    is what is wrong, there is nothing to enter.
+    """
+    left = ops_of(given)[entered:]
+    if not left or _is_traced(given):
+        return
+    op = left[0]
     reason = reason.removeprefix("deep_ep: ").removeprefix(f"deep_ep.{op}: ") or "failed"
     with contextlib.suppress(Exception):  # which is what peers raise
-        info: GroupInfo = where._live() if hasattr(where, "_live") else info_of(where)
+        info: GroupInfo = where._live() if "self" in given else info_of(where)
         strategy = (info.low_latency if op.startswith("low_latency") else info.normal).value
         if strategy == "alltoall":
             alltoall.reject(op, info.name, reason)
         elif strategy == "default" and has_native_cpu_only(info):
             windows.agree(op, info.name, reason, torch.float32, ())
+
+
+def _is_traced(given: dict[str, Any]) -> bool:
+    """Whether there are no values, so that other ranks are not in this call."""
+    from torch._guards import detect_fake_mode
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+    from torch.utils._pytree import tree_leaves
+
+    return get_proxy_mode() is not None or detect_fake_mode(tree_leaves(list(given.values()))) is not None
 
 
 # What a type allows
