@@ -5,12 +5,15 @@ reason, enters as failed, so that its peers raise at once, with that reason, and
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.utils._pytree import tree_leaves
 
 from . import alltoall, calls, windows
 from .groups import GroupInfo, has_native_cpu_only, info_of
@@ -51,21 +54,19 @@ def collective(ops: str | Ops) -> Callable[[Callable[P, T]], Callable[P, T]]:
                     kind = kinds.get(name)
                     if kind is not None and (wrong := kind(name, value)):
                         raise ValueError(wrong)
-                result = function(*args, **kwargs)
+                return function(*args, **kwargs)
             except Exception as error:
-                entered, completed = calls.end(begun)
+                entered, completed = calls.entered(begun)
                 # An op that has been entered has told the others.
                 if completed or entered == 0:
                     given = dict(zip(names, args, strict=False)) | kwargs
                     where = given["self"] if is_method else given.get("group")
                     # Dynamo may run this function without tracing it, and trace what it calls.
-                    torch.compiler.disable(_fail)(where, ops_of, given, entered, str(error))
+                    fail = torch.compiler.disable(_fail) if "torch._dynamo" in sys.modules else _fail
+                    fail(where, ops_of, given, entered, str(error))
                 raise
-            except BaseException:
-                calls.end(begun)
-                raise
-            calls.end(begun)
-            return result
+            finally:
+                calls.end()
 
         return call
 
@@ -92,11 +93,10 @@ def _fail(where: Any, ops_of: Ops, given: dict[str, Any], entered: int, reason: 
 
 def _is_traced(given: dict[str, Any]) -> bool:
     """Whether there are no values, so that other ranks are not in this call."""
-    from torch._guards import detect_fake_mode
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-    from torch.utils._pytree import tree_leaves
-
-    return get_proxy_mode() is not None or detect_fake_mode(tree_leaves(list(given.values()))) is not None
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if proxies is not None and proxies.get_proxy_mode() is not None:
+        return True
+    return detect_fake_mode(tree_leaves(list(given.values()))) is not None
 
 
 # What a type allows
