@@ -87,7 +87,7 @@ class LowLatencyCalls:
             use_mxfp4: send mx_fp4_e2m1 rows instead.
             async_finish: the call does not wait for peers. The event does, and fills the returned tensors, which hold
                 zeros until then, and adds to cumulative_local_expert_recv_stats. x and topk_idx may be written to
-                before. Errors that concern several ranks are raised by the event. Every rank waits for it before it
+                before. What is wrong on other ranks is raised by the event. Every rank waits for it before it
                 uses what the call returned; other calls of the group wait for a call that has been started.
             return_recv_hook: the same with a hook instead of an event; only one of the two may be asked for.
             topk_weights: accepted for compatibility; low_latency_combine takes them.
