@@ -108,11 +108,12 @@ DEEP_EP_API int deep_ep_group_agree(const char* name, uint32_t op, const int64_t
 }
 
 // From here on, until it ends, this thread makes one call: of its operations, those after one that was left to the
-// thread of a group and failed there are not entered.
-DEEP_EP_API void deep_ep_call_begin() {
+// thread of a group and failed there are not entered. Returns as deep_ep_call_entered.
+DEEP_EP_API uint64_t deep_ep_call_begin() {
   auto& calls = deep_ep::ThreadCalls::mine();
   calls.failed = std::make_shared<std::string>();
   calls.form.clear();
+  return 2 * calls.entered + calls.completed;
 }
 
 DEEP_EP_API void deep_ep_call_end() {

@@ -46,7 +46,7 @@ def _load() -> ctypes.CDLL:
         "deep_ep_group_log": (u64, [pointer, pointer, u64]),
         "deep_ep_group_phases": (u64, [pointer, ctypes.c_uint32, pointer]),
         "deep_ep_group_agree": (i32, [text, ctypes.c_uint32, pointer, text, text]),
-        "deep_ep_call_begin": (None, []),
+        "deep_ep_call_begin": (u64, []),
         "deep_ep_call_entered": (u64, []),
         "deep_ep_call_form": (None, [text]),
         "deep_ep_call_end": (None, []),

@@ -64,8 +64,7 @@ def form(text: str) -> None:
 def begin() -> tuple[int, int]:
     """From here on to `end`, operations of this thread are those of one call. Returns what `entered` takes."""
     mine.failed, mine.form = Failed(), ""
-    library.deep_ep_call_begin()
-    return library.deep_ep_call_entered() >> 1, mine.entered
+    return library.deep_ep_call_begin() >> 1, mine.entered
 
 
 def entered(begun: tuple[int, int]) -> tuple[int, bool]:

@@ -110,11 +110,16 @@ def _got(value: Any) -> str:
     return type(value).__name__
 
 
+_dense = torch.strided
+
+
 def _tensor(name: str, value: Any) -> str | None:
+    if type(value) is Tensor and value.layout is _dense and not value.is_meta:
+        return None
     if not isinstance(value, Tensor):
         return f"{name} must be a torch.Tensor, got {_got(value)}"
     if type(value) is Tensor or type(value) is torch.nn.Parameter:
-        if value.layout != torch.strided:
+        if value.layout is not _dense:
             return f"{name} must be a dense tensor, got {value.layout}"
         if value.is_meta:
             return f"{name} must have values, got a tensor on the device meta"
@@ -147,8 +152,8 @@ def _fields(of: type, is_strict: bool) -> Kind:
             length = f" of {len(value)}" if isinstance(value, tuple | list) else ""
             return f"{name} must be {article} {of.__name__}, got {_got(value)}{length}"
         for (field, kind), part in zip(fields, parts, strict=True):
-            if kind is not None and (text := kind(f"{name}.{field}", part)):
-                return text
+            if kind is not None and (text := kind(field, part)):
+                return f"{name}.{text}"
         return None
 
     return wrong
