@@ -130,9 +130,8 @@ DEEP_EP_API int deep_ep_group_agree(const char* name, uint32_t op, const int64_t
   });
 }
 
-// Between these two, this thread makes one call: of its operations that are left to the thread of a group, those after
-// one that failed are not entered. Both return how many operations this thread has entered, doubled; and 1 more
-// unless the newest of them has failed.
+// From here on, until it ends, this thread makes one call: of its operations, those after one that was left to the
+// thread of a group and failed there are not entered. Returns as deep_ep_call_entered.
 DEEP_EP_API uint64_t deep_ep_call_begin() {
   auto& calls = deep_ep::ThreadCalls::mine();
   calls.failed = std::make_shared<std::string>();
@@ -140,10 +139,15 @@ DEEP_EP_API uint64_t deep_ep_call_begin() {
   return 2 * calls.entered + calls.completed;
 }
 
-DEEP_EP_API uint64_t deep_ep_call_end() {
+DEEP_EP_API void deep_ep_call_end() {
   auto& calls = deep_ep::ThreadCalls::mine();
   calls.failed.reset();
   calls.form.clear();
+}
+
+// How many operations this thread has entered, doubled; and 1 more unless the newest of them has failed.
+DEEP_EP_API uint64_t deep_ep_call_entered() {
+  const auto& calls = deep_ep::ThreadCalls::mine();
   return 2 * calls.entered + calls.completed;
 }
 

@@ -208,15 +208,16 @@ Operation::Operation(Turn turn, Contribution mine, const std::function<std::stri
     throw Error(str(prefix(), "the windows of this group were given up and cannot be used again; make a new group (",
                     own.reason, ")"));
 
+  ThreadCalls& calls = ThreadCalls::mine();
+  if (calls.failed && !calls.failed->empty()) throw Error(*calls.failed);
+  ++calls.entered;
+  calls.completed = false;
   {
     std::lock_guard lock(group_.log_mutex_);
     sequence_ = ++group_.sequence_;
     if (group_.log_.size() < Group::kLogged) group_.log_.resize(Group::kLogged);
     group_.log_[(sequence_ - 1) % Group::kLogged] = op_;
   }
-  ThreadCalls& calls = ThreadCalls::mine();
-  ++calls.entered;
-  calls.completed = false;
   if (!mine.reserved) offered_ = group_.own_->pool.take(with_margin(std::max(mine.expected, wanted())));
   open_ = true;
 

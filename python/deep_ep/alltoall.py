@@ -156,6 +156,8 @@ class _Call:
 
         error: what is wrong with this rank's arguments. x's columns are H.
         """
+        if calls.mine.failed is not None and calls.mine.failed.error is not None:
+            raise calls.mine.failed.error
         self._has_entered = True
         calls.mine.enter()
         R = self.size

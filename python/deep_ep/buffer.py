@@ -317,8 +317,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: from get_dispatch_layout of the same topk_idx;
                 num_tokens_per_expert's length is E. What travels depends on topk_idx alone under rows="expert", and
                 rows travel by is_token_in_rank under rows="rank".
-            handle: of an earlier dispatch: x takes the ways of its tokens, into as many rows. Nothing else that
-                describes the routing may be given.
+            handle: of an earlier dispatch, one for all ranks: x takes the ways of its tokens, into as many rows.
+                Nothing else that describes the routing may be given.
             expert_alignment: under rows="rank" the counts are rounded up to multiples of it. Under rows="expert" so
                 are the blocks of rows of each local expert: padding rows are 0 with ids of -1, combine passes over
                 them, and N grows by at most L * (expert_alignment - 1), which is by how much it does grow with
@@ -327,7 +327,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             async_finish: under rows="rank" the call does not wait for peers; the event does. What the call returned
                 is undefined until then. Its gradients are those of a call where this one was made, in whatever grad
                 mode or thread the event is waited for. x must not be written to before, which is a RuntimeError of the
-                event. Errors that concern several ranks are raised by the event, too. Every rank waits for its events
+                event. What is wrong on other ranks is raised by the event, too. Every rank waits for its events
                 in the order of the calls; other calls of the group wait for a call that has been started. Without a
                 handle and with num_worst_tokens=0 the number of rows has to be known first: then the call is finished
                 when it returns. Under rows="expert" it always is, as programs that never wait expect.

@@ -62,14 +62,18 @@ def form(text: str) -> None:
 
 
 def begin() -> tuple[int, int]:
-    """From here on to `end`, operations of this thread are those of one call. Returns where it begins, for `end`."""
+    """From here on to `end`, operations of this thread are those of one call. Returns what `entered` takes."""
     mine.failed, mine.form = Failed(), ""
     return library.deep_ep_call_begin() >> 1, mine.entered
 
 
-def end(begun: tuple[int, int]) -> tuple[int, bool]:
+def entered(begun: tuple[int, int]) -> tuple[int, bool]:
     """How many operations have been entered since `begun`, and whether the newest of them has not failed."""
-    mine.failed, mine.form = None, ""
-    code = library.deep_ep_call_end()
+    code = library.deep_ep_call_entered()
     native, here = (code >> 1) - begun[0], mine.entered - begun[1]
     return native + here, (native == 0 or bool(code & 1)) and (here == 0 or mine.completed)
+
+
+def end() -> None:
+    mine.failed, mine.form = None, ""
+    library.deep_ep_call_end()

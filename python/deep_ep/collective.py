@@ -5,6 +5,7 @@ reason, enters as failed, so that its peers raise at once, with that reason, and
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
@@ -12,7 +13,6 @@ from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_leaves
 
 from . import alltoall, calls, windows
@@ -54,42 +54,49 @@ def collective(ops: str | Ops) -> Callable[[Callable[P, T]], Callable[P, T]]:
                     kind = kinds.get(name)
                     if kind is not None and (wrong := kind(name, value)):
                         raise ValueError(wrong)
-                result = function(*args, **kwargs)
+                return function(*args, **kwargs)
             except Exception as error:
-                entered, completed = calls.end(begun)
+                entered, completed = calls.entered(begun)
                 # An op that has been entered has told the others.
                 if completed or entered == 0:
                     given = dict(zip(names, args, strict=False)) | kwargs
-                    left = ops_of(given)[entered:]
-                    if left and not _is_traced(given):
-                        _enter_as_failed(given["self"] if is_method else given.get("group"), left[0], str(error))
+                    where = given["self"] if is_method else given.get("group")
+                    # Dynamo may run this function without tracing it, and trace what it calls.
+                    fail = torch.compiler.disable(_fail) if "torch._dynamo" in sys.modules else _fail
+                    fail(where, ops_of, given, entered, str(error))
                 raise
-            except BaseException:
-                calls.end(begun)
-                raise
-            calls.end(begun)
-            return result
+            finally:
+                calls.end()
 
         return call
 
     return decorate
 
 
-def _is_traced(given: dict[str, Any]) -> bool:
-    """Whether there are no values, so that other ranks are not in this call."""
-    return get_proxy_mode() is not None or detect_fake_mode(tree_leaves(list(given.values()))) is not None
-
-
-def _enter_as_failed(where: Any, op: str, reason: str) -> None:
-    """`where`: a Buffer or a group. Where that is what is wrong, there is nothing to enter."""
+def _fail(where: Any, ops_of: Ops, given: dict[str, Any], entered: int, reason: str) -> None:
+    """Enters the next op of a call as failed, after the first `entered` ones. `where`: a Buffer or a group; where that
+    is what is wrong, there is nothing to enter.
+    """
+    left = ops_of(given)[entered:]
+    if not left or _is_traced(given):
+        return
+    op = left[0]
     reason = reason.removeprefix("deep_ep: ").removeprefix(f"deep_ep.{op}: ") or "failed"
     with contextlib.suppress(Exception):  # which is what peers raise
-        info: GroupInfo = where._live() if hasattr(where, "_live") else info_of(where)
+        info: GroupInfo = where._live() if "self" in given else info_of(where)
         strategy = (info.low_latency if op.startswith("low_latency") else info.normal).value
         if strategy == "alltoall":
             alltoall.reject(op, info.name, reason)
         elif strategy == "default" and has_native_cpu_only(info):
             windows.agree(op, info.name, reason, torch.float32, ())
+
+
+def _is_traced(given: dict[str, Any]) -> bool:
+    """Whether there are no values, so that other ranks are not in this call."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if proxies is not None and proxies.get_proxy_mode() is not None:
+        return True
+    return detect_fake_mode(tree_leaves(list(given.values()))) is not None
 
 
 # What a type allows
@@ -103,11 +110,16 @@ def _got(value: Any) -> str:
     return type(value).__name__
 
 
+_dense = torch.strided
+
+
 def _tensor(name: str, value: Any) -> str | None:
+    if type(value) is Tensor and value.layout is _dense and not value.is_meta:
+        return None
     if not isinstance(value, Tensor):
         return f"{name} must be a torch.Tensor, got {_got(value)}"
     if type(value) is Tensor or type(value) is torch.nn.Parameter:
-        if value.layout != torch.strided:
+        if value.layout is not _dense:
             return f"{name} must be a dense tensor, got {value.layout}"
         if value.is_meta:
             return f"{name} must have values, got a tensor on the device meta"
@@ -140,8 +152,8 @@ def _fields(of: type, is_strict: bool) -> Kind:
             length = f" of {len(value)}" if isinstance(value, tuple | list) else ""
             return f"{name} must be {article} {of.__name__}, got {_got(value)}{length}"
         for (field, kind), part in zip(fields, parts, strict=True):
-            if kind is not None and (text := kind(f"{name}.{field}", part)):
-                return text
+            if kind is not None and (text := kind(field, part)):
+                return f"{name}.{text}"
         return None
 
     return wrong

@@ -79,7 +79,10 @@ def check_handle(handle: tuple[Tensor, ...]) -> RankHandle:
         raise ValueError(
             f'handle must be of a dispatch under rows="rank", with {len(RankHandle._fields)} tensors; got {len(handle)}'
         )
-    return RankHandle(*handle)
+    known = RankHandle(*handle)
+    if known.is_token_in_rank.dtype != torch.bool:
+        raise ValueError(f"handle.is_token_in_rank must be torch.bool, got {known.is_token_in_rank.dtype}")
+    return known
 
 
 def op_handle(handle: tuple[Tensor, ...]) -> DispatchHandle:

@@ -104,6 +104,9 @@ def dispatch(
     Raises:
         RuntimeError: on all ranks, if an argument of any rank is wrong or ranks do not fit together; on all ranks
             that wait, if a peer has died or the deadline has passed.
+        ValueError: on this rank, an argument of another type; RuntimeError on the others, with this rank and the
+            reason. So does every call: one that fails on a rank, for whatever reason, before ranks talk to each other
+            in it fails on all, and the group is usable afterwards.
     """
     return call(info_of(group), x, topk_idx, topk_weights, num_experts, num_worst_tokens)
 
@@ -121,8 +124,8 @@ def dispatch_start(
     """Begins a dispatch and does not wait for peers; `deep_ep.wait` completes it and gives the DispatchOutput.
 
     The arguments are those of `deep_ep.dispatch`. x must not be written to before the wait, which raises a RuntimeError
-    if it was; topk_idx and topk_weights may. In exact mode the number of rows is known at the wait. What concerns
-    several ranks is raised there. Gradients are those of a call where this one stands, in whatever grad mode or thread
+    if it was; topk_idx and topk_weights may. In exact mode the number of rows is known at the wait. What is wrong
+    on this rank is raised here, what is wrong on others at the wait. Gradients are those of a call where this one stands, in whatever grad mode or thread
     the wait is. Other calls of the group run behind this one, in the order of the program. Every rank waits for its
     calls, in the same order.
     """

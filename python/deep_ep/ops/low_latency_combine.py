@@ -30,7 +30,7 @@ def low_latency_combine(
 
     Args:
         x: [N, H] bf16, fp16 or fp32, contiguous: the experts' results, in the row order of low_latency_dispatch.
-        topk_idx: int64 [T, K], as given to low_latency_dispatch.
+        topk_idx: int64 [T, K], as given to low_latency_dispatch; others are an error.
         topk_weights: fp32 [T, K].
         handle: of the low_latency_dispatch that brought the rows.
         group: the group of that dispatch.
