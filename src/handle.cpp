@@ -7,13 +7,14 @@
 namespace deep_ep {
 namespace {
 
-// Of a set of (slot, row) pairs: their number, and a sum of hashes that does not depend on their order.
+// Of a set of (slot, row, local expert): their number, and a sum of hashes that does not depend on their order.
 struct Digest {
   int32_t count = 0;
   uint32_t hash = 0;
 
-  void add(int64_t slot, int64_t row) {
+  void add(int64_t slot, int64_t row, int64_t expert) {
     uint64_t h = (static_cast<uint64_t>(slot) << 32 | static_cast<uint64_t>(row)) + 1;
+    h += static_cast<uint64_t>(expert) * 0xA0761D6478BD642Full;
     h *= 0x9E3779B97F4A7C15ull;
     h ^= h >> 29;
     h *= 0xD1B54A32D192ED03ull;
@@ -30,20 +31,27 @@ const Digest* expected(const Operation& op, int rank) { return returned(op, rank
 
 std::vector<int32_t> Handle::words(std::string& wrong) const {
   std::vector<Digest> digests(2 * num_ranks);
+  const int64_t L = num_experts / num_ranks;
+  int64_t block = 0;  // the local expert of row n
   for (int64_t n = 0; n < num_rows && wrong.empty(); ++n) {
     const int32_t source = recv_src_idx[3 * n], token = recv_src_idx[3 * n + 1], k = recv_src_idx[3 * n + 2];
     if (source < 0) continue;
     if (source >= num_ranks || token < 0 || k < 0 || k >= top_k)
       wrong = str("recv_src_idx says (", source, ", ", token, ", ", k, ") of row ", n, "; allowed are ranks 0..",
                   num_ranks - 1, ", tokens from 0 and k 0..", top_k - 1, ", or -1 for no row");
-    else
-      digests[source].add(token * top_k + k, n);
+    else {
+      while (layout_range != nullptr && block < L - 1 && layout_range[(block + 1) * num_ranks - 1] <= n) ++block;
+      digests[source].add(token * top_k + k, n, block);
+    }
   }
   for (int64_t slot = 0; slot < num_tokens * top_k && wrong.empty(); ++slot) {
     const int64_t expert = topk_idx[slot];
     if (expert < -1 || expert >= num_experts)
       wrong = str("topk_idx has the id ", expert, " at [", slot / top_k, ", ", slot % top_k,
                   "]; allowed are -1 and 0..", num_experts - 1);
+    else if (expert >= 0 && send_head[slot] < 0 && layout_range != nullptr)
+      wrong = str("topk_idx has the id ", expert, " at [", slot / top_k, ", ", slot % top_k,
+                  "], which was not dispatched; it must be that of low_latency_dispatch");
     if (send_head[slot] < 0 || !wrong.empty()) continue;
     if (expert < 0)
       wrong = str("send_head has a row for [", slot / top_k, ", ", slot % top_k, "], but topk_idx has the id ", expert,
@@ -52,7 +60,7 @@ std::vector<int32_t> Handle::words(std::string& wrong) const {
       wrong = str("send_head says row ", send_head[slot], " for [", slot / top_k, ", ", slot % top_k,
                   "], which this rank sent to itself; it has ", num_rows, " rows");
     else
-      digests[num_ranks + destination(slot)].add(slot, send_head[slot]);
+      digests[num_ranks + destination(slot)].add(slot, send_head[slot], layout_range == nullptr ? 0 : expert % L);
   }
   const auto* words = reinterpret_cast<const int32_t*>(digests.data());
   return {words, words + digests.size() * sizeof(Digest) / sizeof(int32_t)};
@@ -66,7 +74,10 @@ std::string Handle::check(const Operation& op) {
       if (returns.count == expects.count && returns.hash == expects.hash) continue;
       return str("the handles of rank ", expert_rank, " and rank ", token_rank, " are not of one dispatch: rank ",
                  expert_rank, " holds ", returns.count, " rows from rank ", token_rank, ", which expects ",
-                 expects.count, returns.count == expects.count ? ", but others" : "");
+                 expects.count, returns.count == expects.count ? ", but others" : "",
+                 op.post(expert_rank).op == Op::low_latency_combine
+                     ? "; handle and topk_idx must be those of one low_latency_dispatch"
+                     : "");
     }
   return "";
 }

@@ -18,6 +18,9 @@ struct Handle {
   const int32_t* send_head;     // [T, K]: row at the expert's rank, -1 if there is none
   int64_t num_rows, num_tokens, top_k, num_experts, num_ranks;
   int64_t rank;  // whose handle this is
+  // [L * R], or nullptr: running count of the rows by local expert and source rank. With it, ranks compare experts,
+  // too.
+  const int32_t* layout_range = nullptr;
 
   // The rank of the expert that slot token * K + k was sent to, for a slot with a row.
   int64_t destination(int64_t slot) const { return topk_idx[slot] / (num_experts / num_ranks); }

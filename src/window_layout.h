@@ -43,7 +43,7 @@ struct Post {
   int64_t rows;          // of the tensor that receives expert rows; dispatch: W, 0 in exact mode
   uint64_t pool_offset;  // the pool block that this rank offers for rows of this operation
   uint64_t pool_bytes;
-  char text[kTextBytes];
+  char text[kTextBytes];  // if not rejected: the form of the call (ThreadCalls), or nothing
 };
 
 enum class State : uint32_t { open, closed, broken };

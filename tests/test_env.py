@@ -124,7 +124,7 @@ def test_low_latency_modes(pool: RankPool) -> None:
 def check_window_sizes(ctx: RankContext) -> list[tuple[str, str]]:
     def num_bytes(**options: Any) -> int:
         deep_ep.Buffer(ctx.group, **options)
-        return deep_ep.groups._windows[ctx.group.group_name]["cpu"].num_bytes
+        return deep_ep.groups._parts[ctx.group.group_name]["cpu"].num_bytes
 
     with in_environment(HCCL_BUFFSIZE="3"):
         assert num_bytes(num_nvl_bytes=1 << 20) == 1 << 20

@@ -6,7 +6,7 @@ mode). A slot is t * K + k, one (token, k) of its source rank.
 
 Every communicating op starts with an all-gather of one header per rank (`_Call.agree`). All ranks judge the
 same headers by the same rule, so a bad argument on one rank, or ranks in different ops, raise on every rank,
-and the group is ready for the next call. Collectives after the header:
+and the group is ready for the next call. Collectives after the header, on the group's `Communicator`:
 
     dispatch           counts [E]; slots with their weights; each token once per destination
     combine            rows, one per slot: the sum is taken in k order, so there are no partial sums
@@ -14,15 +14,14 @@ and the group is ready for the next call. Collectives after the header:
     combine_backward   weights; each token's gradient once per destination; gradients of the weights
 """
 
+import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
-from . import checks, pending, reference
+from . import calls, checks, communicator, reference
 
 _OPS = (
     "dispatch",
@@ -40,29 +39,18 @@ _TEXT_BYTES = 512
 _BLOCK = 1 << 16
 
 
-# What only the values in the tensors show: the message for the first bad one, or None.
-
-
-def _range_error(name: str, what: str, tensor: Tensor, bound: int) -> str | None:
-    bad = (tensor < -1) | (tensor >= bound)
-    if not bad.any():
-        return None
-    at = bad.nonzero()[0].tolist()
-    allowed = f"-1 and 0..{bound - 1}" if bound > 0 else "-1"
-    return f"{name} has the {what} {int(tensor[tuple(at)])} at {at}; allowed are {allowed}"
-
-
-def _ids_error(topk_idx: Tensor, num_experts: int) -> str | None:
-    return _range_error("topk_idx", "id", topk_idx, num_experts)
-
-
 def _handle_error(
-    topk_idx: Tensor, recv_src_idx: Tensor, send_head: Tensor, num_experts: int, num_ranks: int
+    topk_idx: Tensor,
+    recv_src_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    is_low_latency: bool = False,
 ) -> str | None:
     error = (
-        _ids_error(topk_idx, num_experts)
-        or _range_error("recv_src_idx[:, 0]", "source rank", recv_src_idx[:, 0], num_ranks)
-        or _range_error("recv_src_idx[:, 2]", "k", recv_src_idx[:, 2], topk_idx.shape[1])
+        checks.ids_error(topk_idx, num_experts)
+        or checks.range_error("recv_src_idx[:, 0]", "source rank", recv_src_idx[:, 0], num_ranks)
+        or checks.range_error("recv_src_idx[:, 2]", "k", recv_src_idx[:, 2], topk_idx.shape[1])
     )
     if error:
         return error
@@ -73,6 +61,12 @@ def _handle_error(
     stray = (send_head >= 0) & (topk_idx < 0)
     if stray.any():
         return f"send_head has a row at {stray.nonzero()[0].tolist()}, where topk_idx has no expert"
+    if is_low_latency and (unsent := (send_head < 0) & (topk_idx >= 0)).any():
+        at = unsent.nonzero()[0].tolist()
+        return (
+            f"topk_idx has the id {int(topk_idx[tuple(at)])} at {at}, which was not dispatched; it must be that of "
+            "low_latency_dispatch"
+        )
     return None
 
 
@@ -86,7 +80,7 @@ class _Routes(NamedTuple):
     slots: Tensor  # this rank's delivered slots, ordered by (destination, row there)
     rows_per_rank: list[int]
     slots_per_rank: list[int]
-    row_marks: list[int]  # per source rank: a hash of its set of (slot, row)
+    row_marks: list[int]  # per source rank: a hash of its set of (slot, row), in low latency with the expert
     slot_marks: list[int]  # per destination: the same
 
 
@@ -95,6 +89,7 @@ class _Header(NamedTuple):
 
     op: int
     failed: int
+    form: int  # a hash of that of the call, 0 for none
     T: int
     W: int
     common: list[int]  # the values of _COMMON
@@ -109,28 +104,44 @@ _COMMON = ("the hidden size", "the number of ids per token", "num_experts", "the
 
 
 class _Call:
-    """One op in its group, as this rank takes part in it."""
+    """One op in its group, as this rank takes part in it: a context manager.
+
+    An error before `agree` is one of the arguments: it is raised on all ranks. What ends the op on this rank alone
+    afterwards ends the use of the group.
+    """
 
     def __init__(self, op: str, group: str, tensor: Tensor) -> None:
-        pending.join(group)
         self.op = op
-        try:
-            self.group: dist.ProcessGroup = cast(Any, distributed_c10d)._resolve_process_group(group)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"deep_ep.{op}: there is no process group '{group}' on this rank; make it and call "
-                "deep_ep.init(group) first"
-            ) from error
-        self.rank = self.group.rank()
-        self.size = self.group.size()
-        devices = [d.type for d in self.group._device_types]
-        # Headers and counts are wanted on the host. And a tensor that the group cannot send, or that is on
-        # another device than those of other ranks, must not keep this rank's header from arriving.
-        self.device = torch.device("cpu" if "cpu" in devices else devices[0])
+        self.group = communicator.of(op, group)
+        self.group.join()
+        self.rank, self.size = self.group.rank, self.group.size
+        # A tensor that the group cannot send, or that is on another device than those of other ranks, must not keep
+        # this rank's header from arriving.
         self.device_error = None
-        if tensor.device.type not in devices:
-            allowed = " or ".join(sorted(devices))
+        if tensor.device.type not in self.group.devices:
+            allowed = " or ".join(sorted(self.group.devices))
             self.device_error = f"tensors must be on {allowed} as their group, got {tensor.device}"
+        self._has_entered = False
+        self._is_rejected = False
+
+    def __enter__(self) -> "_Call":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if error is None or self._is_rejected:
+            return
+        if not isinstance(error, Exception):
+            self.group.give_up(f"was interrupted ({type(error).__name__})")
+        elif self._has_entered:
+            self.group.give_up(f"gave up: {error}")
+        else:
+            nothing = torch.empty(0, 0)
+            self.agree(str(error), nothing, nothing, 0)
+
+    def rejected(self, message: str) -> RuntimeError:
+        """The error that all ranks raise."""
+        self._is_rejected = True
+        return RuntimeError(message)
 
     def agree(
         self,
@@ -145,22 +156,28 @@ class _Call:
 
         error: what is wrong with this rank's arguments. x's columns are H.
         """
+        self._has_entered = True
+        calls.mine.enter()
         R = self.size
-        header = [_OPS.index(self.op), 1] + [0] * (2 + len(_COMMON) + 4 * R)
+        form = "" if error else calls.mine.form
+        header = [_OPS.index(self.op), 1] + [0] * (3 + len(_COMMON) + 4 * R)
         if not error:
             device_type = int.from_bytes(x.device.type.encode()[:7], "big")
             common = [x.shape[1], topk_idx.shape[1], num_experts, checks.FLOATS.index(x.dtype), device_type]
-            header[1 : 4 + len(common)] = [0, topk_idx.shape[0], num_worst_tokens, *common]
+            header[1 : 5 + len(common)] = [0, zlib.crc32(form.encode()), topk_idx.shape[0], num_worst_tokens, *common]
         if routes:
             header[-4 * R :] = [value for per_rank in routes[2:] for value in per_rank]
         gathered = self.all_gather("headers", torch.tensor(header, dtype=torch.int64))
         headers = []
-        for op, failed, T, W, *values in gathered.tolist():
+        for op, failed, form_hash, T, W, *values in gathered.tolist():
             per_rank = [values[i : i + R] for i in range(len(_COMMON), len(values), R)]
-            headers.append(_Header(op, failed, T, W, values[: len(_COMMON)], *per_rank))
-        self._check_ops(headers)
+            headers.append(_Header(op, failed, form_hash, T, W, values[: len(_COMMON)], *per_rank))
+        # A rank that failed before it knew its op may name another one than its peers: its reason counts.
         if any(h.failed for h in headers):
-            self._raise_first(error)
+            self._raise_reasons(error)
+        self._check_ops(headers)
+        if len({h.form for h in headers} - {0}) > 1:
+            self._raise_forms(form)
         self._check_common(headers)
         self._check_routes(headers)
         return headers
@@ -171,15 +188,25 @@ class _Call:
             ranks_in.setdefault(header.op, []).append(str(rank))
         if len(ranks_in) > 1:
             where = "; ".join(f"{_OPS[op]} on rank {', '.join(ranks)}" for op, ranks in ranks_in.items())
-            raise RuntimeError(f"deep_ep: the ranks are in different ops: {where}")
+            raise self.rejected(f"deep_ep: the ranks are in different ops: {where}")
 
-    def _raise_first(self, error: str | None) -> None:
-        """Raises the message of the lowest rank that has one."""
-        text = (error or "").encode()[:_TEXT_BYTES]
-        texts = self.all_gather("errors", torch.tensor(list(text.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8))
-        for rank, row in enumerate(texts):
-            if message := bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore"):
-                raise RuntimeError(f"deep_ep.{self.op}: rank {rank}: {message}")
+    def _raise_reasons(self, error: str | None) -> None:
+        """Raises what is wrong on which ranks."""
+        reasons = self._texts(error or "")
+        told = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+        if self.size > 1 and len(set(reasons)) == 1:
+            told = f"all ranks: {reasons[0]}"
+        raise self.rejected(f"deep_ep.{self.op}: {told}")
+
+    def _raise_forms(self, form: str) -> None:
+        told = ", ".join(f"rank {rank} has {text}" for rank, text in enumerate(self._texts(form)) if text)
+        raise self.rejected(f"deep_ep.{self.op}: the calls differ: {told}; it must be the same on all ranks")
+
+    def _texts(self, text: str) -> list[str]:
+        """Every rank's."""
+        row = list(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"))
+        texts = self.all_gather("errors", torch.tensor(row, dtype=torch.uint8))
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in texts]
 
     def _check_common(self, headers: list[_Header]) -> None:
         def text(what: str, value: int) -> str:
@@ -190,7 +217,7 @@ class _Call:
         for rank, header in enumerate(headers):
             for what, given, first in zip(_COMMON, header.common, headers[0].common, strict=True):
                 if given != first:
-                    raise RuntimeError(
+                    raise self.rejected(
                         f"deep_ep.{self.op}: rank {rank}: {what} is {text(what, given)}, but on rank 0 it is "
                         f"{text(what, first)}; it must be equal on all ranks"
                     )
@@ -205,47 +232,50 @@ class _Call:
                     difference = f"recv_src_idx and the send_head of rank {s} differ in their {has} rows"
                 else:
                     continue
-                raise RuntimeError(
+                raise self.rejected(
                     f"deep_ep.{self.op}: rank {d}: {difference}; all ranks must pass one dispatch's handle"
+                    + (", and its topk_idx" if self.op == "low_latency_combine" else "")
                 )
 
     def all_gather(self, what: str, row: Tensor) -> Tensor:
         """Returns [R, n] on the host, from every rank's [n]."""
-        gathered = torch.empty(self.size, row.numel(), dtype=row.dtype, device=self.device)
-        try:
-            dist.all_gather(list(gathered.unbind(0)), row.to(self.device), group=self.group)
-        except RuntimeError as error:
-            raise self._failure(what, error) from error
-        return gathered.cpu()
+        return self.group.all_gather(self.op, what, row.cpu())
 
     def all_to_all(self, what: str, rows: Tensor, to: list[int], of: list[int], out: Tensor | None = None) -> Tensor:
         """Sends to[i] rows to rank i and returns the of[i] rows of every rank i, ordered by i."""
         if out is None:
             out = rows.new_empty(sum(of), *rows.shape[1:])
-        try:
-            dist.all_to_all_single(out, rows, of, to, group=self.group)
-        except RuntimeError as error:
-            raise self._failure(what, error) from error
+        self.group.all_to_all(self.op, what, out, rows, of, to)
         return out
 
-    def _failure(self, what: str, error: RuntimeError) -> RuntimeError:
-        return RuntimeError(f"deep_ep.{self.op}: rank {self.rank}: exchange of {what} failed: {error}")
 
-
-def _routes(recv_src_idx: Tensor, topk_idx: Tensor, send_head: Tensor, num_experts: int, num_ranks: int) -> _Routes:
-    K = topk_idx.shape[1]
+def _routes(
+    recv_src_idx: Tensor,
+    topk_idx: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    layout_range: Tensor | None = None,
+) -> _Routes:
+    """layout_range: of low latency, where ranks compare experts, too."""
+    K, L = topk_idx.shape[1], num_experts // num_ranks
     source, token, k = recv_src_idx.long().unbind(1)
     rows, rows_per_rank = _sort_by_rank(source, source, num_ranks)
     head = send_head.view(-1).long()
-    destination = (topk_idx.view(-1) // (num_experts // num_ranks)).where(head >= 0, -1)
+    destination = (topk_idx.view(-1) // L).where(head >= 0, -1)
     slots, slots_per_rank = _sort_by_rank(destination, (destination << 32) + head, num_ranks)
+    to_slot, of_slot = token[rows] * K + k[rows], slots
+    if layout_range is not None:
+        ends = layout_range.view(L, num_ranks)[:, -1].contiguous()
+        to_slot = to_slot * L + torch.searchsorted(ends, rows.to(torch.int32), right=True).clamp(max=L - 1)
+        of_slot = slots * L + topk_idx.view(-1)[slots] % L
     return _Routes(
         rows,
         slots,
         rows_per_rank,
         slots_per_rank,
-        _marks(token[rows] * K + k[rows], rows, source[rows], num_ranks),
-        _marks(slots, head[slots], destination[slots], num_ranks),
+        _marks(to_slot, rows, source[rows], num_ranks),
+        _marks(of_slot, head[slots], destination[slots], num_ranks),
     )
 
 
@@ -284,6 +314,13 @@ def _exclusive_cumsum(counts: Tensor) -> Tensor:
 # Ops
 
 
+def reject(op: str, group: str, error: str) -> None:
+    """Enters `op` as one that this rank cannot take part in. Raises RuntimeError, as on all ranks."""
+    nothing = torch.empty(0, 0)
+    _Call(op, group, nothing).agree(error, nothing, nothing, 0)
+
+
+@calls.completing
 def agree(
     op: str, group: str, error: str | None, x: Tensor, topk_idx: Tensor, num_experts: int, M: int, quant_mode: int
 ) -> None:
@@ -291,28 +328,31 @@ def agree(
 
     error: what is wrong with the arguments of this rank, if anything.
     """
-    call = _Call(op, group, x)
-    # A header has one number to spare, for both.
-    headers = call.agree(call.device_error or error, x, topk_idx, num_experts, 2 * M + quant_mode)
-    for rank, header in enumerate(headers):
-        given = zip(
-            ("num_max_dispatch_tokens_per_rank", "quant_mode"),
-            divmod(headers[0].W, 2),
-            divmod(header.W, 2),
-            strict=True,
-        )
-        for what, first, other in given:
-            if first != other:
-                raise RuntimeError(
-                    f"deep_ep.{op}: {what} must be the same on all ranks: rank 0 has {first}, rank {rank} has {other}"
-                )
+    with _Call(op, group, x) as call:
+        # A header has one number to spare, for both.
+        headers = call.agree(call.device_error or error, x, topk_idx, num_experts, 2 * M + quant_mode)
+        for rank, header in enumerate(headers):
+            given = zip(
+                ("num_max_dispatch_tokens_per_rank", "quant_mode"),
+                divmod(headers[0].W, 2),
+                divmod(header.W, 2),
+                strict=True,
+            )
+            for what, first, other in given:
+                if first != other:
+                    raise call.rejected(
+                        f"deep_ep.{op}: {what} must be the same on all ranks: rank 0 has {first}, rank {rank} has "
+                        f"{other}"
+                    )
 
 
 def get_dispatch_layout(
     topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts of the local tokens; no communication. See reference.get_dispatch_layout."""
-    error = checks.get_dispatch_layout(topk_idx, num_experts, num_ranks, num_nodes) or _ids_error(topk_idx, num_experts)
+    error = checks.get_dispatch_layout(topk_idx, num_experts, num_ranks, num_nodes) or checks.ids_error(
+        topk_idx, num_experts
+    )
     if error:
         raise RuntimeError(f"deep_ep.get_dispatch_layout: {error}")
     return reference.get_dispatch_layout(topk_idx, num_experts, num_ranks, num_nodes)
@@ -333,9 +373,9 @@ def dispatch(
     Raises RuntimeError, on all ranks, for a bad argument of any rank and for ranks in different ops; and for
     a failed exchange, such as with a peer that has died.
     """
-    call = _Call("dispatch", group, x)
-    error = checks.dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens)
-    return _dispatch(call, error, x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens)
+    with _Call("dispatch", group, x) as call:
+        error = checks.dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens)
+        return _dispatch(call, error, x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens)
 
 
 def low_latency_dispatch(
@@ -351,33 +391,16 @@ def low_latency_dispatch(
 
     Returns recv_x, recv_count, recv_src_idx, layout_range and send_head. Raises as dispatch does.
     """
-    call = _Call("low_latency_dispatch", group, x)
-    M = num_max_dispatch_tokens_per_rank
-    error = checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks) or _crowded_error(
-        topk_idx, num_experts // num_ranks
-    )
-    num_rows = 0 if error else num_ranks * M * min(topk_idx.shape[1], num_experts // num_ranks)
-    weights = torch.ones_like(topk_idx, dtype=torch.float32)
-    out = _dispatch(call, error, x, topk_idx, weights, num_experts, num_ranks, num_rows, same_rows=True)
-    layout_range = out.recv_channel_prefix_matrix.view(-1)
-    return out.recv_x, out.num_recv_tokens_per_expert, out.recv_src_idx, layout_range, out.send_head
-
-
-def _crowded_error(topk_idx: Tensor, L: int) -> str | None:
-    """With ids that repeat, a token may want more rows of a rank than low latency has room for."""
-    K = topk_idx.shape[1]
-    if K <= L:
-        return None
-    rank = topk_idx // L
-    rows = ((rank.unsqueeze(1) == rank.unsqueeze(2)) & (topk_idx >= 0).unsqueeze(1)).sum(2)
-    wrong = ((rows > L) & (topk_idx >= 0)).nonzero()
-    if not wrong.numel():
-        return None
-    t, k = wrong[0].tolist()
-    return (
-        f"topk_idx sends token {t} to rank {int(rank[t, k])} {int(rows[t, k])} times; allowed are {L}: ids may not "
-        f"repeat where K exceeds the {L} experts of a rank"
-    )
+    with _Call("low_latency_dispatch", group, x) as call:
+        M = num_max_dispatch_tokens_per_rank
+        error = checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks) or checks.crowded_error(
+            topk_idx, num_experts // num_ranks
+        )
+        num_rows = 0 if error else num_ranks * M * min(topk_idx.shape[1], num_experts // num_ranks)
+        weights = torch.ones_like(topk_idx, dtype=torch.float32)
+        out = _dispatch(call, error, x, topk_idx, weights, num_experts, num_ranks, num_rows, same_rows=True)
+        layout_range = out.recv_channel_prefix_matrix.view(-1)
+        return out.recv_x, out.num_recv_tokens_per_expert, out.recv_src_idx, layout_range, out.send_head
 
 
 def _dispatch(
@@ -392,11 +415,13 @@ def _dispatch(
     same_rows: bool = False,
 ) -> reference.DispatchResult:
     """`error`: what is wrong with the arguments. same_rows: num_worst_tokens must be equal on all ranks."""
-    error = call.device_error or checks.group_size(num_ranks, call.size) or error or _ids_error(topk_idx, num_experts)
+    error = (
+        call.device_error or checks.group_size(num_ranks, call.size) or error or checks.ids_error(topk_idx, num_experts)
+    )
     headers = call.agree(error, x, topk_idx, num_experts, num_worst_tokens)
     for rank, header in enumerate(headers):
         if same_rows and header.W != headers[0].W:
-            raise RuntimeError(
+            raise call.rejected(
                 f"deep_ep.{call.op}: num_max_dispatch_tokens_per_rank must be the same on all ranks: rank 0 makes room "
                 f"for {headers[0].W} rows, rank {rank} for {header.W}"
             )
@@ -416,7 +441,7 @@ def _dispatch(
 
     most, rank = (int(v) for v in kept.sum((1, 2)).max(0))
     if most > checks.MAX_ROWS:
-        raise RuntimeError(f"deep_ep.{call.op}: rank {rank} would receive {most} rows; allowed are {checks.MAX_ROWS}")
+        raise call.rejected(f"deep_ep.{call.op}: rank {rank} would receive {most} rows; allowed are {checks.MAX_ROWS}")
 
     # This rank's slots in the order in which their destinations take them.
     asked_here = asked[call.rank].view(-1)
@@ -499,9 +524,9 @@ def combine(
 
     The other tensors are those of the dispatch that made the rows. Raises as dispatch does.
     """
-    call = _Call("combine", group, x)
-    error = checks.combine(x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
-    return _combine(call, error, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
+    with _Call("combine", group, x) as call:
+        error = checks.combine(x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
+        return _combine(call, error, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
 
 
 def low_latency_combine(
@@ -517,11 +542,13 @@ def low_latency_combine(
     comm_alg: str,
 ) -> Tensor:
     """As combine, for the rows of a low_latency_dispatch."""
-    call = _Call("low_latency_combine", group, x)
-    error = checks.low_latency_combine(
-        x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks
-    )
-    return _combine(call, error, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
+    with _Call("low_latency_combine", group, x) as call:
+        error = checks.low_latency_combine(
+            x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks
+        )
+        return _combine(
+            call, error, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks, layout_range
+        )
 
 
 def _combine(
@@ -534,15 +561,16 @@ def _combine(
     send_head: Tensor,
     num_experts: int,
     num_ranks: int,
+    layout_range: Tensor | None = None,
 ) -> Tensor:
-    """`error`: what is wrong with the arguments by themselves."""
+    """`error`: what is wrong with the arguments by themselves. layout_range: of low latency."""
     error = (
         call.device_error
         or checks.group_size(num_ranks, call.size)
         or error
-        or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
+        or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks, layout_range is not None)
     )
-    routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
+    routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks, layout_range)
     call.agree(error, x, topk_idx, num_experts, routes=routes)
     assert routes
     return _return_rows(call, x, routes, topk_idx, topk_weights)
@@ -562,21 +590,21 @@ def dispatch_backward(
 
     grad_recv_x: [N, H]; grad_recv_topk_weights: fp32 [N, K]. Raises as dispatch does.
     """
-    call = _Call("dispatch_backward", group, grad_recv_x)
-    error = (
-        call.device_error
-        or checks.group_size(num_ranks, call.size)
-        or checks.dispatch_backward(
-            grad_recv_x, grad_recv_topk_weights, recv_src_idx, topk_idx, send_head, num_experts, num_ranks
+    with _Call("dispatch_backward", group, grad_recv_x) as call:
+        error = (
+            call.device_error
+            or checks.group_size(num_ranks, call.size)
+            or checks.dispatch_backward(
+                grad_recv_x, grad_recv_topk_weights, recv_src_idx, topk_idx, send_head, num_experts, num_ranks
+            )
+            or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
         )
-        or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
-    )
-    routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
-    call.agree(error, grad_recv_x, topk_idx, num_experts, routes=routes)
-    assert routes
-    grad_x = _return_rows(call, grad_recv_x, routes, topk_idx, None)
-    grads = grad_recv_topk_weights[routes.rows, recv_src_idx[routes.rows, 2].long()]
-    return grad_x, _return_scalars(call, grads, routes, topk_idx)
+        routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
+        call.agree(error, grad_recv_x, topk_idx, num_experts, routes=routes)
+        assert routes
+        grad_x = _return_rows(call, grad_recv_x, routes, topk_idx, None)
+        grads = grad_recv_topk_weights[routes.rows, recv_src_idx[routes.rows, 2].long()]
+        return grad_x, _return_scalars(call, grads, routes, topk_idx)
 
 
 def combine_backward(
@@ -594,41 +622,43 @@ def combine_backward(
 
     grad_out: [T, H]; the other arguments are combine's. Raises as dispatch does.
     """
-    call = _Call("combine_backward", group, x)
-    error = (
-        call.device_error
-        or checks.group_size(num_ranks, call.size)
-        or checks.combine_backward(grad_out, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
-        or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
-    )
-    routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
-    headers = call.agree(error, x, topk_idx, num_experts, routes=routes)
-    assert routes
-    (T, H), K = grad_out.shape, topk_idx.shape[1]
-    rows, slots = routes.rows, routes.slots
+    with _Call("combine_backward", group, x) as call:
+        error = (
+            call.device_error
+            or checks.group_size(num_ranks, call.size)
+            or checks.combine_backward(
+                grad_out, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks
+            )
+            or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
+        )
+        routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
+        headers = call.agree(error, x, topk_idx, num_experts, routes=routes)
+        assert routes
+        (T, H), K = grad_out.shape, topk_idx.shape[1]
+        rows, slots = routes.rows, routes.slots
 
-    weights = call.all_to_all(
-        "weights", topk_weights.view(-1)[slots], routes.slots_per_rank, routes.rows_per_rank
-    ).unsqueeze(1)
-    source, token, _ = recv_src_idx[rows].long().unbind(1)
-    destination = topk_idx.view(-1)[slots] // (num_experts // num_ranks)
-    leaves, _ = _distinct_tokens(destination, slots // K, num_ranks, T)
-    comes, place = _distinct_tokens(source, token, num_ranks, max(h.T for h in headers))
-    arrived = call.all_to_all(
-        "gradients",
-        grad_out.index_select(0, leaves.nonzero()[:, 1]),
-        leaves.sum(1).tolist(),
-        comes.sum(1).tolist(),
-    )
+        weights = call.all_to_all(
+            "weights", topk_weights.view(-1)[slots], routes.slots_per_rank, routes.rows_per_rank
+        ).unsqueeze(1)
+        source, token, _ = recv_src_idx[rows].long().unbind(1)
+        destination = topk_idx.view(-1)[slots] // (num_experts // num_ranks)
+        leaves, _ = _distinct_tokens(destination, slots // K, num_ranks, T)
+        comes, place = _distinct_tokens(source, token, num_ranks, max(h.T for h in headers))
+        arrived = call.all_to_all(
+            "gradients",
+            grad_out.index_select(0, leaves.nonzero()[:, 1]),
+            leaves.sum(1).tolist(),
+            comes.sum(1).tolist(),
+        )
 
-    grad_x = torch.empty_like(x)
-    grad_x[recv_src_idx[:, 0] < 0] = 0
-    grads = torch.empty(rows.numel(), dtype=torch.float32, device=x.device)
-    for block in _blocks(rows.numel(), H):
-        grad = arrived.index_select(0, place[block]).float()
-        grads[block] = (grad * x.index_select(0, rows[block])).sum(1)
-        grad_x[rows[block]] = grad.mul_(weights[block]).to(x.dtype)
-    return grad_x, _return_scalars(call, grads, routes, topk_idx)
+        grad_x = torch.empty_like(x)
+        grad_x[recv_src_idx[:, 0] < 0] = 0
+        grads = torch.empty(rows.numel(), dtype=torch.float32, device=x.device)
+        for block in _blocks(rows.numel(), H):
+            grad = arrived.index_select(0, place[block]).float()
+            grads[block] = (grad * x.index_select(0, rows[block])).sum(1)
+            grad_x[rows[block]] = grad.mul_(weights[block]).to(x.dtype)
+        return grad_x, _return_scalars(call, grads, routes, topk_idx)
 
 
 def _return_rows(call: _Call, x: Tensor, routes: _Routes, topk_idx: Tensor, weights: Tensor | None) -> Tensor:

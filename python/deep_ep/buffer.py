@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import call_log, cost, env, quantization, rank_rows
+from . import call_log, calls, cost, env, quantization, rank_rows
+from .collective import collective
 from .config import Config
 from .fused import FusedCalls
 from .fused_weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
-from .groups import GroupInfo, init
+from .groups import GroupInfo, prepare, spoil
 from .low_latency import LowLatencyCalls, Rows
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
@@ -58,6 +59,20 @@ class AlignedHandle(NamedTuple):
 
 
 Handle = DispatchHandle | AlignedHandle | RankHandle
+
+
+def _ops_of_dispatch(given: dict[str, Any]) -> tuple[str, ...]:
+    """Of a call with these arguments, whether they are right or not."""
+    if given.get("handle") is not None:
+        return "combine", "dispatch"
+    worst = given.get("num_worst_tokens", 0)
+    is_static = isinstance(worst, int) and worst != 0
+    is_alone = given["self"]._rows == "expert" or (given.get("topk_idx") is None and is_static)
+    return ("dispatch",) * (1 if is_alone else 2)
+
+
+def _ops_of_combine(given: dict[str, Any]) -> tuple[str, ...]:
+    return ("combine",) * (2 if given["self"]._rows == "rank" and given.get("topk_weights") is not None else 1)
 
 
 class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
@@ -147,18 +162,21 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         if normal_strategy is not None:
             normal_strategy = one_of("normal_strategy", normal_strategy, NormalStrategy)
             low_latency_strategy = low_latency_strategy or MODES[env.value("DEEP_USE_MODE")][1]
-        self._info: GroupInfo | None = init(
+        self._info: GroupInfo | None = prepare(
             group,
-            num_bytes=max(num_nvl_bytes, num_rdma_bytes) or None,
-            strategy=normal_strategy,
-            low_latency_strategy=low_latency_strategy,
-            comm_alg=comm_alg,
+            max(num_nvl_bytes, num_rdma_bytes) or None,
+            normal_strategy,
+            low_latency_strategy,
+            None,
+            comm_alg,
+            chooses=False,
         )
         self.normal_strategy, self.low_latency_strategy = self._info.normal, self._info.low_latency
         if explicitly_destroy:
             self._undestroyed = weakref.finalize(self, _warn_of_undestroyed, group.group_name, *_caller())
         if is_logged:
             call_log.start(self, self.group.group_name)
+            spoil(self._info)
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
@@ -268,6 +286,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             in_rank = in_rank.to(torch.bool)
         return per_rank, None, per_expert, in_rank, event_of(async_finish)
 
+    @collective(_ops_of_dispatch)
     def dispatch(
         self,
         x: Rows,
@@ -306,12 +325,13 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                 them, and N grows by at most L * (expert_alignment - 1), which is by how much it does grow with
                 num_worst_tokens.
             previous_event: the call begins after it, and waits for it.
-            async_finish: the call does not wait for peers. The event does, and fills the returned tensors, which hold
-                zeros until then. x, topk_idx and topk_weights may be written to before, unless they need gradients.
-                Errors that concern several ranks are raised by the event. Every rank waits for its events in the
-                order of the calls; other calls of the group wait for a call that has been started. Without a handle
-                and with num_worst_tokens=0 the number of rows has to be known first: then the call is finished when it
-                returns.
+            async_finish: under rows="rank" the call does not wait for peers; the event does. What the call returned
+                is undefined until then. Its gradients are those of a call where this one was made, in whatever grad
+                mode or thread the event is waited for. x must not be written to before, which is a RuntimeError of the
+                event. Errors that concern several ranks are raised by the event, too. Every rank waits for its events
+                in the order of the calls; other calls of the group wait for a call that has been started. Without a
+                handle and with num_worst_tokens=0 the number of rows has to be known first: then the call is finished
+                when it returns. Under rows="expert" it always is, as programs that never wait expect.
             allocate_on_comm_stream: accepted for compatibility; as upstream, it needs previous_event and async_finish.
             config: see Config.
             dispatch_wait_recv_cost_stats: int32 or int64 [R]; the call adds to every peer's entry the microseconds
@@ -363,6 +383,12 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                 if value is None:
                     raise ValueError(f"{name} is missing; get_dispatch_layout gives the layout of topk_idx")
         rows, packed = self._rows_to_send(x, quant_mode, handle is not None)
+        routing = "of a handle" if handle is not None else "without topk_idx" if topk_idx is None else "with topk_idx"
+        if topk_idx is None and num_worst_tokens != 0:
+            routing += ", with num_worst_tokens"
+        calls.form(f'{quantization.described(x if packed is None else packed)} under rows="{self._rows}" {routing}')
+        if handle is not None:
+            self._check_handles(info, handle, async_finish)
 
         if self._rows == "rank":
             if handle is not None:
@@ -392,18 +418,30 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             call = info, rows, topk_idx, topk_weights, E, num_worst_tokens, is_token_in_rank
             plan = Plan(dispatch_op, [call], expert_rows, (num_worst_tokens,))
 
-        def received(*outs: dispatch_op.DispatchOutput) -> tuple[Any, ...]:
+        def received(*outs: Any) -> tuple[Any, ...]:
             recv_x, *others = plan.received(*outs)
             return recv_x if packed is None else quantization.unpack(recv_x, *packed), *others
 
         has_shape = handle is not None or num_worst_tokens != 0
         sends = plan._replace(received=received)
-        return self._issue(sends, async_finish and has_shape, async_finish, dispatch_wait_recv_cost_stats)
+        return self._issue(sends, async_finish, dispatch_wait_recv_cost_stats, has_shape)
 
-    def _issue(self, plan: Plan, overlaps: bool, async_finish: bool, stats: Tensor | None) -> tuple[Any, ...]:
+    def _check_handles(self, info: GroupInfo, handle: Handle, overlaps: bool) -> None:
+        """All ranks must have handles of one dispatch, which combine finds out, of rows of the least size that an NPU
+        moves.
+        """
+        known = rank_rows.op_handle(handle) if self._rows == "rank" else _expert_handle(handle)
+        known = known._replace(topk_weights=torch.ones_like(known.topk_idx, dtype=torch.float32))
+        nothing = known.recv_src_idx.new_zeros((known.recv_src_idx.shape[0], 8), dtype=torch.float32)
+        if overlaps and not torch.compiler.is_compiling():
+            combine_op.start(info, nothing, known)  # where it fails, so does what is started next
+        else:
+            combine_op.call(info, nothing, known)
+
+    def _issue(self, plan: Plan, async_finish: bool, stats: Tensor | None, has_shape: bool = True) -> tuple[Any, ...]:
         """The results and the event; stats get what was waited."""
-        results, fill = issue(plan, overlaps, None, stats, self.rank)
-        return *results, event_of(async_finish, fill)
+        results, wait = issue(plan, async_finish and has_shape and self._rows == "rank", None, stats, self.rank)
+        return *results, event_of(async_finish, wait)
 
     def _rows_to_send(
         self, x: Rows, quant_mode: str | None, cached: bool
@@ -468,6 +506,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         call = info, x, known.topk_idx, known.topk_weights, E, capacity, known.is_token_in_rank
         return Plan(dispatch_op, [call], received, (N,))
 
+    @collective(_ops_of_combine)
     def combine(
         self,
         x: Tensor,
@@ -509,6 +548,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         known = rank_rows.check_handle(handle) if self._rows == "rank" else _expert_handle(handle)
         biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         _check_biases(biases, x, known.is_token_in_rank.shape[0])
+        summed = ", with topk_weights" if topk_weights is not None and self._rows == "rank" else ""
+        calls.form(f'rows="{self._rows}"{summed}')
         if isinstance(known, RankHandle):
             plan = rank_rows.combine(info, x, known, topk_weights)
         else:
@@ -520,15 +561,15 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             plan = Plan(combine_op, [(info, x, known)], lambda combined: (combined, None))
 
         def received(*outs: Tensor) -> tuple[Any, ...]:
-            combined, combined_weights = plan.received(*outs)
+            combined, combined_weights = plan.received(*outs[: len(plan.calls)])
             if biases:
                 total = combined.to(torch.float32)
-                for one in biases:
+                for one in outs[len(plan.calls) :]:
                     total = total + one
                 combined = total.to(x.dtype)
             return combined, combined_weights
 
-        return self._issue(plan._replace(received=received), async_finish, async_finish, combine_send_cost_stats)
+        return self._issue(plan._replace(received=received, inputs=biases), async_finish, combine_send_cost_stats)
 
 
 def _as_aligned(handle: tuple[Tensor, ...]) -> AlignedHandle | None:

@@ -1,4 +1,4 @@
-"""Argument checks that need no values of tensors, for fakes and for the `.alltoall` kernels.
+"""Argument checks, for fakes and for the `.alltoall` kernels; those at the end look at values of tensors.
 
 Each function has the arguments of the op of its name and returns the message for the first bad one, or None. The
 native kernels check the same and more (torch_library/arguments.cpp).
@@ -23,7 +23,7 @@ TILE: int = library.deep_ep_fused_tile()
 """Columns of a tile of fused_deep_moe's first weights under FUSED_DEEP_MOE: half of gate, half of up."""
 
 
-def _differ(a: Any, b: Any) -> bool:
+def differ(a: Any, b: Any) -> bool:
     """a != b, as far as that is known while shapes are symbolic."""
     if isinstance(a, int) and isinstance(b, int):
         return a != b
@@ -45,7 +45,7 @@ def _tensor(
     if tensor.dim() != len(shape):
         return f"{name} must have the shape {names}, got {list(tensor.shape)}"
     for (dim, wanted), size in zip(shape.items(), tensor.shape, strict=True):
-        if wanted is not None and _differ(size, wanted):
+        if wanted is not None and differ(size, wanted):
             return f"{name} must have the shape {names} with {dim} = {wanted}, got {list(tensor.shape)}"
     if tensor.dtype not in dtypes:
         *others, last = map(str, dtypes)
@@ -61,7 +61,7 @@ def _tensor(
 def _rows(name: str, rows: Tensor, shape: dict[str, Any]) -> str | None:
     if error := _tensor(name, rows, FLOATS, rows.device, shape):
         return error
-    if not _differ(rows.shape[1], 0):
+    if not differ(rows.shape[1], 0):
         return f"{name} must have a hidden size of at least 1"
     return None
 
@@ -84,7 +84,7 @@ def group_size(num_ranks: int, size: int) -> str | None:
 def _topk_idx(topk_idx: Tensor, device: torch.device, T: Any = None) -> str | None:
     if error := _tensor("topk_idx", topk_idx, (torch.int64,), device, {"T": T, "K": None}):
         return error
-    if not _differ(topk_idx.shape[1], 0):
+    if not differ(topk_idx.shape[1], 0):
         return "topk_idx must have at least one column"
     if isinstance(topk_idx.numel(), int) and topk_idx.numel() > MAX_ROWS:
         return f"topk_idx must have at most {MAX_ROWS} ids, got {topk_idx.numel()}"
@@ -267,9 +267,9 @@ def fused_deep_moe(
         ("gmm1_weight_scale", gmm1_weight_scale, columns),
         ("gmm2_weight_scale", gmm2_weight_scale, H),
     ):
-        if quant_mode == 1 and not _differ(scale.numel(), 0):
+        if quant_mode == 1 and not differ(scale.numel(), 0):
             return f"{name} is missing: quant_mode 1 needs {dtype} {[L, N]}"
-        if quant_mode == 0 and _differ(scale.numel(), 0):
+        if quant_mode == 0 and differ(scale.numel(), 0):
             return f"{name} must be None or empty with quant_mode 0, got {list(scale.shape)}"
         if quant_mode == 1 and (
             error := _tensor(name, scale, (dtype,), x.device, {"L": L, "2I" if N is columns else "H": N})
@@ -333,3 +333,44 @@ def _fused(
     I = columns // 2
     shape = {"L": L, "H": H, "I": I} if permuted else {"L": L, "I": I, "H": H}
     return _tensor("gmm2_weight", gmm2_weight, (dtype,), x.device, shape, any_strides=True)
+
+
+# What only the values in tensors show
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def range_error(name: str, what: str, tensor: Tensor, bound: int) -> str | None:
+    """The message for the first value that is not in -1..bound-1."""
+    if tensor.numel() == 0:
+        return None
+    least, most = tensor.aminmax()
+    if least >= -1 and most < bound:
+        return None
+    at = ((tensor < -1) | (tensor >= bound)).nonzero()[0].tolist()
+    allowed = f"-1 and 0..{bound - 1}" if bound > 0 else "-1"
+    return f"{name} has the {what} {int(tensor[tuple(at)])} at {at}; allowed are {allowed}"
+
+
+def ids_error(topk_idx: Tensor, num_experts: int) -> str | None:
+    return range_error("topk_idx", "id", topk_idx, num_experts)
+
+
+def crowded_error(topk_idx: Tensor, L: int) -> str | None:
+    """With ids that repeat, a token may want more rows of a rank than low latency has room for."""
+    K = topk_idx.shape[1]
+    if K <= L:
+        return None
+    rank = topk_idx // L
+    rows = ((rank.unsqueeze(1) == rank.unsqueeze(2)) & (topk_idx >= 0).unsqueeze(1)).sum(2)
+    wrong = ((rows > L) & (topk_idx >= 0)).nonzero()
+    if not wrong.numel():
+        return None
+    t, k = wrong[0].tolist()
+    return (
+        f"topk_idx sends token {t} to rank {int(rank[t, k])} {int(rows[t, k])} times; allowed are {L}: ids may not "
+        f"repeat where K exceeds the {L} experts of a rank"
+    )

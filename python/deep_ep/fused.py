@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATS
+from .collective import collective
 from .fused_weights import FuseMode, as_fuse_mode
 from .groups import GroupInfo
 from .ops import fused_deep_moe as fused_op
@@ -18,6 +19,7 @@ class FusedCalls:
     def _live(self) -> GroupInfo:
         raise NotImplementedError
 
+    @collective(fused_op.ops_of)
     def fused_deep_moe(
         self,
         x: Tensor,

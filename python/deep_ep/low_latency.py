@@ -10,14 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cost, quantization
+from . import calls, cost, quantization
+from .checks import differ
+from .collective import collective
 from .groups import GroupInfo
 from .ops import low_latency_combine as combine_op
 from .ops import low_latency_dispatch as dispatch_op
 from .ops import low_latency_dispatch_int8 as dispatch_int8_op
 from .ops.low_latency_dispatch import LowLatencyHandle
 from .overlap import Plan, event_of, issue
-from .utils import EventOverlap
+from .utils import EventHandle, EventOverlap
 
 
 class PaddedHandle(NamedTuple):
@@ -51,6 +53,7 @@ class LowLatencyCalls:
     def _live(self) -> GroupInfo:
         raise NotImplementedError
 
+    @collective("low_latency_dispatch")
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -82,10 +85,12 @@ class LowLatencyCalls:
             round_scale, use_ue8m0: scales of the latter, see `deep_ep.quantization.quantize`; other modes have their
                 own.
             use_mxfp4: send mx_fp4_e2m1 rows instead.
-            async_finish: the call does not wait for peers. The event does, and fills the returned tensors, which hold
-                zeros until then, and adds to cumulative_local_expert_recv_stats. x and topk_idx may be written to
-                before. Errors that concern several ranks are raised by the event. Every rank waits for it before it
-                uses what the call returned; other calls of the group wait for a call that has been started.
+            async_finish: under rows="rank" the call does not wait for peers; the event does. What the call returned
+                is undefined until then, in any grad mode and thread; cumulative_local_expert_recv_stats is added to
+                there. x and topk_idx must not be written to before, which is a RuntimeError of the event. Errors that
+                concern several ranks are raised by the event, too. Every rank waits for it before it uses what the
+                call returned; other calls of the group wait for a call that has been started. Under rows="expert"
+                the call is finished when it returns, as programs that never wait expect.
             return_recv_hook: the same with a hook instead of an event; only one of the two may be asked for.
             topk_weights: accepted for compatibility; low_latency_combine takes them.
             quant_mode: one of deep_ep.quantization.MODES instead of what use_fp8, use_mxfp4 and
@@ -143,24 +148,24 @@ class LowLatencyCalls:
             else:
                 sent = quantization.quantize(x, quant_mode, **options)
                 x = quantization.pack(*sent)
+        calls.form(quantization.described(x if sent is None else sent))
         call = info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts
 
         def received(out: dispatch_op.LowLatencyOutput) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle]:
             return self._received(info, out, sent)
 
         plan, cost_stats = Plan(dispatch_op, [call], received), dispatch_wait_recv_cost_stats
-        results, fill = issue(plan, async_finish or return_recv_hook, None, cost_stats, self.rank)
+        results, wait = issue(plan, self._overlaps(async_finish, return_recv_hook), None, cost_stats, self.rank)
 
         def complete() -> None:
-            if fill is not None:
-                fill()
+            if wait is not None:
+                wait()
             if stats is not None:
                 stats.add_(results[1].to(torch.int32))
 
-        if fill is None:
+        if wait is None:
             complete()
-            return *results, event_of(async_finish), None
-        return *results, event_of(async_finish, complete), complete if return_recv_hook else None
+        return *results, *_event_and_hook(async_finish, return_recv_hook, None if wait is None else complete)
 
     def _dispatch_int8(
         self,
@@ -178,7 +183,7 @@ class LowLatencyCalls:
         if stats is not None:
             stats.add_(out.recv_count.to(torch.int32))
         results = self._with_rows(info, out, (out.recv_x, scales))
-        return *results, event_of(async_finish), (lambda: None) if return_recv_hook else None
+        return *results, *_event_and_hook(async_finish, return_recv_hook, None)
 
     def _received(
         self, info: GroupInfo, out: dispatch_op.LowLatencyOutput, sent: tuple[Tensor, Tensor] | None
@@ -203,6 +208,7 @@ class LowLatencyCalls:
         handle, indices = _padded(info, packed)
         return _one_or_two(tuple(_pad(part, indices) for part in rows)), out.recv_count.int(), handle
 
+    @collective("low_latency_combine")
     def low_latency_combine(
         self,
         x: Tensor,
@@ -225,7 +231,8 @@ class LowLatencyCalls:
             handle: of that low_latency_dispatch.
             zero_copy: x is, or equals, what get_next_low_latency_combine_buffer gave. On CPU rows go from any x
                 straight into the windows of their tokens' ranks, so that there is no copy to be saved.
-            async_finish, return_recv_hook: as in low_latency_dispatch; event or hook fill combined_x.
+            async_finish, return_recv_hook: as in low_latency_dispatch; under rows="rank" combined_x is there after
+                the event or hook.
             out: [T, H] in x's dtype, to be written to and returned; of a longer one the first T rows are.
             use_logfmt: accepted for compatibility; upstream may then send rows in 10 bits a value, here they travel as
                 they are.
@@ -242,24 +249,30 @@ class LowLatencyCalls:
         packed = handle
         if isinstance(handle, PaddedHandle):
             packed = handle.packed
-            x = x.reshape(-1, x.shape[-1]).index_select(0, handle.place)
+            R, M, L = self.group_size, handle.num_max_dispatch_tokens_per_rank, handle.num_experts // self.group_size
+            if x.dim() != 3 or differ(x.shape[0], L) or differ(x.shape[1], R * M):
+                raise ValueError(
+                    f"x must have the shape [L, R·M, H] of low_latency_dispatch's recv_x with L = {L} and "
+                    f"R·M = {R * M}, got {list(x.shape)}"
+                )
+            x = x.flatten(0, 1).index_select(0, handle.place)
         call = self._live(), x, topk_idx, topk_weights, LowLatencyHandle(*packed)
         stats = combine_wait_recv_cost_stats
         cost.check("combine_wait_recv_cost_stats", stats, self.group_size)
-        wrong = None
         if out is not None:
             T, H = topk_idx.shape[0], x.shape[-1]
             if out.dim() != 2 or out.shape[0] < T or out.shape[1] != H or out.dtype != x.dtype:
-                wrong = f"out must be {x.dtype} {[T, H]}, got {out.dtype} {list(out.shape)}"
-        overlaps = (async_finish or return_recv_hook) and wrong is None
-        into = None if out is None or not overlaps else out[: topk_idx.shape[0]]
-        combined, fill = issue(Plan(combine_op, [call], lambda result: result), overlaps, into, stats, self.rank)
-        if wrong:  # on this rank alone, which must not keep it from taking part
-            raise ValueError(wrong)
-        if fill is None:
-            combined = combined if out is None else out[: combined.shape[0]].copy_(combined)
-            return combined, event_of(async_finish), None
-        return combined, event_of(async_finish, fill), fill if return_recv_hook else None
+                raise ValueError(f"out must be {x.dtype} {[T, H]}, got {out.dtype} {list(out.shape)}")
+            if out.requires_grad and out.is_leaf and torch.is_grad_enabled():
+                raise ValueError("out must not be a leaf that requires a gradient: it is written to")
+        overlaps = self._overlaps(async_finish, return_recv_hook)
+        into = None if out is None else out[: topk_idx.shape[0]]
+        combined, wait = issue(Plan(combine_op, [call], lambda result: result), overlaps, into, stats, self.rank)
+        return combined, *_event_and_hook(async_finish, return_recv_hook, wait)
+
+    def _overlaps(self, async_finish: bool, return_recv_hook: bool) -> bool:
+        """Whether the call goes on when it returns: under rows="expert" clients need not wait for results."""
+        return (async_finish or return_recv_hook) and self._rows == "rank"
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle | PaddedHandle) -> Tensor:
         """An uninitialised bf16 tensor for the experts' results, of the shape that low_latency_combine takes.
@@ -309,3 +322,10 @@ def _one_or_two(rows: tuple[Tensor, ...]) -> Rows:
 def _check_one_way(async_finish: bool, return_recv_hook: bool) -> None:
     if async_finish and return_recv_hook:
         raise ValueError("async_finish and return_recv_hook must not both be True: a call has an event or a hook")
+
+
+def _event_and_hook(
+    async_finish: bool, return_recv_hook: bool, complete: Callable[[], None] | None
+) -> tuple[EventOverlap, Callable[[], None] | None]:
+    """What a call returns for `complete`, which ends it if it goes on. It may be waited for any number of times."""
+    return event_of(async_finish, complete), EventHandle(complete).current_stream_wait if return_recv_hook else None

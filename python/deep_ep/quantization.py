@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, _differ
+from .checks import FLOATS, differ
 
 MODES: tuple[str, ...] = (
     "none",
@@ -108,17 +108,17 @@ def dequantize(data: Tensor, scales: Tensor) -> Tensor:
     """
     values = _numbers(data)
     N, H = values.shape
-    if scales.dim() == 1 and scales.dtype == torch.float8_e8m0fnu and not _differ(MX_BLOCK * scales.shape[0], N * H):
+    if scales.dim() == 1 and scales.dtype == torch.float8_e8m0fnu and not differ(MX_BLOCK * scales.shape[0], N * H):
         scales = scales.view(N, H // MX_BLOCK)
-    if scales.dim() == 1 and scales.dtype == torch.float32 and not _differ(scales.shape[0], N):
+    if scales.dim() == 1 and scales.dtype == torch.float32 and not differ(scales.shape[0], N):
         return values * scales.unsqueeze(1)
-    if scales.dim() == 2 and not _differ(scales.shape[0], N):
+    if scales.dim() == 2 and not differ(scales.shape[0], N):
         S = scales.shape[1]
-        if scales.dtype == torch.float8_e8m0fnu and not _differ(MX_BLOCK * S, H):
+        if scales.dtype == torch.float8_e8m0fnu and not differ(MX_BLOCK * S, H):
             return _scale_blocks(values, _power_of_two(_view(scales, torch.uint8)))
-        if scales.dtype == torch.float32 and not _differ(BLOCK * S, H):
+        if scales.dtype == torch.float32 and not differ(BLOCK * S, H):
             return _scale_blocks(values, scales)
-        if scales.dtype == torch.int32 and not _differ(4 * BLOCK * S, H):
+        if scales.dtype == torch.int32 and not differ(4 * BLOCK * S, H):
             return _scale_blocks(values, _power_of_two(_bytes(scales)))
     raise ValueError(
         f"scales must be float32 [N], float8_e8m0fnu [N, H/{MX_BLOCK}], float32 [N, H/{BLOCK}] or int32 "
@@ -135,12 +135,21 @@ def pack(data: Tensor, scales: Tensor) -> Tensor:
     ValueError: data without two dimensions, scales without one or two, or with another number of rows.
     """
     _check_data(data, scales)
-    if _differ(scales.shape[0], data.shape[0]):
+    if differ(scales.shape[0], data.shape[0]):
         raise ValueError(f"scales must have T = {data.shape[0]} rows like data, got {list(scales.shape)}")
     D, S, B = _widths(data, scales)
     padding = data.new_zeros((data.shape[0], B - D - S), dtype=torch.uint8)
     scales = scales.unsqueeze(1) if scales.dim() == 1 else scales
     return torch.cat([_bytes(data), _bytes(scales), padding], 1).view(torch.bfloat16)
+
+
+def described(x: Tensor | tuple[Tensor, Tensor]) -> str:
+    """What receivers have to know to understand rows of x, in words."""
+    if isinstance(x, Tensor):
+        return "x as it is"
+    data, scales = x
+    widths = ", ".join(map(str, ("T", *scales.shape[1:])))
+    return f"x as {data.dtype} [T, {data.shape[1]}] with scales {scales.dtype} [{widths}]"
 
 
 def unpack(rows: Tensor, data: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +161,7 @@ def unpack(rows: Tensor, data: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check_data(data, scales)
     D, S, B = _widths(data, scales)
-    if rows.dim() != 2 or rows.dtype != torch.bfloat16 or _differ(rows.shape[1], B // 2):
+    if rows.dim() != 2 or rows.dtype != torch.bfloat16 or differ(rows.shape[1], B // 2):
         raise ValueError(f"rows must be torch.bfloat16 [N, {B // 2}], got {rows.dtype} {list(rows.shape)}")
     row_bytes = _bytes(rows)
     # A slice may start where a view as a wider dtype is not aligned.
@@ -186,7 +195,7 @@ def _check_x(x: Tensor) -> None:
     if x.dim() != 2 or x.dtype not in FLOATS:
         allowed = ", ".join(map(str, FLOATS))
         raise ValueError(f"x must have the shape [T, H] and be one of {allowed}, got {x.dtype} {list(x.shape)}")
-    if not _differ(x.shape[1], 0):
+    if not differ(x.shape[1], 0):
         raise ValueError("x must have a hidden size of at least 1")
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import checks
 from .groups import GroupInfo
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
@@ -81,6 +82,13 @@ def check_handle(handle: tuple[Tensor, ...]) -> RankHandle:
     return RankHandle(*handle)
 
 
+def op_handle(handle: tuple[Tensor, ...]) -> DispatchHandle:
+    """The handle as the ops take it; ValueError: not a handle of this contract."""
+    known = check_handle(handle)
+    ids = _ids(known.is_token_in_rank)
+    return DispatchHandle(*known, ids, torch.ones_like(ids, dtype=torch.float32))
+
+
 def _check_mask(is_token_in_rank: Tensor, num_ranks: int) -> None:
     if is_token_in_rank.dtype != torch.bool:
         raise ValueError(f'is_token_in_rank must be torch.bool under rows="rank", got {is_token_in_rank.dtype}')
@@ -139,11 +147,24 @@ def dispatch(
                 f"topk_weights must be torch.float32 [T, K] with K = {topk_idx.shape[1]}, "
                 f"got {weights.dtype} {list(weights.shape)}"
             )
+        for name, tensor in (("topk_idx", topk_idx), ("topk_weights", weights)):
+            if checks.differ(tensor.shape[0], is_token_in_rank.shape[0]):
+                raise ValueError(
+                    f"{name} must have T = {is_token_in_rank.shape[0]} rows like is_token_in_rank, "
+                    f"got {list(tensor.shape)}"
+                )
         metadata = torch.cat([topk_idx.to(torch.float32), weights], 1)
     elif topk_weights is not None:
         raise ValueError("topk_idx is missing; topk_weights mean nothing without it")
 
     ids = _ids(is_token_in_rank)
+    if topk_idx is not None and checks.has_values(topk_idx):
+        if error := checks.ids_error(topk_idx, E):
+            raise ValueError(error)
+    elif topk_idx is not None:
+        # The op finds ids that there are not, and refuses them on all ranks.
+        least, most = topk_idx.amin(1, keepdim=True), topk_idx.amax(1, keepdim=True)
+        ids = torch.where(most >= E, most, torch.where(least < -1, least, ids))
     sent = [x] if metadata is None else [x, metadata]
 
     def received(rows: DispatchOutput, of_metadata: DispatchOutput | None = None) -> tuple[object, ...]:
@@ -194,10 +215,11 @@ def cached_dispatch(info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...]) -> P
     N = known.recv_src_idx.shape[0]
     mask = known.is_token_in_rank
 
-    def received(rows: DispatchOutput) -> tuple[object, ...]:
+    def received(rows: DispatchOutput, *_: Tensor) -> tuple[object, ...]:
         return same_rows(rows.recv_x, N), None, None, None, handle
 
-    return Plan(dispatch_op, [(info, x, _ids(mask), None, info.size, capacity_of(N), mask)], received, (N,))
+    calls = [(info, x, _ids(mask), None, info.size, capacity_of(N), mask)]
+    return Plan(dispatch_op, calls, received, (N,), tuple(handle))
 
 
 def combine(info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...], topk_weights: Tensor | None) -> Plan:
@@ -216,14 +238,12 @@ def combine(info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...], topk_weights
         ValueError: not a handle of this contract, or topk_weights of another dtype or shape.
         RuntimeError: as `deep_ep.combine`.
     """
-    known = check_handle(handle)
     if topk_weights is not None and (topk_weights.dim() != 2 or topk_weights.dtype != torch.float32):
         raise ValueError(
             f"topk_weights must be torch.float32 [N, K], got {topk_weights.dtype} {list(topk_weights.shape)}"
         )
-    ids = _ids(known.is_token_in_rank)
-    op_handle = DispatchHandle(*known, ids, torch.ones_like(ids, dtype=torch.float32))
-    calls = [(info, x, op_handle)]
+    known = op_handle(handle)
+    calls = [(info, x, known)]
     if topk_weights is not None:
-        calls.append((info, topk_weights.contiguous(), op_handle))
+        calls.append((info, topk_weights.contiguous(), known))
     return Plan(combine_op, calls, lambda combined, of_weights=None: (combined, of_weights))

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "started.h"
+
 namespace deep_ep {
 
 void SendBack::attach_to(Contribution& mine) const {
@@ -90,7 +92,7 @@ void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
 
 HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks, const Tensor& expert_rows,
                                  const Tensor& topk_idx, const Tensor& recv_src_idx, const Tensor& send_head,
-                                 int64_t num_experts, int64_t num_ranks) {
+                                 int64_t num_experts, int64_t num_ranks, const Tensor* layout_range) {
   Post& post = contribution.post;
   post.op = op;
   contribution.rejected = checks.wrong();
@@ -103,7 +105,8 @@ HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks
             topk_idx.size(1),
             num_experts,
             num_ranks,
-            group.rank()};
+            group.rank(),
+            layout_range != nullptr ? layout_range->const_data_ptr<int32_t>() : nullptr};
   post.tokens = handle.num_tokens;
   post.hidden = expert_rows.size(1);
   post.top_k = handle.top_k;
@@ -115,10 +118,9 @@ HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks
 
 Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
-                    int64_t num_experts, int64_t num_ranks) {
-  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, topk_idx.sizes());
-  HandleArguments arguments(op_code, turn.group(), checks, x, topk_idx, recv_src_idx, send_head, num_experts,
-                            num_ranks);
+                    int64_t num_experts, int64_t num_ranks, const Tensor* layout_range, std::optional<Tensor> early) {
+  HandleArguments arguments(op_code, turn.group(), checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks,
+                            layout_range);
   SendBack back{.handle = arguments.handle};
   if (arguments.right()) {
     back.dtype = dtype_of(x);
@@ -133,11 +135,22 @@ Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const
     return Handle::check(op);
   });
 
-  Tensor combined = empty_tensor(x, {topk_idx.size(0), x.size(1)});
+  Tensor combined = early ? *early : empty_tensor(x, {topk_idx.size(0), x.size(1)});
   back.sums = combined.mutable_data_ptr();
   back.run(op, regions);
   op.finish();
   return combined;
+}
+
+Tensor start_combine(Op op, Turn turn, const Checks& checks, const Tensor& x, const Tensor& topk_idx,
+                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
+                     int64_t num_experts, int64_t num_ranks, std::optional<Tensor> layout_range) {
+  std::optional<Tensor> early;
+  if (checks.passed()) early = empty_tensor(x, {topk_idx.size(0), x.size(1)});
+  return start(op, std::move(turn), early ? Results{*early} : Results{}, [=](Turn turn) {
+    return Results{combine_rows(op, std::move(turn), checks, x, topk_idx, topk_weights, recv_src_idx, send_head,
+                                num_experts, num_ranks, layout_range ? &*layout_range : nullptr, early)};
+  });
 }
 
 }  // namespace deep_ep

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from .. import _compile, _library, pending  # noqa: F401  (_library defines the ops)
+from ..calls import completing
 from ..npu import ge
 
 
@@ -86,7 +87,7 @@ def register(
         start: of `<name>_start`, which is registered with it, where there is one.
     """
     if alltoall is not None:
-        _fragment.impl(f"{name}.alltoall", alltoall, "CompositeExplicitAutograd")
+        _fragment.impl(f"{name}.alltoall", completing(alltoall), "CompositeExplicitAutograd")
     if cpu is not None:
         _fragment.impl(name, cpu, "CPU")
     if ops is not None:
@@ -141,6 +142,15 @@ def reject(name: str, error: str | None) -> None:
     """Raises what is wrong with the arguments of op `name`, if anything."""
     if error:
         raise ValueError(f"deep_ep.{name}: {error}")
+
+
+def refuse(call: Callable[..., Any], wrong: Callable[..., str | None], *arguments: Any) -> None:
+    """Makes the call that says on all ranks what is wrong with its arguments, if this rank can tell. (In graphs, fakes
+    have seen them.)
+    """
+    if not torch.compiler.is_compiling() and (error := wrong(*arguments)):
+        call(*arguments)
+        raise RuntimeError(f"deep_ep: {error}")
 
 
 def no_second_derivative(name: str) -> Callable[..., Any]:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import alltoall, checks
+from ..collective import collective
 from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from . import get_dispatch_layout
-from ._registration import Start, register, reject
-from .wait import Completion, Started, completes
+from ._registration import Start, refuse, register, reject
+from .wait import Completion, Started, completes, issued, no_rows
 
 
 def copy_in_graph(handle: Any, memo: dict[int, Any]) -> Any:
@@ -78,6 +79,7 @@ class DispatchOutput(NamedTuple):
     """int64 []: rows for this rank that did not fit into W; 0 in exact mode."""
 
 
+@collective("dispatch")
 def dispatch(
     x: Tensor,
     topk_idx: Tensor,
@@ -106,6 +108,7 @@ def dispatch(
     return call(info_of(group), x, topk_idx, topk_weights, num_experts, num_worst_tokens)
 
 
+@collective("dispatch")
 def dispatch_start(
     x: Tensor,
     topk_idx: Tensor,
@@ -117,16 +120,24 @@ def dispatch_start(
 ) -> Started:
     """Begins a dispatch and does not wait for peers; `deep_ep.wait` completes it and gives the DispatchOutput.
 
-    The arguments are those of `deep_ep.dispatch`; the tensors may be written to as soon as this returns, but then
-    autograd refuses the gradient. In exact mode the number of rows is known at the wait. What concerns several ranks
-    is raised there. Other calls of the group run behind this one, in the order of the program. Every rank waits for
-    its calls, in the same order.
+    The arguments are those of `deep_ep.dispatch`. x must not be written to before the wait, which raises a RuntimeError
+    if it was; topk_idx and topk_weights may. In exact mode the number of rows is known at the wait. What concerns
+    several ranks is raised there. Gradients are those of a call where this one stands, in whatever grad mode or thread
+    the wait is. Other calls of the group run behind this one, in the order of the program. Every rank waits for its
+    calls, in the same order.
     """
-    return start(info_of(group), x, topk_idx, topk_weights, num_experts, num_worst_tokens)
+    arguments = info_of(group), x, topk_idx, topk_weights, num_experts, num_worst_tokens
+    refuse(call, wrong, *arguments)
+    return start(*arguments)
 
 
-def _or_ones(topk_weights: Tensor | None, topk_idx: Tensor) -> Tensor:
-    return torch.ones_like(topk_idx, dtype=torch.float32) if topk_weights is None else topk_weights
+def _own(topk_idx: Tensor, topk_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both for the handle, which nothing that the caller writes to later changes."""
+    if topk_weights is None:
+        topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
+    else:
+        topk_weights = topk_weights.clone()
+    return topk_idx.clone(), topk_weights
 
 
 def call(
@@ -139,7 +150,7 @@ def call(
     is_token_in_rank: Tensor | None = None,
 ) -> DispatchOutput:
     """The op's overload for `info`, with its results put in order."""
-    topk_weights = _or_ones(topk_weights, topk_idx)
+    topk_idx, topk_weights = _own(topk_idx, topk_weights)
     op = getattr(torch.ops.deep_ep.dispatch, info.normal.value)
     results = op(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens, info.name)
     return _in_order(info, results, topk_idx, topk_weights, num_experts, is_token_in_rank)
@@ -155,26 +166,35 @@ def start(
     is_token_in_rank: Tensor | None = None,
 ) -> Started:
     """As `call`, for `complete`."""
-    topk_weights = _or_ones(topk_weights, topk_idx)
+    topk_idx, topk_weights = _own(topk_idx, topk_weights)
     op = getattr(torch.ops.deep_ep.dispatch_start, info.normal.value)
     ticket = op(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens, info.name)
     arguments = x, topk_idx, topk_weights
     sizes = num_experts, num_worst_tokens
-    return Started(ticket, info, info.normal.value, "dispatch", arguments, *sizes, is_token_in_rank)
+    return issued(ticket, info, info.normal.value, "dispatch", arguments, *sizes, is_token_in_rank)
 
 
 def complete(started: Started) -> DispatchOutput:
+    return _of(started, started.results())
+
+
+def arriving(started: Started) -> DispatchOutput:
+    """The same, which is there once started.join() has returned."""
+    return _of(started, started.arriving())
+
+
+def _of(started: Started, results: list[Tensor]) -> DispatchOutput:
     _, topk_idx, topk_weights = started.arguments
-    results = started.results()
     return _in_order(started.info, results, topk_idx, topk_weights, started.num_experts, started.is_token_in_rank)
 
 
 def wrong(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, *sizes: Any) -> str | None:
-    """What is wrong with the arguments of `call`, as far as that needs no values."""
+    """What is wrong with the arguments of `call`, as far as this rank alone can tell."""
     num_experts, num_worst_tokens, *_ = sizes
     if topk_weights is None:
         topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
-    return checks.dispatch(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens)
+    error = checks.dispatch(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens)
+    return error or (checks.ids_error(topk_idx, num_experts) if checks.has_values(topk_idx) else None)
 
 
 def nothing_yet(
@@ -187,10 +207,11 @@ def nothing_yet(
     is_token_in_rank: Tensor,
     num_rows: int,
 ) -> DispatchOutput:
-    """What `call` gives, in tensors of zeros. num_rows: N, also where num_worst_tokens is 0."""
+    """What `call` gives, without a value in it. num_rows: N, also where num_worst_tokens is 0."""
     if topk_weights is None:
         topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
-    results = [tensor.zero_() for tensor in _empty(x, topk_idx, num_experts, info.size, num_rows)]
+    _, *others = _empty(x, topk_idx, num_experts, info.size, num_rows)
+    results = [no_rows(x, num_rows), *(tensor.zero_() for tensor in others)]
     return _in_order(info, results, topk_idx, topk_weights, num_experts, is_token_in_rank)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, fused_kernel
+from ..collective import collective
 from ..fused_weights import FuseMode, as_fuse_mode
 from ..groups import Group, GroupInfo, info_of
 from ..npu import ge
@@ -19,6 +20,14 @@ from ._registration import register, reject
 OVERLOADS = {FuseMode.FUSED_DEEP_MOE: "default", FuseMode.DISPATCH_FFN_COMBINE: "dispatch_ffn_combine"}
 
 
+def ops_of(given: dict[str, Any]) -> tuple[str, ...]:
+    """Of a call with these arguments, whether they are right or not."""
+    mode = given.get("fuse_mode")
+    is_second = isinstance(mode, int) and mode == FuseMode.DISPATCH_FFN_COMBINE
+    return "fused_deep_moe" + ".dispatch_ffn_combine" * is_second, "dispatch", "combine"
+
+
+@collective(ops_of)
 def fused_deep_moe(
     x: Tensor,
     topk_idx: Tensor,
@@ -92,6 +101,9 @@ def call(
 ) -> tuple[Tensor, Tensor]:
     """The op's overload for `fuse_mode`, with the strategy of `info`. A scale that is None becomes an empty one."""
     fuse_mode = as_fuse_mode(fuse_mode)
+    if quant_mode != 0 and torch.is_grad_enabled():
+        if any(one.requires_grad for one in (x, topk_weights, gmm1_weight, gmm2_weight)):
+            raise RuntimeError(f"deep_ep.fused_deep_moe: {_no_gradient(quant_mode)}")
     scale_dtype = torch.float32 if fuse_mode is FuseMode.FUSED_DEEP_MOE else torch.int64
     scales = [
         x.new_empty((0, 0), dtype=scale_dtype) if scale is None else scale
@@ -101,6 +113,13 @@ def call(
     return op(
         *(x, topk_idx, topk_weights, gmm1_weight, scales[0], gmm2_weight, scales[1]),
         *(num_max_dispatch_tokens_per_rank, num_experts, info.size, quant_mode, info.name, info.normal.value),
+    )
+
+
+def _no_gradient(quant_mode: int) -> str:
+    return (
+        f"an argument requires a gradient, which quant_mode {quant_mode} does not have; use quant_mode 0, or "
+        "torch.no_grad()"
     )
 
 
@@ -132,10 +151,7 @@ def fake(
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, topk_idx, topk_weights, gmm1_weight, _, gmm2_weight, _, M, num_experts, num_ranks, quant_mode, *rest = inputs
     if quant_mode != 0:
-        raise RuntimeError(
-            f"deep_ep.fused_deep_moe: an argument requires a gradient, which quant_mode {quant_mode} does not have; "
-            "use quant_mode 0, or torch.no_grad()"
-        )
+        raise RuntimeError(f"deep_ep.fused_deep_moe: {_no_gradient(quant_mode)}")
     ctx.save_for_backward(x, topk_idx, topk_weights, gmm1_weight, gmm2_weight)
     ctx.arguments = M, num_experts, num_ranks, *rest
 

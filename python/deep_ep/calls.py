@@ -1,0 +1,75 @@
+"""What a thread has done with operations of groups, for calls that fail in Python (`collective`): that of `.alltoall`,
+whose counterpart for `.default` is ThreadCalls in src/group.h.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ._library import library
+
+
+class Failed:
+    """Why an operation of a call that was left to the thread of the group has failed. The later ones of such a call
+    are not entered, on any rank, and fail for that reason.
+    """
+
+    error: BaseException | None = None
+
+
+class _Mine(threading.local):
+    entered = 0
+    """Operations that this thread has entered, or left to the thread of their group."""
+    completed = True
+    """The newest of them has not failed here."""
+    failed: Failed | None = None
+    """Of the call that this thread makes, if it makes one."""
+    form = ""
+    """What ranks must have in common in this call, in words, where an operation's header does not say it."""
+
+    def enter(self) -> None:
+        self.entered += 1
+        self.completed = False
+
+    def leave_to_thread(self) -> None:
+        self.entered += 1
+        self.completed = True
+
+
+mine = _Mine()
+
+
+def completing(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel of one operation, of which it is noted that it ended well."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        results = kernel(*args, **kwargs)
+        mine.completed = True
+        return results
+
+    return run
+
+
+def form(text: str) -> None:
+    """Ranks must have `text` in common in this call, or it fails on all of them. Those that compile it say nothing."""
+    if not torch.compiler.is_compiling():
+        mine.form = text
+        library.deep_ep_call_form(text.encode())
+
+
+def begin() -> tuple[int, int]:
+    """From here on to `end`, operations of this thread are those of one call. Returns where it begins, for `end`."""
+    mine.failed, mine.form = Failed(), ""
+    return library.deep_ep_call_begin() >> 1, mine.entered
+
+
+def end(begun: tuple[int, int]) -> tuple[int, bool]:
+    """How many operations have been entered since `begun`, and whether the newest of them has not failed."""
+    mine.failed, mine.form = None, ""
+    code = library.deep_ep_call_end()
+    native, here = (code >> 1) - begun[0], mine.entered - begun[1]
+    return native + here, (native == 0 or bool(code & 1)) and (here == 0 or mine.completed)

@@ -1,0 +1,199 @@
+"""Public calls that ranks make together: one that fails on a rank before its op has been entered there, whatever the
+reason, enters as failed, so that its peers raise at once, with that reason, and the group is usable afterwards.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from types import NoneType, UnionType
+from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._pytree import tree_leaves
+
+from . import alltoall, calls, windows
+from .groups import GroupInfo, has_native_cpu_only, info_of
+from .utils import EventOverlap
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Ops = Callable[[dict[str, Any]], Sequence[str]]
+"""Of the arguments of a call that were given, right or wrong: the ops that it enters, in their order."""
+
+
+def collective(ops: str | Ops) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Makes a function, whose `group` is an argument, or a method of Buffer one that fails on all ranks.
+
+    Arguments of another type than annotated raise ValueError, by name. While torch.compile traces, the function is
+    all there is.
+    """
+    ops_of: Ops = (lambda _: (ops,)) if isinstance(ops, str) else ops
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        parameters = inspect.signature(function).parameters
+        names = list(parameters)
+        kinds = {name: kind for name, one in parameters.items() if (kind := _kind(one.annotation)) is not None}
+        by_place = [(name, kinds.get(name)) for name in names]
+        is_method = names[0] == "self"
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            begun = calls.begin()
+            try:
+                for (name, kind), value in zip(by_place, args, strict=False):
+                    if kind is not None and (wrong := kind(name, value)):
+                        raise ValueError(wrong)
+                for name, value in kwargs.items():
+                    kind = kinds.get(name)
+                    if kind is not None and (wrong := kind(name, value)):
+                        raise ValueError(wrong)
+                result = function(*args, **kwargs)
+            except Exception as error:
+                entered, completed = calls.end(begun)
+                # An op that has been entered has told the others.
+                if completed or entered == 0:
+                    given = dict(zip(names, args, strict=False)) | kwargs
+                    left = ops_of(given)[entered:]
+                    if left and not _is_traced(given):
+                        _enter_as_failed(given["self"] if is_method else given.get("group"), left[0], str(error))
+                raise
+            except BaseException:
+                calls.end(begun)
+                raise
+            calls.end(begun)
+            return result
+
+        return call
+
+    return decorate
+
+
+def _is_traced(given: dict[str, Any]) -> bool:
+    """Whether there are no values, so that other ranks are not in this call."""
+    return get_proxy_mode() is not None or detect_fake_mode(tree_leaves(list(given.values()))) is not None
+
+
+def _enter_as_failed(where: Any, op: str, reason: str) -> None:
+    """`where`: a Buffer or a group. Where that is what is wrong, there is nothing to enter."""
+    reason = reason.removeprefix("deep_ep: ").removeprefix(f"deep_ep.{op}: ") or "failed"
+    with contextlib.suppress(Exception):  # which is what peers raise
+        info: GroupInfo = where._live() if hasattr(where, "_live") else info_of(where)
+        strategy = (info.low_latency if op.startswith("low_latency") else info.normal).value
+        if strategy == "alltoall":
+            alltoall.reject(op, info.name, reason)
+        elif strategy == "default" and has_native_cpu_only(info):
+            windows.agree(op, info.name, reason, torch.float32, ())
+
+
+# What a type allows
+
+
+Kind = Callable[[str, Any], str | None]
+"""(name, value) -> what is wrong with its type, or None."""
+
+
+def _got(value: Any) -> str:
+    return type(value).__name__
+
+
+def _tensor(name: str, value: Any) -> str | None:
+    if not isinstance(value, Tensor):
+        return f"{name} must be a torch.Tensor, got {_got(value)}"
+    if type(value) is Tensor or type(value) is torch.nn.Parameter:
+        if value.layout != torch.strided:
+            return f"{name} must be a dense tensor, got {value.layout}"
+        if value.is_meta:
+            return f"{name} must have values, got a tensor on the device meta"
+    return None
+
+
+def _integer(name: str, value: Any) -> str | None:
+    if isinstance(value, int) or (hasattr(value, "__index__") and not isinstance(value, Tensor)):
+        return None
+    return f"{name} must be an int, got {value if isinstance(value, float) else _got(value)}"
+
+
+def _event(name: str, value: Any) -> str | None:
+    return None if hasattr(value, "event") else f"{name} must be an EventOverlap, got {_got(value)}"
+
+
+def _fields(of: type, is_strict: bool) -> Kind:
+    """Those of the NamedTuple `of`: an object that has them, or, unless is_strict, as many values in a sequence."""
+    fields = [(field, _kind(annotation)) for field, annotation in of.__annotations__.items()]
+    article = "an" if of.__name__[0] in "AEIOU" else "a"
+
+    def wrong(name: str, value: Any) -> str | None:
+        if isinstance(value, of):
+            parts: Sequence[Any] = value  # type: ignore[assignment]
+        elif not is_strict and isinstance(value, tuple | list) and len(value) == len(fields):
+            parts = value
+        elif all(hasattr(value, field) for field, _ in fields):
+            parts = [getattr(value, field) for field, _ in fields]
+        else:
+            length = f" of {len(value)}" if isinstance(value, tuple | list) else ""
+            return f"{name} must be {article} {of.__name__}, got {_got(value)}{length}"
+        for (field, kind), part in zip(fields, parts, strict=True):
+            if kind is not None and (text := kind(f"{name}.{field}", part)):
+                return text
+        return None
+
+    return wrong
+
+
+def _pair(name: str, value: Any) -> str | None:
+    if not isinstance(value, tuple) or len(value) != 2:
+        length = f" of {len(value)}" if isinstance(value, tuple | list) else ""
+        return f"{name} must be two tensors in a tuple, got {_got(value)}{length}"
+    return _tensor(f"{name}[0]", value[0]) or _tensor(f"{name}[1]", value[1])
+
+
+def _either(kinds: list[Kind], may_be_none: bool) -> Kind:
+    def wrong(name: str, value: Any) -> str | None:
+        if value is None and may_be_none:
+            return None
+        texts = []
+        for kind in kinds:
+            text = kind(name, value)
+            if text is None:
+                return None
+            texts.append(text)
+        # What fits but for a part of it is what was meant.
+        for text in texts:
+            if not text.startswith(f"{name} must be ") or "dense" in text:
+                return text
+        others = " or ".join(text.removeprefix(f"{name} must be ").split(", got ")[0] for text in texts)
+        return f"{name} must be {others}, got {texts[0].split(', got ')[1]}"
+
+    return wrong
+
+
+def _kind(annotation: Any, is_strict: bool = True) -> Kind | None:
+    """What tells whether a value is as annotated; None: the function itself looks at it."""
+    if annotation is Tensor:
+        return _tensor
+    if annotation is int:
+        return _integer
+    if annotation is EventOverlap:
+        return _event
+    if annotation == tuple[Tensor, Tensor]:
+        return _pair
+    if isinstance(annotation, type) and issubclass(annotation, tuple) and hasattr(annotation, "_fields"):
+        return _fields(annotation, is_strict)
+    if get_origin(annotation) in (Union, UnionType):
+        options = [one for one in get_args(annotation) if one is not NoneType]
+        kinds = [_kind(one, len(options) == 1) for one in options]
+        known = [kind for kind in kinds if kind is not None]
+        if len(known) == len(kinds):
+            return (
+                known[0]
+                if len(known) == 1 and len(options) == len(get_args(annotation))
+                else _either(known, len(options) < len(get_args(annotation)))
+            )
+    return None
