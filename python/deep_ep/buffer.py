@@ -5,6 +5,7 @@ Dynamo traces through its methods.
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N received rows.
 """
 
+import sys
 import warnings
 import weakref
 from enum import Enum
@@ -172,7 +173,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         )
         self.normal_strategy, self.low_latency_strategy = self._info.normal, self._info.low_latency
         if explicitly_destroy:
-            self._undestroyed = weakref.finalize(self, _warn_of_undestroyed, group.group_name)
+            self._undestroyed = weakref.finalize(self, _warn_of_undestroyed, group.group_name, *_caller())
         if is_logged:
             call_log.start(self, self.group.group_name)
             spoil(self._info)
@@ -625,11 +626,20 @@ def _spread(out: dispatch_op.DispatchOutput, position: Tensor, N: int) -> tuple[
     )
 
 
-def _warn_of_undestroyed(group: str) -> None:
-    warnings.warn(
+def _caller() -> tuple[str, int]:
+    """File and line where this library was called."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("deep_ep."):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def _warn_of_undestroyed(group: str, file: str, line: int) -> None:
+    warnings.warn_explicit(
         f"deep_ep: a Buffer of the group '{group}' was made with explicitly_destroy=True and went without destroy()",
         RuntimeWarning,
-        stacklevel=2,
+        file,
+        line,
     )
 
 
