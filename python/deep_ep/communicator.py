@@ -71,7 +71,7 @@ class _Links:
         self.rank, self.size = group.rank(), group.size()
         store = PrefixStore("communicator", meeting.store)
         # That of fake ranks talks to nobody.
-        fake = group._get_backend(group._device_types[0]) if meeting.is_fake else None
+        fake: Any = group._get_backend(group._device_types[0]) if meeting.is_fake else None
         self.host: Any = fake or _gloo(group, store, meeting.timeout)
         self.by_device: dict[str, Any] = {}
         for device in group._device_types:
