@@ -3,6 +3,8 @@
 T local tokens, H hidden, K top-k, E experts, R ranks.
 """
 
+import atexit
+import contextlib
 import gc
 import os
 import re
@@ -11,7 +13,9 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,9 +23,11 @@ import torch.distributed as dist
 from cases import Case
 from op_calls import OPS, calls, check_ops, error_of, run
 from ranks import RankContext, RankDied, RankPool, raise_failures, spawn_ranks
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import deep_ep
-from deep_ep import communicator, pending
+from deep_ep import communicator, meeting, pending
 
 SHORT = timedelta(seconds=1)
 CASES = {R: Case((5, 0, 7, 3)[:R], seed=R) for R in (1, 2, 3, 4)}
@@ -387,3 +393,227 @@ def choose(ctx: RankContext) -> None:
 
 def test_a_group_is_prepared_once(pool: RankPool) -> None:
     pool.run(2, choose)
+
+
+# How a group is given
+
+
+def every_form(ctx: RankContext) -> dict[str, tuple[str, str]]:
+    """Works with a mesh and with names; what each says of what is no group of this rank."""
+    ctx.init_process_group()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    ep, others = mesh["ep"], dist.new_group([0, 1])
+    x, ids = torch.full((2, 4), 1.0 + ctx.rank), torch.tensor([[0], [1]])
+    layout = None
+    for strategy in ("default", "alltoall"):
+        deep_ep.init(ep, strategy=strategy, num_bytes=1 << 20)
+        peers = [1.0 + ctx.rank // 2 * 2 + r for r in (0, 1)]
+        want = torch.tensor(peers).repeat_interleave(1).unsqueeze(1).expand(2, 4)
+        for group in (ep, ep.get_group(), ep.get_group().group_name):
+            out = deep_ep.dispatch(x, ids, num_experts=2, group=group)
+            assert out.recv_x.tolist() == want.tolist()
+            assert deep_ep.combine(out.recv_x, out.handle, group=group).tolist() == x.tolist()
+            buffer = deep_ep.Buffer(group, num_nvl_bytes=1 << 20, rows="rank")
+            layout = buffer.get_dispatch_layout(ids, 2)
+            assert buffer.group is ep.get_group() and buffer.group_size == 2
+            per_rank = deep_ep.get_dispatch_layout(ids, num_experts=2, group=group)[0]
+            assert layout[0].tolist() == per_rank.tolist() == [1, 1]
+            low = deep_ep.low_latency_dispatch(x, ids, 2, 2, group=group)
+            assert int(low.recv_count.sum()) == 2
+        if strategy == "default":
+            assert deep_ep.groups.op_log(ep)[1] == deep_ep.groups.op_log(ep.get_group())[1] > 0
+            assert "dispatch" in deep_ep.groups.phases(ep)
+        deep_ep.destroy(ep)
+    errors = {}
+    wrong = {"mesh": mesh, "number": 3}
+    if ctx.rank > 1:
+        wrong |= {"others": others, "other mesh": DeviceMesh("cpu", [0, 1])}
+    else:
+        DeviceMesh("cpu", [0, 1])
+    for name, group in wrong.items():
+        calls_of = {
+            "init": lambda group=group: deep_ep.init(group),
+            "destroy": lambda group=group: deep_ep.destroy(group),
+            "Buffer": lambda group=group: deep_ep.Buffer(group),
+            "dispatch": lambda group=group: deep_ep.dispatch(x, ids, num_experts=2, group=group),
+            "op_log": lambda group=group: deep_ep.groups.op_log(group),
+            "phases": lambda group=group: deep_ep.groups.phases(group),
+        }
+        errors |= {f"{name} {call}": error_of(function) for call, function in calls_of.items()}
+    return errors
+
+
+def test_meshes_and_names_are_groups_and_the_rest_gets_a_sentence() -> None:
+    says = {
+        "mesh": r"one of 2: \('dp', 'ep'\); slice it, as in mesh\[\"ep\"\]",
+        "number": "a DeviceMesh of one dimension, a name or None, got 3",
+        "others": "group must be one that this rank is in",
+        "other mesh": r"group must be one that this rank is in, got a mesh of the ranks \[0, 1\]",
+    }
+    with spawn_ranks(4, every_form, init=False) as ranks:
+        outcomes = ranks.outcomes()
+    raise_failures(outcomes)
+    for rank, outcome in enumerate(outcomes):
+        assert len(outcome.value) == (24 if rank > 1 else 12)
+        for name, (kind, message) in outcome.value.items():
+            assert kind == "ValueError", (name, message)
+            assert re.search(says[name.rpartition(" ")[0]], message), (name, message)
+
+
+def gone(ctx: RankContext, form: str, strategy: str, backend: str) -> dict[str, tuple[str, str, str]]:
+    """What compiled code says, and with which type's text, when its group is no more."""
+    x, ids, weights = torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    messages = {}
+    for end in ("destroyed", "without a default group", "another of the name"):
+        torch._dynamo.reset()
+        ctx.init_process_group()
+        world, name = ctx.group, ctx.group.group_name
+        deep_ep.init(strategy=strategy, num_bytes=1 << 20)
+        group = {"group": world, "name": name}.get(form)
+        buffer = deep_ep.Buffer(world, num_nvl_bytes=1 << 20, normal_strategy=strategy) if form == "buffer" else None
+        layout = buffer.get_dispatch_layout(ids, 2) if buffer else ()
+
+        def layer(x: torch.Tensor) -> torch.Tensor:
+            if form == "op":
+                op = getattr(torch.ops.deep_ep.dispatch, strategy)
+                return 2 * op(x, ids, weights, 2, 2, 0, name)[0]  # noqa: B023
+            if form == "buffer":
+                per_rank, _, per_expert, in_rank, _ = layout  # noqa: B023
+                given = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank}
+                return buffer.dispatch(  # noqa: B023
+                    x, topk_idx=ids, topk_weights=weights, num_tokens_per_expert=per_expert, **given
+                )[0]
+            return 2 * deep_ep.dispatch(x, ids, num_experts=2, group=group).recv_x  # noqa: B023
+
+        compiled = torch.compile(layer, backend=backend, fullgraph=True)
+        assert compiled(x).shape[0] == (4 if ctx.rank == 0 else 0)
+        dist.barrier()
+        if end == "destroyed":
+            deep_ep.destroy()
+        else:
+            dist.destroy_process_group()
+        if end == "another of the name":
+            ctx.init_process_group()
+        try:
+            compiled(x)
+            messages[end] = "", "", ""
+        except Exception as error:
+            messages[end] = type(error).__name__, str(isinstance(error, RuntimeError)), str(error)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return messages
+
+
+@pytest.mark.parametrize(
+    "form, strategy, backend",
+    [
+        ("default", "default", "aot_eager"),
+        ("op", "alltoall", "aot_eager"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("group", "alltoall", "aot_eager"),
+                ("name", "default", "aot_eager"),
+                ("buffer", "default", "aot_eager"),
+                ("op", "default", "aot_eager"),
+                ("group", "default", "inductor"),
+            )
+        ),
+    ],
+)
+def test_a_compiled_graph_says_that_its_group_is_gone(form: str, strategy: str, backend: str) -> None:
+    with spawn_ranks(2, gone, form, strategy, backend, init=False) as ranks:
+        outcomes = ranks.outcomes(timeout=180.0)
+    raise_failures(outcomes)
+    for outcome in outcomes:
+        for end, (_, is_runtime_error, message) in outcome.value.items():
+            assert is_runtime_error == "True", (end, message)
+            says = "or gone|is gone|there are no windows for the group|there is no default group"
+            assert re.search(says, message.splitlines()[0]), (end, message)
+
+
+# What else there is
+
+
+def forked(ctx: RankContext) -> tuple[int, str]:
+    """A child that ends as processes do leaves the connections of its parent alone."""
+    name = meet(ctx)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _, message = error_of(run, "dispatch", "alltoall", calls(CASES[2]).arguments("dispatch", ctx.rank, name))
+        os.write(writer, message.encode())
+        deep_ep.destroy(ctx.group)
+        gc.collect()
+        atexit._run_exitfuncs()
+        os._exit(0)
+    os.close(writer)
+    message = os.read(reader, 1 << 16).decode()
+    _, status = os.waitpid(child, 0)
+    check_ops(CASES[ctx.size], ctx.rank, name, "alltoall")
+    return status, message
+
+
+def test_a_forked_child_is_not_in_the_group() -> None:
+    with spawn_ranks(2, forked, init=False) as ranks:
+        outcomes = ranks.outcomes()
+    raise_failures(outcomes)
+    for outcome in outcomes:
+        status, message = outcome.value
+        assert status == 0
+        assert "was forked" in message
+
+
+def in_store(ctx: RankContext, kind: str, path: str) -> None:
+    if kind == "fake":
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    else:
+        store = dist.FileStore(path, ctx.size) if kind == "file" else dist.HashStore()
+        dist.init_process_group("gloo", store=store, rank=ctx.rank, world_size=ctx.size)
+    for _ in range(2):
+        deep_ep.init(strategy="alltoall")
+        if kind == "fake":
+            ids = torch.zeros(2, 1, dtype=torch.int64)
+            assert deep_ep.dispatch(torch.ones(2, 4), ids, num_experts=4).recv_x.shape[0] == 8
+        else:
+            check_ops(CASES[ctx.size], ctx.rank, dist.group.WORLD.group_name, "alltoall")
+        deep_ep.destroy()
+
+
+@pytest.mark.parametrize("kind, size", [("file", 2), ("hash", 1), ("fake", 1)])
+def test_any_store_will_do(kind: str, size: int, tmp_path: Path) -> None:
+    with spawn_ranks(size, in_store, kind, str(tmp_path / "store"), init=False) as ranks:
+        raise_failures(ranks.outcomes())
+
+
+def comes_late(ctx: RankContext, how: str) -> tuple[float, str]:
+    """Rank 1 is not in init when rank 0 is: it never comes, or dies."""
+    ctx.init_process_group()
+    dist.barrier()
+    if ctx.rank == 1:
+        if how == "killed":
+            ctx.store.set("gone at", str(time.monotonic()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        ctx.store.wait(["gave up"])
+        return 0.0, error_of(deep_ep.init, ctx.group, strategy="alltoall")[1]
+    with mock.patch.object(meeting, "group_timeout", lambda _: SHORT) if how == "late" else contextlib.nullcontext():
+        _, message = error_of(deep_ep.init, ctx.group, strategy="alltoall")
+    at = time.monotonic()
+    ctx.store.set("gave up", "")
+    return at, message
+
+
+@pytest.mark.parametrize("how", ["killed", "late"])
+def test_who_does_not_come_to_init_is_named(how: str) -> None:
+    with spawn_ranks(2, comes_late, how, init=False) as ranks:
+        outcomes = ranks.outcomes()
+        gone_at = float(ranks.store.get("gone at")) if how == "killed" else 0.0
+    raise_failures(outcomes[:1] if how == "killed" else outcomes)
+    at, message = outcomes[0].value
+    assert message.startswith("deep_ep.init: rank 0 wait")
+    if how == "killed":
+        assert at - gone_at < 5.0
+        assert "rank 1 has died" in message
+    else:
+        assert "waited 1 s for rank 1 of the group" in message
+        assert "rank 0 gave up: " in outcomes[1].value[1]

@@ -12,7 +12,6 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import call_log, calls, cost, env, quantization, rank_rows
@@ -20,7 +19,7 @@ from .collective import collective
 from .config import Config
 from .fused import FusedCalls
 from .fused_weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
-from .groups import GroupInfo, prepare, spoil
+from .groups import Group, GroupInfo, prepare, process_group, spoil
 from .low_latency import LowLatencyCalls, Rows
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
@@ -79,7 +78,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
     """Expert-parallel communication for one group of ranks.
 
     Making a Buffer is collective and happens outside of compiled code. Several may exist at once, also of one group;
-    they share the group's windows.
+    they share the group's windows. Strategies are for the Buffer's own calls, and for functions only where nothing else
+    has prepared the group.
 
     There are two contracts of what a row is. Under rows="expert" (that of DeepEP-Ascend) dispatch gives one row per
     (token, expert), ordered by local expert, source rank, token, k, and combine weights them. Under rows="rank" (that
@@ -87,7 +87,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
     sum, of weights as well if they are given.
 
     Args:
-        group: the expert-parallel group.
+        group: the expert-parallel group: a ProcessGroup, a DeviceMesh of one dimension, or a group's name.
         num_nvl_bytes: most bytes of each rank's window, 0 for the default (`num_bytes` of `deep_ep.init`). Larger
             messages go in rounds.
         num_rdma_bytes: as num_nvl_bytes, for clients that size the buffer with it; the larger one counts.
@@ -118,7 +118,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        group: Group,
         num_nvl_bytes: int = 0,
         num_rdma_bytes: int = 0,
         low_latency_mode: bool = False,
@@ -143,7 +143,11 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         if enable_shrink:
             raise ValueError("enable_shrink must be False: all ranks of a group take part; make a group of fewer ranks")
         if comm is not None or group is None:
-            raise ValueError(f"group must be a ProcessGroup, and comm None; got {group!r} and {comm!r}")
+            raise ValueError(
+                f"group must be a ProcessGroup, and comm None; got {group!r} (which torch.distributed gives to ranks "
+                f"outside of a group) and {comm!r}"
+            )
+        pg = process_group(group)
         self._rows = env.value("DEEP_EP_ROWS") if rows is None else one_of("rows", rows, env.ROWS)
         self._running_counts = env.value("MOE_EXPERT_TOKEN_NUMS_TYPE") == "0"
         self._quant_mode = "int8" if env.value("DEEP_NORMAL_MODE_USE_INT8_QUANT") == "1" else "none"
@@ -153,9 +157,9 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         self.enable_shrink = enable_shrink
         self._destroyed = False
         is_logged = env.value("DEBUG_MODE").upper() == "ON"
-        self.group = group
-        self.rank = group.rank()
-        self.group_size = group.size()
+        self.group = pg
+        self.rank = pg.rank()
+        self.group_size = pg.size()
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
         self.low_latency_mode = low_latency_mode
@@ -163,7 +167,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             normal_strategy = one_of("normal_strategy", normal_strategy, NormalStrategy)
             low_latency_strategy = low_latency_strategy or MODES[env.value("DEEP_USE_MODE")][1]
         self._info: GroupInfo | None = prepare(
-            group,
+            pg,
             max(num_nvl_bytes, num_rdma_bytes) or None,
             normal_strategy,
             low_latency_strategy,
@@ -173,9 +177,9 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         )
         self.normal_strategy, self.low_latency_strategy = self._info.normal, self._info.low_latency
         if explicitly_destroy:
-            self._undestroyed = weakref.finalize(self, _warn_of_undestroyed, group.group_name, *_caller())
+            self._undestroyed = weakref.finalize(self, _warn_of_undestroyed, pg.group_name, *_caller())
         if is_logged:
-            call_log.start(self, self.group.group_name)
+            call_log.start(self, pg.group_name)
             spoil(self._info)
 
     @staticmethod

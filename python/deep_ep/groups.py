@@ -5,6 +5,7 @@ import os
 import weakref
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -43,9 +44,18 @@ class GroupInfo:
 
 Part = Windows | npu_windows.Windows | Communicator
 
+
+class _Owner(NamedTuple):
+    """Which group has the name."""
+
+    group: weakref.ref[dist.ProcessGroup]
+    # torch.distributed holds it as long as it knows the group, and nobody else does.
+    known: "weakref.ref[Any]"
+
+
 # By the group's name: whose it is, what functions do, whether `init` has chosen that, and what the group has: windows
 # by kind of device, and "alltoall": a communicator.
-_owners: dict[str, weakref.ref[dist.ProcessGroup]] = {}
+_owners: dict[str, _Owner] = {}
 _infos: dict[str, GroupInfo] = {}
 _chosen: set[str] = set()
 _parts: dict[str, dict[str, Part]] = {}
@@ -63,36 +73,39 @@ os.register_at_fork(after_in_child=_forget_parents)
 
 
 def process_group(group: Group) -> dist.ProcessGroup:
-    """The ProcessGroup that is meant.
+    """The ProcessGroup that is meant; traceable.
 
     ValueError: it is a mesh of several dimensions, or this rank is not in it. RuntimeError: there is no such group.
     """
+    if isinstance(group, dist.ProcessGroup):
+        return group
     if isinstance(group, str):
         try:
             return _resolve_process_group(group)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise RuntimeError(f"deep_ep: there is no group named '{group}'") from error
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(
-                f"group must be a mesh of one dimension, got one of {group.ndim}: {group.mesh_dim_names or 'unnamed'}; "
-                'slice it, as in mesh["ep"]'
-            )
-        if group.get_coordinate() is None:
-            raise ValueError(f"group must be one that this rank is in, got a mesh of the ranks {group.mesh.tolist()}")
+    if isinstance(group, DeviceMesh) and group.ndim == 1 and group.get_coordinate() is not None:
         return group.get_group()
-    if group is None:
-        if dist.group.WORLD is None:
-            raise RuntimeError("deep_ep: there is no default group; call torch.distributed.init_process_group first")
+    if group is None and dist.group.WORLD is not None:
         return dist.group.WORLD
-    if not isinstance(group, dist.ProcessGroup):
-        is_of_others = group == dist.GroupMember.NON_GROUP_MEMBER
+    return _refuse(group)
+
+
+@torch.compiler.assume_constant_result
+def _refuse(group: object) -> NoReturn:
+    """Says why it is no group of this rank. Not traced, since Dynamo does not say what traced code raises."""
+    if group is None:
+        raise RuntimeError("deep_ep: there is no default group; call torch.distributed.init_process_group first")
+    if isinstance(group, DeviceMesh) and group.ndim != 1:
         raise ValueError(
-            "group must be one that this rank is in, got what torch.distributed gives to others"
-            if is_of_others
-            else f"group must be a ProcessGroup, a DeviceMesh of one dimension, a group's name or None, got {group!r}"
+            f"group must be a mesh of one dimension, got one of {group.ndim}: {group.mesh_dim_names or 'unnamed'}; "
+            'slice it, as in mesh["ep"]'
         )
-    return group
+    if isinstance(group, DeviceMesh):
+        raise ValueError(f"group must be one that this rank is in, got a mesh of the ranks {group.mesh.tolist()}")
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group must be one that this rank is in; torch.distributed.new_group gave it to other ranks")
+    raise ValueError(f"group must be a ProcessGroup, a DeviceMesh of one dimension, a name or None, got {group!r}")
 
 
 def init(
@@ -192,7 +205,9 @@ def prepare(
             _parts.setdefault(name, {})[kind] = part
             if isinstance(part, Communicator):
                 part.publish()
-    _owners[name] = weakref.ref(pg, functools.partial(_forget, name))
+    if not _owns(pg):
+        store = cast(Any, dist.distributed_c10d)._get_process_group_store(pg)
+        _owners[name] = _Owner(weakref.ref(pg), weakref.ref(store or pg, functools.partial(_forget, name)))
     if chooses:
         _chosen.add(name)
     if chooses or name not in _infos:
@@ -250,11 +265,11 @@ def _make(kind: str, pg: dist.ProcessGroup, meeting: Meeting, num_bytes: int | N
 def _owns(pg: dist.ProcessGroup) -> bool:
     """Whether what is known under the group's name is of this group, and not of one that had the name before."""
     owner = _owners.get(pg.group_name)
-    return owner is not None and owner() is pg
+    return owner is not None and owner.group() is pg
 
 
-def _forget(name: str, owner: weakref.ref[dist.ProcessGroup]) -> None:
-    if _owners.get(name) is owner:
+def _forget(name: str, known: "weakref.ref[Any]") -> None:
+    if name in _owners and _owners[name].known is known:
         _drop(name)
 
 
@@ -283,8 +298,8 @@ def destroy(group: Group = None) -> None:
     """Waits for the calls that this rank has started, leaves the group and forgets its strategies. Peers that wait for
     this rank in an op raise.
 
-    Tensors that lie in the window stay valid. Without this call the same happens when the ProcessGroup goes, but for
-    the waiting.
+    Tensors that lie in the window stay valid. Without this call the same happens in destroy_process_group, but for the
+    waiting.
     """
     name = group if isinstance(group, str) else process_group(group).group_name
     try:
@@ -307,15 +322,21 @@ def info_of(group: Group) -> GroupInfo:
     if info is None and name in _parents:
         raise _is_parents(name)
     if info is None or not (torch.compiler.is_compiling() or _owns(process_group(name))):
-        raise RuntimeError(
-            f"deep_ep: the group '{name}' is not prepared; call deep_ep.init(group) first, on all its ranks"
-        )
+        return _refuse_unprepared(name)
     return info
 
 
 def has_native_cpu_only(info: GroupInfo) -> bool:
     """Whether what the ops of the group run on is the CPU, where a rank can say that it has failed."""
     return [kind for kind in _parts.get(info.name, ()) if kind != "alltoall"] == ["cpu"]
+
+
+@torch.compiler.assume_constant_result
+def _refuse_unprepared(name: str) -> NoReturn:
+    """Not traced, since Dynamo does not say what traced code raises."""
+    raise RuntimeError(
+        f"deep_ep: the group '{name}' is not prepared, or gone; call deep_ep.init(group) first, on all its ranks"
+    )
 
 
 def op_log(group: Group = None, since: int = 0) -> tuple[list[str], int]:

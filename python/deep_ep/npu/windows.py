@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .. import env
 from .._library import ERROR_BYTES, find, library
@@ -66,7 +67,7 @@ def table(name: str) -> Tensor:
     return _windows(name).table
 
 
-def check(group: str | dist.ProcessGroup) -> None:
+def check(group: str | dist.ProcessGroup | DeviceMesh) -> None:
     """Whether all is well with the launches of the group's kernels that have ended; waits for none.
 
     A kernel cannot raise. Where one fails, because a peer did not come in time or asked for something else, or because
@@ -76,7 +77,9 @@ def check(group: str | dist.ProcessGroup) -> None:
     Raises:
         RuntimeError: a launch has failed on this rank: its op and number, the peer, and what was expected and found.
     """
-    if failure := _windows(group if isinstance(group, str) else group.group_name).failure():
+    from ..groups import process_group  # which needs this module
+
+    if failure := _windows(group if isinstance(group, str) else process_group(group).group_name).failure():
         raise RuntimeError(failure)
 
 
