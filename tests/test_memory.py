@@ -16,7 +16,6 @@ import torch.distributed as dist
 from cases import Case
 from op_calls import check_ops, error_of
 from ranks import RUN_TIMEOUT, RankContext, RankPool, raise_failures, spawn_ranks
-from torch import Tensor
 
 import deep_ep
 from deep_ep import groups
