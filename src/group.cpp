@@ -15,6 +15,7 @@
 #include "arithmetic.h"
 #include "copy.h"
 #include "error.h"
+#include "idle.h"
 #include "interrupt.h"
 #include "per_process.h"
 
@@ -22,7 +23,6 @@ namespace deep_ep {
 namespace {
 
 constexpr uint64_t kMargin = 512 << 10;  // of blocks for rows
-constexpr uint64_t kSpared = 20;         // a window leaves one part in as many of the host's memory alone
 
 uint64_t window_bytes(int num_ranks, uint64_t bytes) {
   const HostMemory memory = host_memory();
@@ -71,16 +71,11 @@ void copy_text(char* to, const std::string& text) {
 }  // namespace
 
 OwnWindow::OwnWindow(const WindowLayout& at)
-    : window(Window::create(at.total())), pool(at.pool, at.pool_bytes, [this](uint64_t offset, uint64_t bytes) {
-        const HostMemory memory = host_memory();
-        if (bytes + memory.total / kSpared > memory.available) return false;
-        try {
-          window.reserve(offset, bytes);
-        } catch (const Error&) {
-          return false;
-        }
-        return true;
-      }) {
+    : window(Window::create(at.total())),
+      pool(
+          at.pool, at.pool_bytes, [this](uint64_t offset, uint64_t bytes) { return reserve(offset, bytes); },
+          [this](uint64_t offset, uint64_t bytes) { return window.release(offset, bytes); },
+          [this] { sweep_when_idle([weak = weak_from_this()] { return sweep(weak); }); }) {
   window.reserve(0, at.attachments);
   window.reserve(at.staging, at.staging_bytes);
 }
@@ -89,6 +84,22 @@ std::shared_ptr<std::byte> OwnWindow::kept(Block block) {
   return {window.at(block.offset), [own = shared_from_this(), block](std::byte*) {
             if (own->process == getpid()) own->pool.give_back(block);
           }};
+}
+
+bool OwnWindow::reserve(uint64_t offset, uint64_t bytes) {
+  const HostMemory memory = host_memory();
+  if (bytes + left_alone(memory) > memory.available) return false;
+  try {
+    window.reserve(offset, bytes);
+  } catch (const Error&) {
+    return false;
+  }
+  return true;
+}
+
+bool OwnWindow::sweep(const std::weak_ptr<OwnWindow>& weak) {
+  const std::shared_ptr<OwnWindow> own = weak.lock();
+  return own && own->pool.sweep();
 }
 
 Group::Group(int rank, int size, uint64_t bytes, std::chrono::milliseconds timeout)
@@ -132,7 +143,7 @@ Nanoseconds Group::spent(Op op, uint64_t* finished) const {
 }
 
 std::optional<PoolMemory> Group::reserve(uint64_t bytes) const {
-  const Block block = own_->pool.trim(own_->pool.take(bytes), bytes);
+  const Block block = own_->pool.trim(own_->pool.take(bytes, bytes), bytes);
   PoolMemory taken{block, own_->kept(block)};
   return block.bytes < bytes ? std::nullopt : std::optional(std::move(taken));
 }
@@ -218,7 +229,8 @@ Operation::Operation(Turn turn, Contribution mine, const std::function<std::stri
     if (group_.log_.size() < Group::kLogged) group_.log_.resize(Group::kLogged);
     group_.log_[(sequence_ - 1) % Group::kLogged] = op_;
   }
-  if (!mine.reserved) offered_ = group_.own_->pool.take(with_margin(std::max(mine.expected, wanted())));
+  if (mine.rejected.empty() && !mine.reserved)
+    offered_ = group_.own_->pool.take(with_margin(std::max(mine.expected, wanted())), mine.least);
   open_ = true;
 
   try {
@@ -260,6 +272,8 @@ void Operation::enter(const Contribution& mine, const std::function<std::string(
   const std::string wrong = verdict(check);
   stopwatch_.enter(Phase::allocate);
   if (wrong.empty()) return;
+  needed_ = 0;
+  group_.own_->pool.undo(std::exchange(offered_, {}));
   end();
   throw Error(str(prefix(), wrong));
 }

@@ -39,6 +39,10 @@ struct OwnWindow : std::enable_shared_from_this<OwnWindow> {
   const pid_t process = getpid();  // whose pool it is: a forked child has tensors in it, too
   Window window;
   Pool pool;
+
+ private:
+  bool reserve(uint64_t offset, uint64_t bytes);
+  static bool sweep(const std::weak_ptr<OwnWindow>& weak);
 };
 
 // A block of the pool, and what keeps it.
@@ -62,6 +66,9 @@ class Group {
   int size() const { return size_; }
   uint64_t bytes() const { return bytes_; }
   int fd() const { return own_->window.fd(); }
+
+  // Bytes of the own window that hold no rows now.
+  uint64_t spare() const { return own_->pool.spare(); }
 
   // Runs what its callers do not wait for.
   Worker& worker() { return worker_; }
@@ -177,6 +184,7 @@ struct Contribution {
   std::vector<int32_t> words;  // published with the post
   std::string rejected;        // unless empty: why this rank cannot take part
   uint64_t expected = 0;       // bytes of the pool that rows for this rank are expected to need
+  uint64_t least = 0;          // bytes of it without which they do not fit for certain
   // Instead, where rows for this rank go is settled: this block of the pool, of 0 bytes for none.
   std::optional<Block> reserved;
   // What this rank has to send, for an operation of little data: `attach` writes these bytes.

@@ -1,55 +1,156 @@
 #include "private_memory.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "error.h"
+#include "idle.h"
 #include "per_process.h"
 #include "window_layout.h"
 
 namespace deep_ep {
 namespace {
 
+uint64_t page_bytes() {
+  static const uint64_t bytes = sysconf(_SC_PAGESIZE);
+  return bytes;
+}
+
+struct Mapping {
+  std::byte* memory;
+  uint64_t bytes;
+  bool huge;         // in huge pages, where there are some
+  unsigned age = 0;  // sweeps since it was given back
+};
+
 // Mappings that are not in use. To map memory anew and to touch it for the first time takes longer than to write it.
+// What is in use and what is not has, together, no more bytes than were in use at once not long ago.
 class Spare {
  public:
-  std::byte* take(uint64_t bytes) {
-    std::lock_guard lock(mutex_);
-    const auto node = mappings_.extract(bytes);
-    return node ? node.mapped() : nullptr;
+  // Of at least `bytes`, a multiple of pages; without memory if it is new, and then filled with 0.
+  Mapping take(uint64_t bytes, bool huge, bool* is_new) {
+    std::vector<Mapping> dropped;
+    Mapping taken{nullptr, bytes, huge};
+    {
+      std::lock_guard lock(mutex_);
+      // The smallest one, if it is not much too large; of equal ones the newest, which may be in the caches.
+      auto best = spare_.end();
+      for (auto at = spare_.begin(); at != spare_.end(); ++at)
+        if (at->huge == huge && at->bytes >= bytes && at->bytes - bytes <= bytes / kSlack)
+          if (best == spare_.end() || at->bytes <= best->bytes) best = at;
+      if (best != spare_.end()) {
+        taken = *best;
+        spare_bytes_ -= best->bytes;
+        spare_.erase(best);
+      }
+      used_ += taken.bytes;
+      peak_ = std::max(peak_, used_);
+      shrink(dropped);
+    }
+    unmap(dropped);
+    *is_new = taken.memory == nullptr;
+    if (!*is_new) return taken;
+    try {
+      taken.memory = map(bytes);
+    } catch (...) {
+      std::lock_guard lock(mutex_);
+      used_ -= bytes;
+      throw;
+    }
+    // If that fails pages are small.
+    if (huge) madvise(taken.memory, bytes, MADV_HUGEPAGE);
+    return taken;
   }
 
-  void give_back(uint64_t bytes, std::byte* memory) {
+  void give_back(Mapping mapping) {
+    std::vector<Mapping> dropped;
+    bool first;
+    {
+      std::lock_guard lock(mutex_);
+      used_ -= mapping.bytes;
+      mapping.age = 0;
+      spare_.push_back(mapping);
+      spare_bytes_ += mapping.bytes;
+      first = !std::exchange(watched_, true);
+      shrink(dropped);
+    }
+    unmap(dropped);
+    if (first) sweep_when_idle([] { return PerProcess<Spare>::get().sweep(); });
+  }
+
+  uint64_t bytes() {
     std::lock_guard lock(mutex_);
-    mappings_.emplace(bytes, memory);
-    if (mappings_.size() <= kMost) return;
-    const auto largest = std::prev(mappings_.end());
-    munmap(largest->second, largest->first);
-    mappings_.erase(largest);
+    return spare_bytes_;
   }
 
  private:
-  static constexpr size_t kMost = 8;
+  static constexpr uint64_t kSlack = 4;  // a mapping may be larger than what is asked for by one part in as many
+  static constexpr unsigned kOld = 2;    // sweeps
+
+  static std::byte* map(uint64_t bytes) {
+    void* const made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (made == MAP_FAILED) throw Error(str("cannot allocate ", bytes, " bytes: ", std::strerror(errno)));
+    return static_cast<std::byte*>(made);
+  }
+
+  // Where addresses cannot be given back, since the process may have no more mappings than it has, memory can.
+  static void unmap(const std::vector<Mapping>& mappings) {
+    for (const Mapping& mapping : mappings)
+      if (munmap(mapping.memory, mapping.bytes) != 0) madvise(mapping.memory, mapping.bytes, MADV_DONTNEED);
+  }
+
+  // The oldest ones go.
+  void shrink(std::vector<Mapping>& dropped) {
+    auto end = spare_.begin();
+    for (; end != spare_.end() && used_ + spare_bytes_ > std::max(peak_, peak_before_); ++end)
+      spare_bytes_ -= end->bytes;
+    move_out(end, dropped);
+  }
+
+  void move_out(std::vector<Mapping>::iterator end, std::vector<Mapping>& dropped) {
+    dropped.insert(dropped.end(), spare_.begin(), end);
+    spare_.erase(spare_.begin(), end);
+  }
+
+  bool sweep() {
+    std::vector<Mapping> dropped;
+    bool more;
+    {
+      std::lock_guard lock(mutex_);
+      peak_before_ = std::exchange(peak_, used_);
+      auto end = spare_.begin();
+      for (auto at = spare_.begin(); at != spare_.end(); ++at)
+        if (++at->age >= kOld) {
+          spare_bytes_ -= at->bytes;
+          end = at + 1;
+        }
+      move_out(end, dropped);
+      shrink(dropped);
+      more = watched_ = !spare_.empty();
+    }
+    unmap(dropped);
+    return more;
+  }
 
   std::mutex mutex_;
-  std::multimap<uint64_t, std::byte*> mappings_;  // by their size
+  std::vector<Mapping> spare_;  // in the order in which they were given back
+  uint64_t spare_bytes_ = 0, used_ = 0;
+  uint64_t peak_ = 0;         // of used_ since the last sweep
+  uint64_t peak_before_ = 0;  // between the one before and that
+  bool watched_ = false;
 };
 
-struct SparePages : Spare {};
-struct SpareHugePages : Spare {};
-Spare& spare_pages() { return PerProcess<SparePages>::get(); }
-Spare& spare_huge_pages() { return PerProcess<SpareHugePages>::get(); }
-
-std::byte* map(uint64_t bytes) {
-  void* const made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (made == MAP_FAILED) throw Error(str("cannot allocate ", bytes, " bytes: ", std::strerror(errno)));
-  return static_cast<std::byte*>(made);
+// The mapping, which goes back when the pointer dies.
+std::shared_ptr<std::byte> held(const Mapping& mapping) {
+  return {mapping.memory, [mapping](std::byte*) { PerProcess<Spare>::get().give_back(mapping); }};
 }
 
 }  // namespace
@@ -60,25 +161,28 @@ std::shared_ptr<std::byte> private_memory(uint64_t bytes) {
     if (memory == nullptr) throw Error(str("cannot allocate ", bytes, " bytes"));
     return {memory, [](std::byte* memory) { std::free(memory); }};
   }
-  const uint64_t size = round_up(bytes, kHugePage);
-  std::byte* memory = spare_huge_pages().take(size);
-  if (memory == nullptr) {
-    memory = map(size);
-    madvise(memory, size, MADV_HUGEPAGE);
-  }
-  return {memory, [size](std::byte* memory) { spare_huge_pages().give_back(size, memory); }};
+  bool is_new;
+  return held(PerProcess<Spare>::get().take(round_up(bytes, kHugePage), true, &is_new));
 }
 
 std::shared_ptr<std::byte> zeros_behind(uint64_t used, uint64_t bytes) {
-  const uint64_t size = std::max(round_up(bytes, kPage), kPage), touched = round_up(used, kPage);
-  std::byte* memory = spare_pages().take(size);
-  if (memory != nullptr) {
-    std::memset(memory + used, 0, std::min(touched, size) - used);
-    if (touched < size) madvise(memory + touched, size - touched, MADV_DONTNEED);
-  } else {
-    memory = map(size);
-  }
-  return {memory, [size](std::byte* memory) { spare_pages().give_back(size, memory); }};
+  const uint64_t size = round_up(std::max<uint64_t>(bytes, 1), page_bytes());
+  bool is_new;
+  const Mapping mapping = PerProcess<Spare>::get().take(size, false, &is_new);
+  if (is_new) return held(mapping);
+  // Pages are taken away, and come back as zeros. Those that the process has locked stay, and are written.
+  const uint64_t kept = std::min(round_up(used, page_bytes()), size);
+  std::memset(mapping.memory + used, 0, kept - used);
+  if (kept < mapping.bytes && madvise(mapping.memory + kept, mapping.bytes - kept, MADV_DONTNEED) != 0)
+    std::memset(mapping.memory + kept, 0, mapping.bytes - kept);
+  return held(mapping);
+}
+
+uint64_t spare_private_memory() { return PerProcess<Spare>::get().bytes(); }
+
+bool can_map(uint64_t bytes) {
+  void* const made = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return made != MAP_FAILED && munmap(made, bytes) == 0;
 }
 
 }  // namespace deep_ep

@@ -1,4 +1,4 @@
-// Memory of this process alone, for results.
+// Memory of this process alone, for results. What is given back is used again, until nobody has used it for a while.
 #pragma once
 
 #include <cstddef>
@@ -7,11 +7,17 @@
 
 namespace deep_ep {
 
-// In huge pages where there are some. What is given back is used again for as many bytes.
+// In huge pages where there are some.
 std::shared_ptr<std::byte> private_memory(uint64_t bytes);
 
-// Of which all beyond the first `used` bytes are 0. That takes neither time nor memory until somebody touches it. What
-// is given back is used again, with what was in its first bytes.
+// Of which all beyond the first `used` bytes are 0. That takes neither time nor memory until somebody touches it,
+// unless memory is locked. In the first bytes there may be anything.
 std::shared_ptr<std::byte> zeros_behind(uint64_t used, uint64_t bytes);
+
+// Bytes that are kept to be used again.
+uint64_t spare_private_memory();
+
+// Whether the process may have so many bytes more.
+bool can_map(uint64_t bytes);
 
 }  // namespace deep_ep

@@ -31,9 +31,10 @@ std::byte* map(int fd, uint64_t bytes) {
     munmap(room, bytes + kHugePage);
     throw failed();
   }
+  // What is not needed of the room. If it stays, it is addresses without memory.
+  const uint64_t page = sysconf(_SC_PAGESIZE), behind = round_up(at + bytes, page);
   if (at > begin) munmap(room, at - begin);
-  const uint64_t behind = round_up(at + bytes, kPage);
-  munmap(reinterpret_cast<void*>(behind), begin + kHugePage + round_up(bytes, kPage) - behind);
+  munmap(reinterpret_cast<void*>(behind), begin + kHugePage + round_up(bytes, page) - behind);
   return static_cast<std::byte*>(base);
 }
 
@@ -97,9 +98,14 @@ bool Window::reserve_huge(uint64_t offset, uint64_t bytes) {
   const uint64_t begin = round_up(offset, kHugePage), end = (offset + bytes) / kHugePage * kHugePage;
   if (begin >= end) return false;
   for (uint64_t at = begin; at < end; at += kHugePage)
-    if (allocate(fd_, at, kPage) != 0) return false;
+    if (allocate(fd_, at, 1) != 0) return false;
   if (madvise(base_ + begin, end - begin, kMadviseCollapse) != 0) return false;
   return allocate(fd_, offset, begin - offset) == 0 && allocate(fd_, end, offset + bytes - end) == 0;
+}
+
+bool Window::release(uint64_t offset, uint64_t bytes) {
+  return fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+                   static_cast<off_t>(bytes)) == 0;
 }
 
 Window Window::open(int64_t pid, int64_t fd, uint64_t bytes) {

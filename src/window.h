@@ -18,6 +18,9 @@ class Window {
   // Reserves memory. Throws, and raises no SIGBUS later, if the host has too little.
   void reserve(uint64_t offset, uint64_t bytes);
 
+  // Gives memory back; what was in it is gone. False if that cannot be.
+  bool release(uint64_t offset, uint64_t bytes);
+
   // Maps the window that process `pid` holds as file descriptor `fd`.
   static Window open(int64_t pid, int64_t fd, uint64_t bytes);
 
@@ -44,5 +47,8 @@ struct HostMemory {
   uint64_t total, available;
 };
 HostMemory host_memory();
+
+// What a window leaves of the host's memory to others.
+inline uint64_t left_alone(const HostMemory& memory) { return memory.total / 20; }
 
 }  // namespace deep_ep

@@ -20,7 +20,7 @@
 namespace deep_ep {
 
 constexpr uint64_t kLine = 64;
-constexpr uint64_t kPage = 4096;
+constexpr uint64_t kPage = 4096;  // a unit of sizes, whatever the pages of the machine are
 constexpr uint64_t kHugePage = 2 << 20;
 constexpr uint64_t kMinWindowBytes = 1 << 20;
 constexpr int kTextBytes = 512;
@@ -43,6 +43,9 @@ struct Post {
   int64_t rows;          // of the tensor that receives expert rows; dispatch: W, 0 in exact mode
   uint64_t pool_offset;  // the pool block that this rank offers for rows of this operation
   uint64_t pool_bytes;
+  // Where much memory is wanted, what this rank has seen: bytes that the host has available, and that it has to spare.
+  uint64_t available;
+  uint64_t spare;
   char text[kTextBytes];  // if not rejected: the form of the call (ThreadCalls), or nothing
 };
 

@@ -60,7 +60,7 @@ _infos: dict[str, GroupInfo] = {}
 _chosen: set[str] = set()
 _parts: dict[str, dict[str, Part]] = {}
 _spoiled: set[str] = set()
-_parents: dict[str, weakref.ref[dist.ProcessGroup]] = {}  # of the rank that this process was forked from, if it was
+_parents: dict[str, _Owner] = {}  # of the rank that this process was forked from, if it was
 
 
 def _forget_parents() -> None:
@@ -165,7 +165,7 @@ def prepare(
     if error := check_comm_alg(comm_alg):
         raise ValueError(error)
     pg = process_group(group)
-    if pg.group_name in _parents and _parents[pg.group_name]() is pg:
+    if pg.group_name in _parents and _parents[pg.group_name].group() is pg:
         raise _is_parents(pg.group_name)
     if num_bytes is not None and num_bytes <= 0:
         raise ValueError(f"num_bytes must be positive, got {num_bytes}")

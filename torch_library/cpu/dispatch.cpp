@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "attached_tokens.h"
+#include "private_memory.h"
 #include "recv_rows.h"
 #include "routing.h"
 #include "started.h"
@@ -53,6 +54,44 @@ Dispatched make_results(const Tensor& x, const Tensor& topk_idx, bool low_latenc
   return out;
 }
 
+// Bytes that a rank takes for a row of recv_x and of what goes with it.
+int64_t row_memory(const Post& post, int64_t row_bytes) {
+  const int64_t ids = post.op == Op::dispatch ? post.top_k * (sizeof(int64_t) + sizeof(float)) : 0;
+  return row_bytes + 3 * sizeof(int32_t) + ids;
+}
+
+const char* asks_for_rows(Op op) {
+  return op == Op::dispatch ? "num_worst_tokens" : "num_max_dispatch_tokens_per_rank";
+}
+
+// What this rank has seen of the host's memory, if it is about to take much.
+void look_at_memory(Checks& checks, Contribution& mine, const Group& group, uint64_t bytes) {
+  constexpr uint64_t kMuch = 256 << 20;
+  if (bytes < kMuch) return;
+  const HostMemory memory = host_memory();
+  mine.post.available = memory.available - std::min(memory.available, left_alone(memory));
+  mine.post.spare = group.spare() + spare_private_memory();
+  checks.require(mine.post.rows == 0 || can_map(bytes), asks_for_rows(mine.post.op), " asks for ", mine.post.rows,
+                 " rows, of ", bytes, " bytes with what goes with them, which this process may not have");
+}
+
+// What is wrong if the host has too little memory for what all ranks receive: the same on all of them.
+std::string too_much_memory(const Operation& op, const Routing& routing, int64_t element_size) {
+  uint64_t available = 0, wanted = 0;
+  std::string ranks;
+  for (int r = 0; r < op.size(); ++r) {
+    const Post& post = op.post(r);
+    const int64_t rows = routing.total_rows(r), bytes = row_memory(post, post.hidden * element_size);
+    // Of those that looked the first one has seen the most, before others took theirs.
+    available = std::max(available, post.available);
+    wanted += rows * bytes - std::min<uint64_t>(rows * bytes, post.spare);
+    ranks += str(ranks.empty() ? "" : ", ", "rank ", r, " makes room for ", rows, " rows of ", bytes, " bytes");
+  }
+  if (available == 0 || wanted <= available) return "";
+  return str("the host has too little memory, ", available, " bytes: ", ranks, "; ask for less with ",
+             asks_for_rows(op.post(0).op));
+}
+
 }  // namespace
 
 EarlyDispatched make_early(const Group& group, const Tensor& x, const Tensor& topk_idx, bool low_latency,
@@ -87,14 +126,17 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
     const AttachedTokens attached(post, x.element_size());
     const int64_t rows = num_worst_tokens > 0 ? num_worst_tokens : post.tokens * post.top_k;
     mine.expected = rows * (attached.row_bytes + sizeof(RowMeta));
+    mine.least = num_worst_tokens * attached.row_bytes;
+    look_at_memory(checks, mine, turn.group(), rows * row_memory(post, attached.row_bytes));
     mine.attached_bytes = attached.bytes;
     mine.attach = [&, attached](std::byte* to) { attached.write(to, x.const_data_ptr(), ids, weights); };
   }
   mine.rejected = checks.wrong();
-
-  std::optional<Routing> routing;
   RecvRows recv = early ? std::move(early->recv) : RecvRows();
   mine.reserved = recv.reserved();
+  if (mine.reserved) post.spare += mine.reserved->bytes;
+
+  std::optional<Routing> routing;
   Operation op(std::move(turn), mine, [&](const Operation& op) {
     std::vector<const int32_t*> all_counts(op.size());
     std::vector<int64_t> worst(op.size());
@@ -112,6 +154,7 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
       if (routing->wanted(r) > std::numeric_limits<int32_t>::max())
         return str("rank ", r, " would receive ", routing->wanted(r), " rows; at most ",
                    std::numeric_limits<int32_t>::max(), " are possible");
+    if (std::string wrong = too_much_memory(op, *routing, x.element_size()); !wrong.empty()) return wrong;
     recv.place(
         op, x, sizeof(RowMeta), [&](int r) { return routing->delivered(r); },
         [&](int r) { return routing->total_rows(r); });

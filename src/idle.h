@@ -1,0 +1,15 @@
+// Memory that nobody has used for a while goes back to the system, also if nobody asks for anything any more.
+#pragma once
+
+#include <chrono>
+#include <functional>
+
+namespace deep_ep {
+
+constexpr std::chrono::seconds kIdle{2};
+
+// Calls `sweep` about every kIdle, until it returns false. It must not throw, and may run on another thread, which
+// there is as long as there is something to call.
+void sweep_when_idle(std::function<bool()> sweep) noexcept;
+
+}  // namespace deep_ep
