@@ -11,6 +11,7 @@
 #include "error.h"
 #include "fused_layout.h"
 #include "group.h"
+#include "interrupt.h"
 
 #define DEEP_EP_API extern "C" __attribute__((visibility("default")))
 
@@ -22,18 +23,32 @@ using Handle = std::shared_ptr<Group>;
 
 constexpr size_t kErrorBytes = 512;
 
+// Why the last call on this thread failed, where that was a signal.
+thread_local std::exception_ptr interrupted;
+
 template <typename Body>
 int guarded(char* error, Body&& body) {
+  interrupted = nullptr;
   try {
     body();
     return 0;
   } catch (const std::exception& e) {
+    if (dynamic_cast<const deep_ep::Interrupted*>(&e) != nullptr) interrupted = std::current_exception();
     std::strncpy(error, e.what(), kErrorBytes - 1);
     return 1;
   }
 }
 
 }  // namespace
+
+// If the last call failed because of a signal, raises what the signal's handler raised. Needs the interpreter's lock.
+DEEP_EP_API void deep_ep_raise_interrupt() {
+  try {
+    if (interrupted) std::rethrow_exception(std::exchange(interrupted, nullptr));
+  } catch (const deep_ep::Interrupted& e) {
+    e.set_error();
+  }
+}
 
 DEEP_EP_API void* deep_ep_group_create(int rank, int size, uint64_t bytes, int64_t timeout_ms, char* error) {
   Handle* handle = nullptr;
@@ -47,6 +62,11 @@ DEEP_EP_API int deep_ep_group_fd(void* handle) { return (*static_cast<Handle*>(h
 
 DEEP_EP_API int deep_ep_group_usable(void* handle) { return (*static_cast<Handle*>(handle))->usable(); }
 
+// Whether the operations that have been issued have ended, for which it waits so long.
+DEEP_EP_API int deep_ep_group_join(void* handle, int64_t time_ms) {
+  return (*static_cast<Handle*>(handle))->join(std::chrono::milliseconds(time_ms));
+}
+
 DEEP_EP_API uint64_t deep_ep_group_bytes(void* handle) { return (*static_cast<Handle*>(handle))->bytes(); }
 
 DEEP_EP_API int deep_ep_group_connect(void* handle, const int64_t* pids, const int64_t* fds, const uint64_t* bytes,
@@ -59,6 +79,9 @@ DEEP_EP_API void deep_ep_group_publish(void* handle, const char* name) {
   const Handle& group = *static_cast<Handle*>(handle);
   deep_ep::groups::put(name, group);
 }
+
+// From here on, results of calls that go on look like none until they have come.
+DEEP_EP_API void deep_ep_group_spoil(void* handle) { (*static_cast<Handle*>(handle))->set_spoils(); }
 
 // Codes of the newest operations, oldest first, into ops[capacity]; returns how many were ever issued.
 DEEP_EP_API uint64_t deep_ep_group_log(void* handle, uint32_t* ops, uint64_t capacity) {

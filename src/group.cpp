@@ -15,11 +15,12 @@
 #include "arithmetic.h"
 #include "copy.h"
 #include "error.h"
+#include "interrupt.h"
+#include "per_process.h"
 
 namespace deep_ep {
 namespace {
 
-constexpr int kHealthMilliseconds = 100;
 constexpr uint64_t kMargin = 512 << 10;  // of blocks for rows
 constexpr uint64_t kSpared = 20;         // a window leaves one part in as many of the host's memory alone
 
@@ -84,6 +85,12 @@ OwnWindow::OwnWindow(const WindowLayout& at)
   window.reserve(at.staging, at.staging_bytes);
 }
 
+std::shared_ptr<std::byte> OwnWindow::kept(Block block) {
+  return {window.at(block.offset), [own = shared_from_this(), block](std::byte*) {
+            if (own->process == getpid()) own->pool.give_back(block);
+          }};
+}
+
 Group::Group(int rank, int size, uint64_t bytes, std::chrono::milliseconds timeout)
     : rank_(rank), size_(size), bytes_(window_bytes(size, bytes)), timeout_(timeout), peers_(size) {
   peers_[rank_].at = WindowLayout::of(size_, kMaxExperts, bytes_);
@@ -124,6 +131,12 @@ Nanoseconds Group::spent(Op op, uint64_t* finished) const {
   return nanoseconds;
 }
 
+std::optional<PoolMemory> Group::reserve(uint64_t bytes) const {
+  const Block block = own_->pool.trim(own_->pool.take(bytes), bytes);
+  PoolMemory taken{block, own_->kept(block)};
+  return block.bytes < bytes ? std::nullopt : std::optional(std::move(taken));
+}
+
 std::byte* Group::address(int rank, uint64_t offset) const {
   return rank == rank_ ? own_->window.at(offset) : peers_[rank].window.at(offset);
 }
@@ -153,7 +166,17 @@ void Group::ring_all() const {
     if (r == rank_ || peers_[r].pidfd >= 0) control(r).bell.ring();
 }
 
+void Group::check_interrupt(Op op) {
+  try {
+    deep_ep::check_interrupt();
+  } catch (...) {
+    close(State::broken, str("deep_ep.", name_of(op), ": rank ", rank_, " was interrupted"));
+    throw;
+  }
+}
+
 void Group::close(State state, const std::string& reason) {
+  std::lock_guard lock(close_mutex_);
   Control& own = control(rank_);
   if (own.state.load() != State::open) return;
   copy_text(own.reason, reason);
@@ -163,13 +186,13 @@ void Group::close(State state, const std::string& reason) {
 
 Turn::~Turn() {
   if (!group_) return;
-  wait();
+  while (!has_come_) has_come_ = group_->turns_.wait_for(number_, kHealthMilliseconds);
   group_->turns_.end();
 }
 
-void Turn::wait() {
-  if (!has_come_) group_->turns_.wait_for(number_);
-  has_come_ = true;
+void Turn::wait(Op op) {
+  while (!has_come_ && !(has_come_ = group_->turns_.wait_for(number_, kHealthMilliseconds)))
+    group_->check_interrupt(op);
 }
 
 ThreadCalls& ThreadCalls::mine() {
@@ -179,7 +202,7 @@ ThreadCalls& ThreadCalls::mine() {
 
 Operation::Operation(Turn turn, Contribution mine, const std::function<std::string(const Operation&)>& check)
     : turn_(std::move(turn)), group_(turn_.group()), op_(mine.post.op) {
-  turn_.wait();
+  turn_.wait(op_);
   const Control& own = group_.control(group_.rank_);
   if (own.state.load() == State::broken)
     throw Error(str(prefix(), "the windows of this group were given up and cannot be used again; make a new group (",
@@ -195,7 +218,7 @@ Operation::Operation(Turn turn, Contribution mine, const std::function<std::stri
     if (group_.log_.size() < Group::kLogged) group_.log_.resize(Group::kLogged);
     group_.log_[(sequence_ - 1) % Group::kLogged] = op_;
   }
-  offered_ = group_.own_->pool.take(with_margin(std::max(mine.expected, wanted())));
+  if (!mine.reserved) offered_ = group_.own_->pool.take(with_margin(std::max(mine.expected, wanted())));
   open_ = true;
 
   try {
@@ -211,8 +234,9 @@ void Operation::enter(const Contribution& mine, const std::function<std::string(
   post = mine.post;
   post.rejected = !mine.rejected.empty();
   copy_text(post.text, post.rejected ? mine.rejected : ThreadCalls::mine().form);
-  post.pool_offset = offered_.offset;
-  post.pool_bytes = offered_.bytes;
+  const Block block = mine.reserved.value_or(offered_);
+  post.pool_offset = block.offset;
+  post.pool_bytes = block.bytes;
   post.attached = attach(mine);
   std::copy(mine.words.begin(), mine.words.end(), reinterpret_cast<int32_t*>(&post + 1));
   group_.control(group_.rank_).sequence.store(sequence_, std::memory_order_release);
@@ -339,6 +363,9 @@ void Operation::wait_until(const char* phase, const std::function<bool()>& ready
   const auto start = std::chrono::steady_clock::now();
   Control& own = group_.control(rank());
   while (!own.bell.wait(ready, kHealthMilliseconds)) {
+    group_.check_interrupt(op_);
+    if (own.state.load(std::memory_order_acquire) == State::broken)
+      throw Error(str(prefix(), "the windows of this group were given up (", own.reason, ")"));
     for (int r = 0; r < size(); ++r) {
       const bool exited = group_.has_exited(r);
       const State state = group_.control(r).state.load(std::memory_order_acquire);
@@ -499,7 +526,7 @@ std::shared_ptr<std::byte> Operation::keep(uint64_t bytes) {
   // Once it is given back, it is to do for one that needs somewhat more.
   const uint64_t most = with_margin(std::max(needed_, wanted()));
   const Block block = group_.own_->pool.trim(std::exchange(offered_, {}), std::max(bytes, most));
-  return {group_.own_->window.at(block.offset), [own = group_.own_, block](std::byte*) { own->pool.give_back(block); }};
+  return group_.own_->kept(block);
 }
 
 namespace groups {
@@ -510,11 +537,7 @@ struct Registry {
   std::map<std::string, std::shared_ptr<Group>> by_name;
 };
 
-// Never destroyed: tensors and threads may outlive static destruction.
-Registry& registry() {
-  static Registry& instance = *new Registry;
-  return instance;
-}
+Registry& registry() { return PerProcess<Registry>::get(); }
 
 }  // namespace
 
@@ -526,6 +549,9 @@ void put(const std::string& name, std::shared_ptr<Group> group) {
 std::shared_ptr<Group> get(const char* op, const std::string& name) {
   std::lock_guard lock(registry().mutex);
   const auto found = registry().by_name.find(name);
+  if (found == registry().by_name.end() && PerProcess<Registry>::forked())
+    throw Error(str("deep_ep.", op, ": this process was forked from a rank and has no part in its group '", name,
+                    "'; call the op in the rank itself, or make a group of such processes"));
   if (found == registry().by_name.end())
     throw Error(str("deep_ep.", op, ": there are no windows for the group '", name,
                     "' on this rank; call deep_ep.init(group) or make a deep_ep.Buffer first"));

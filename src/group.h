@@ -8,6 +8,8 @@
 // moves rows into slots of the receivers' windows.
 #pragma once
 
+#include <unistd.h>
+
 #include <array>
 #include <chrono>
 #include <cstdint>
@@ -28,11 +30,21 @@
 namespace deep_ep {
 
 // The own window with its pool. Tensors whose memory lies in it keep it alive beyond the group.
-struct OwnWindow {
+struct OwnWindow : std::enable_shared_from_this<OwnWindow> {
   explicit OwnWindow(const WindowLayout& at);
 
+  // The memory of a block that was taken from the pool, to which it is given back when the pointer dies.
+  std::shared_ptr<std::byte> kept(Block block);
+
+  const pid_t process = getpid();  // whose pool it is: a forked child has tensors in it, too
   Window window;
   Pool pool;
+};
+
+// A block of the pool, and what keeps it.
+struct PoolMemory {
+  Block block;
+  std::shared_ptr<std::byte> memory;
 };
 
 class Group {
@@ -54,8 +66,23 @@ class Group {
   // Runs what its callers do not wait for.
   Worker& worker() { return worker_; }
 
+  // Whether results of calls that go on are to look like none until they have come. For debugging.
+  bool spoils() const { return spoils_; }
+  void set_spoils() { spoils_ = true; }
+
+  // A block of the pool for an operation that is to come, given back when its memory dies; nothing if there is none
+  // of as many bytes.
+  std::optional<PoolMemory> reserve(uint64_t bytes) const;
+
+  // Until the operations that have been issued have ended, or for so long. False: they have not.
+  bool join(std::chrono::milliseconds time) { return turns_.end_within(time); }
+
   // False once an operation has failed in its middle: no further one can work.
   bool usable() const { return control(rank_).state.load() == State::open; }
+
+  // Call while the caller of `op` waits, every kHealthMilliseconds (interrupt.h). If it is interrupted the group is
+  // given up, which ends what the thread of the group waits for, too, and peers hear of it.
+  void check_interrupt(Op op);
 
   // The operations issued so far, oldest first, at most the last `limit` and the last kLogged; and how many there were.
   std::vector<Op> log(uint64_t limit, uint64_t* issued) const;
@@ -92,6 +119,8 @@ class Group {
   std::vector<Peer> peers_;
   Turns turns_;
   Worker worker_;
+  std::atomic<bool> spoils_ = false;
+  std::mutex close_mutex_;
   mutable std::mutex log_mutex_;
   uint64_t sequence_ = 0;
   std::vector<Op> log_;
@@ -110,9 +139,10 @@ class Turn {
   ~Turn();
 
   Group& group() const { return *group_; }
+  std::weak_ptr<Group> weak_group() const { return group_; }
 
-  // Returns when all operations before have ended.
-  void wait();
+  // Returns when all operations before have ended, and `op` can begin.
+  void wait(Op op);
 
  private:
   std::shared_ptr<Group> group_;  // nullptr: moved from
@@ -147,6 +177,8 @@ struct Contribution {
   std::vector<int32_t> words;  // published with the post
   std::string rejected;        // unless empty: why this rank cannot take part
   uint64_t expected = 0;       // bytes of the pool that rows for this rank are expected to need
+  // Instead, where rows for this rank go is settled: this block of the pool, of 0 bytes for none.
+  std::optional<Block> reserved;
   // What this rank has to send, for an operation of little data: `attach` writes these bytes.
   uint64_t attached_bytes = 0;
   std::function<void(std::byte*)> attach;

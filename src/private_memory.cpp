@@ -10,6 +10,7 @@
 #include <mutex>
 
 #include "error.h"
+#include "per_process.h"
 #include "window_layout.h"
 
 namespace deep_ep {
@@ -40,15 +41,10 @@ class Spare {
   std::multimap<uint64_t, std::byte*> mappings_;  // by their size
 };
 
-// Never destroyed: tensors may outlive static destruction.
-Spare& spare_pages() {
-  static Spare& instance = *new Spare;
-  return instance;
-}
-Spare& spare_huge_pages() {
-  static Spare& instance = *new Spare;
-  return instance;
-}
+struct SparePages : Spare {};
+struct SpareHugePages : Spare {};
+Spare& spare_pages() { return PerProcess<SparePages>::get(); }
+Spare& spare_huge_pages() { return PerProcess<SpareHugePages>::get(); }
 
 std::byte* map(uint64_t bytes) {
   void* const made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -1,6 +1,7 @@
 // Whose turn it is: what is done with one thing by several threads, in the order in which it was asked for.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -14,10 +15,16 @@ class Turns {
     return drawn_++;
   }
 
-  // Until all turns drawn before `number` have ended.
-  void wait_for(uint64_t number) {
+  // Returns true once all turns drawn before `number` have ended, false after at most `milliseconds`.
+  bool wait_for(uint64_t number, int milliseconds) {
     std::unique_lock lock(mutex_);
-    ended_one_.wait(lock, [&] { return ended_ == number; });
+    return ended_one_.wait_for(lock, std::chrono::milliseconds(milliseconds), [&] { return ended_ == number; });
+  }
+
+  // Until all turns drawn so far have ended, or for so long. False: they have not.
+  bool end_within(std::chrono::milliseconds time) {
+    std::unique_lock lock(mutex_);
+    return ended_one_.wait_for(lock, time, [&, drawn = drawn_] { return ended_ >= drawn; });
   }
 
   // Ends the turn that wait_for() has waited for.

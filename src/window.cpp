@@ -2,9 +2,11 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <utility>
@@ -43,14 +45,40 @@ int allocate(int fd, uint64_t offset, uint64_t bytes) {
   return error;
 }
 
+// Its size is for ever: who could shorten it would kill all ranks that touch what is gone.
+constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+
+// The effective user of a process, or -1.
+int64_t user_of(int64_t pid) {
+  std::ifstream file(str("/proc/", pid, "/status"));
+  for (std::string line; std::getline(file, line);)
+    if (int64_t real, effective; std::sscanf(line.c_str(), "Uid: %ld %ld", &real, &effective) == 2) return effective;
+  return -1;
+}
+
+// Why another process's window cannot be opened.
+std::string closed_because(int64_t pid, int error) {
+  const int64_t user = user_of(pid), own = geteuid();
+  std::string reason = str("cannot open the window of process ", pid, ": ", std::strerror(error));
+  if (user < 0) return reason + "; ranks must see each other in /proc";
+  if (user != own)
+    return reason + str("; ranks must be processes of one user: that is of user ", user, ", this of ", own);
+  return reason +
+         str("; it has changed its user since its program began, or is not dumpable for another reason, which hides"
+             " what it has open from other processes of its user, ",
+             user, "; start it as that user");
+}
+
 }  // namespace
 
 Window Window::create(uint64_t bytes) {
   Window window;
-  window.fd_ = memfd_create("deep_ep_window", MFD_CLOEXEC);
+  window.fd_ = memfd_create("deep_ep_window", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (window.fd_ < 0) throw Error(str("cannot create a window: ", std::strerror(errno)));
   if (ftruncate(window.fd_, static_cast<off_t>(bytes)) != 0)
     throw Error(str("cannot make a window of ", bytes, " bytes: ", std::strerror(errno), kAskForLess));
+  if (fchmod(window.fd_, S_IRUSR | S_IWUSR) != 0 || fcntl(window.fd_, F_ADD_SEALS, kSeals) != 0)
+    throw Error(str("cannot seal a window: ", std::strerror(errno)));
   window.base_ = map(window.fd_, bytes);
   window.bytes_ = bytes;
   return window;
@@ -77,11 +105,15 @@ bool Window::reserve_huge(uint64_t offset, uint64_t bytes) {
 Window Window::open(int64_t pid, int64_t fd, uint64_t bytes) {
   const std::string path = str("/proc/", pid, "/fd/", fd);
   const int opened = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
-  if (opened < 0)
-    throw Error(str("cannot open the window of process ", pid, ": ", std::strerror(errno),
-                    "; ranks must be processes of one user that see each other in /proc"));
+  if (opened < 0) throw Error(closed_because(pid, errno));
   Window window;
   window.fd_ = opened;
+  struct stat file;
+  if (fstat(opened, &file) != 0)
+    throw Error(str("cannot look at the window of process ", pid, ": ", std::strerror(errno)));
+  if (static_cast<uint64_t>(file.st_size) != bytes || fcntl(opened, F_GET_SEALS) != kSeals)
+    throw Error(str("the descriptor ", fd, " of process ", pid, " is not the window of ", bytes,
+                    " bytes that its rank has made"));
   window.base_ = map(opened, bytes);
   window.bytes_ = bytes;
   window.close_fd();

@@ -10,10 +10,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+from ranks import RankContext, RankPool
+from torch.compiler import config as compiler_config
 
 import deep_ep
+from deep_ep import _compile
 
 PROGRAM = """
 import json, os, sys
@@ -90,3 +95,42 @@ def test_caches(tmp_path: Path) -> None:
     assert "return grad_x, None" in text
     formula.write_text(text.replace("return grad_x, None", "return 2 * grad_x, None"))
     assert run("default", 1) == {"sum": 16.0, "grad": 1.0, "hits": 0, "native": 5}
+
+
+def look_up(ctx: RankContext) -> tuple[int, int]:
+    """Compiles one function anew. Returns how many graphs came from the cache of AOTAutograd, and from inductor's."""
+    group = ctx.prepared_group("default").group_name
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        out = deep_ep.dispatch(x, torch.zeros(5, 1, dtype=torch.int64), num_experts=1, group=group)
+        return deep_ep.combine(out.recv_x, out.handle, group=group)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    x = torch.ones(5, 3)
+    assert torch.equal(torch.compile(step, fullgraph=True)(x), x)
+    counters = torch._dynamo.utils.counters
+    return counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_hit"]
+
+
+def check_tags_of_the_user(ctx: RankContext) -> None:
+    def check() -> None:
+        assert look_up(ctx) == (0, 0)
+        assert look_up(ctx)[0] == 1
+        with mock.patch.object(_compile, "_digest", lambda: "another version"):
+            assert look_up(ctx) == (0, 0)
+
+    assert compiler_config.cache_key_tag == ""
+    check()
+    with compiler_config.patch(cache_key_tag="patched"):
+        check()
+    compiler_config.cache_key_tag = "set"
+    try:
+        check()
+    finally:
+        compiler_config.cache_key_tag = ""
+
+
+@pytest.mark.slow
+def test_tags_of_the_user(pool: RankPool) -> None:
+    pool.run(1, check_tags_of_the_user)

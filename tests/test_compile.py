@@ -276,7 +276,7 @@ def check_new_strategy(ctx: RankContext, mode: str) -> None:
         assert_all_same(train(compiled_layer, batch), train(layer, batch))
         assert graphs.ran.pop() == layer_ops(strategy)
         assert not graphs.ran
-    deep_ep.destroy(ctx.group)
+        deep_ep.destroy(ctx.group)
     with pytest.raises(RuntimeError, match="is not prepared"):
         torch.compile(layer, backend=graphs)(*batch[:3])
 

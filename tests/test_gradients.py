@@ -5,11 +5,16 @@ gradients through recv_topk_weights as well. Every expert is a two-layer FFN. Sy
 H hidden, F hidden size of the FFN, K top-k, E experts, R ranks, L = E/R local experts, N received rows.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from cases import Case, make_inputs
+from op_calls import OPS, calls, check_ops, error_of, run
 from ranks import STRATEGIES, RankContext, RankPool
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import silu
 
 import deep_ep
@@ -134,3 +139,74 @@ def test_no_gradient_is_lost_where_nothing_is_sent(pool: RankPool, strategy: str
     """Ranks without tokens and experts without rows get zeros, not None."""
     pool.run(3, check_gradients, Case((0, 0, 5), H=16, K=2, ids="one expert"), strategy)
     pool.run(2, check_gradients, Case((4, 5), H=16, K=2, ids="none"), strategy)
+
+
+def other_derivatives(fn: Callable[[Tensor], Any], x: Tensor) -> dict[str, tuple[str, str]]:
+    """What ways to a derivative of fn other than backward say."""
+
+    def dual(grad_mode: bool) -> None:
+        with forward_ad.dual_level(), torch.set_grad_enabled(grad_mode):
+            fn(forward_ad.make_dual(x, torch.ones_like(x)))
+
+    def total(x: Tensor) -> Tensor:
+        results = fn(x)
+        return (results if isinstance(results, Tensor) else results[0]).sum()
+
+    return {
+        "dual": error_of(dual, True),
+        "dual without gradients": error_of(dual, False),
+        "jvp": error_of(torch.func.jvp, fn, (x,), (torch.ones_like(x),)),
+        "jacfwd": error_of(torch.func.jacfwd(total), x),
+        "grad": error_of(torch.func.grad(total), x),
+        "vjp": error_of(torch.func.vjp, total, x),
+        "jacrev": error_of(torch.func.jacrev(total), x),
+    }
+
+
+def check_other_derivatives(ctx: RankContext, strategy: str) -> None:
+    case = Case(tokens=(3,) * ctx.size)
+    group = ctx.prepared_group(strategy).group_name
+    told = {}
+    for op in OPS:
+        arguments = calls(case).arguments(op, ctx.rank, group)
+        for name, value in arguments.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                fn = lambda x, op=op, name=name, arguments=arguments: run(op, strategy, arguments | {name: x})  # noqa: E731
+                told[op, name] = other_derivatives(fn, value)
+    x, ids = torch.ones(3, 32), torch.zeros(3, 2, dtype=torch.int64)
+    sizes: dict[str, Any] = {"num_experts": case.E, "group": group}
+    told["low_latency_dispatch", "x"] = other_derivatives(
+        lambda x: deep_ep.low_latency_dispatch(x, ids, 4, case.E, group=group), x
+    )
+    told["dispatch_start", "x"] = other_derivatives(lambda x: deep_ep.dispatch_start(x, ids, **sizes).ticket, x)
+    fused = torch.ones(2, 32, 2 * F), None, torch.ones(2, 32, F), None, 4, case.E
+    told["fused_deep_moe", "x"] = other_derivatives(
+        lambda x: deep_ep.fused_deep_moe(x, ids, torch.ones(3, 2), *fused, quant_mode=0, group=group), x
+    )
+    for (op, _), errors in told.items():
+        for way, (kind, message) in errors.items():
+            kind_of_way = "forward-mode" if way[:3] in ("dua", "jvp", "jac") and way != "jacrev" else "torch.func's"
+            expected = f"deep_ep.{op}: {kind_of_way} derivatives are not supported; use torch.autograd.grad"
+            assert (kind, message) == ("RuntimeError", expected), (op, way)
+    check_ops(case, ctx.rank, group, strategy)
+
+    # What does not go through an op may be differentiated in any way around it, and vmap makes the calls one by one.
+    constant = deep_ep.combine(*with_handle(deep_ep.dispatch(x, ids, **sizes)), group=group)
+
+    def beside(y: Tensor) -> Tensor:
+        return y * deep_ep.combine(*with_handle(deep_ep.dispatch(x, ids, **sizes)), group=group)
+
+    for value in (torch.func.jvp(beside, (x,), (x,))[1], torch.func.grad(lambda y: beside(y).sum())(x)):
+        torch.testing.assert_close(value, constant, rtol=0, atol=0)
+    several = torch.stack([x, 3 * x])
+    sums = torch.func.vmap(lambda x: deep_ep.combine(*with_handle(deep_ep.dispatch(x, ids, **sizes)), group=group))
+    torch.testing.assert_close(sums(several), 2 * several, rtol=0, atol=0)
+
+
+def with_handle(out: deep_ep.DispatchOutput) -> tuple[Tensor, deep_ep.DispatchHandle]:
+    return out.recv_x, out.handle
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_other_ways_to_a_derivative_are_refused(pool: RankPool, strategy: str) -> None:
+    pool.run(2, check_other_derivatives, strategy)

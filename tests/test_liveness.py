@@ -593,7 +593,7 @@ def grow(ctx: RankContext) -> None:
     for num_bytes in (SMALL, 2 * SMALL, 8 * SMALL):
         deep_ep.init(group, num_bytes=num_bytes)
         deep_ep.init(group, num_bytes=SMALL)  # large enough: kept
-        assert groups._windows[group.group_name]["cpu"].num_bytes == num_bytes
+        assert groups._parts[group.group_name]["cpu"].num_bytes == num_bytes
         for _ in range(2):  # a rank without tokens does not know before the second time that rows come
             dispatched = run("dispatch", "default", right.arguments("dispatch", ctx.rank, group.group_name))
         old.append(dispatched)
@@ -624,7 +624,7 @@ def grow_as_needed(ctx: RankContext) -> None:
     """Without num_bytes a window is little larger than what has been alive in it."""
     group = ctx.group
     deep_ep.init(group)
-    windows = groups._windows[group.group_name]["cpu"]
+    windows = groups._parts[group.group_name]["cpu"]
 
     def reserved() -> int:
         return os.fstat(library.deep_ep_group_fd(windows._handle)).st_blocks * 512

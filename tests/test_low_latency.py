@@ -26,7 +26,10 @@ from torch.utils._pytree import tree_leaves
 
 import deep_ep
 from deep_ep import quantization, reference
+from deep_ep.groups import info_of
 from deep_ep.npu_ops import COMM_ALGS
+from deep_ep.ops import low_latency_combine as combine_op
+from deep_ep.ops import low_latency_dispatch as dispatch_op
 
 QUANT_MODES = quantization.MODES
 THRESHOLDS = {"none": 1e-5, "int8": 3e-3, "mx_fp4_e2m1": 4e-2}  # of calc_diff; fp8: 2e-3
@@ -481,62 +484,55 @@ def split(ctx: RankContext, strategy: str, rows: str, backend: str, quant_mode: 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("quant_mode", ["none", "int8", pytest.param("mx_fp4_e2m1", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rows", ["expert", "rank"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_call_with_a_hook_does_not_wait(
-    pool: RankPool, strategy: str, rows: str, quant_mode: str, backend: str
-) -> None:
-    pool.run(2, split, strategy, rows, backend, quant_mode, "return_recv_hook")
+def test_a_call_with_a_hook_does_not_wait(pool: RankPool, strategy: str, quant_mode: str, backend: str) -> None:
+    pool.run(2, split, strategy, "rank", backend, quant_mode, "return_recv_hook")
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_call_with_an_event_does_not_wait(pool: RankPool, strategy: str, backend: str) -> None:
-    pool.run(2, split, strategy, "expert", backend, "int8", "async_finish")
+    pool.run(2, split, strategy, "rank", backend, "int8", "async_finish")
 
 
-def interleaved_hooks(ctx: RankContext, strategy: str) -> None:
-    """Two micro-batches at once, with inputs that are overwritten, in between a call without a hook, and gradients."""
-    buffer, M, r = make_buffer(ctx, Settings(strategy, "expert")), 16, ctx.rank
+def interleaved_calls(ctx: RankContext, strategy: str) -> None:
+    """Two micro-batches at once, of inputs that nobody else keeps, in between a plain call, and gradients."""
+    info, M, r = info_of(ctx.prepared_group(strategy)), 16, ctx.rank
     expected = [Expected(Case((6, 9, 0), H=32, ids="distinct", seed=seed), M) for seed in (1, 2)]
     (x0, x1), (ids0, ids1) = ([getattr(e, what)[r] for e in expected] for what in ("xs", "ids"))
     E = 6
 
-    sent = x0.clone(), ids0.clone()
-    recv0, count0, handle0, _, hook0 = buffer.low_latency_dispatch(*sent, M, E, use_fp8=False, return_recv_hook=True)
-    assert not recv0.any()
-    sent[0].fill_(float("nan"))
-    sent[1].fill_(-1)
+    first = dispatch_op.start(info, x0.clone(), ids0.clone(), M, E)
     leaf = x1.clone().requires_grad_()
-    recv1, count1, handle1, _, hook1 = buffer.low_latency_dispatch(
-        leaf, ids1, M, E, use_fp8=False, return_recv_hook=True
-    )
-    between = buffer.low_latency_dispatch(x0, ids0, M, E, use_fp8=False)
-    hook1()
-    hook0()
-    for e, recv, count, handle in zip(expected, (recv0, recv1), (count0, count1), (handle0, handle1), strict=True):
+    second = dispatch_op.start(info, leaf, ids1, M, E)
+    out1 = dispatch_op.arriving(second)
+    between = dispatch_op.call(info, x0, ids0, M, E)
+    second.join()
+    out0 = dispatch_op.complete(first)
+    for e, (recv, count, handle) in zip(expected, (out0, out1), strict=True):
         outputs = recv.detach(), count, handle.src_info, handle.layout_range, handle.send_head
         for name, actual, wanted in zip(NAMES, outputs, e.outputs(r), strict=True):
             assert_same(name, actual, wanted)
     assert_same("between", between[0], expected[0].dispatched[r].recv_x)
-    (grad_x,) = torch.autograd.grad(recv1, leaf, expected[1].grad_ys[r])
+    (grad_x,) = torch.autograd.grad(out1.recv_x, leaf, expected[1].grad_ys[r])
     assert_same("grad_x", grad_x, expected[1].grad_xs[r])
 
     y, weights = expected[1].ys[r].clone().requires_grad_(), expected[1].weights[r].clone().requires_grad_()
-    out, _, hook = buffer.low_latency_combine(y, ids1, weights, handle1, return_recv_hook=True)
-    hook()
+    started = combine_op.start(info, y, ids1, weights, out1.handle)
+    out = combine_op.arriving(started)
+    started.join()
     assert_same("combined_x", out, expected[1].outs[r])
     grad_y, _ = torch.autograd.grad(out, [y, weights], expected[1].grad_outs[r])
     assert_same("grad_y", grad_y, expected[1].grad_ys[r])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_interleaved_hooks(pool: RankPool, strategy: str) -> None:
-    pool.run(3, interleaved_hooks, strategy)
+def test_interleaved_calls(pool: RankPool, strategy: str) -> None:
+    pool.run(3, interleaved_calls, strategy)
 
 
 def wrong_hooks(ctx: RankContext, strategy: str) -> list[tuple[str, str]]:
-    buffer, last = make_buffer(ctx, Settings(strategy, "expert")), ctx.rank == ctx.size - 1
+    buffer, last = make_buffer(ctx, Settings(strategy, "rank")), ctx.rank == ctx.size - 1
     group = ctx.prepared_group(strategy).group_name
     x, ids = torch.ones(3, 8), torch.tensor([[0, 1]]).repeat(3, 1)
     dispatch = partial(buffer.low_latency_dispatch, use_fp8=False, return_recv_hook=True)
@@ -548,9 +544,10 @@ def wrong_hooks(ctx: RankContext, strategy: str) -> list[tuple[str, str]]:
 
     recv_x, _, handle, _, hook = dispatch(x, ids, 3, ctx.size)
     hook()
-    errors.append(error_of(hook))  # it has been called
+    hook()
+    packed = handle.packed
     ticket = overload("low_latency_dispatch_start", strategy)(x, ids, 3, ctx.size, ctx.size, group, "")
-    rows = [recv_x, ids, torch.ones(3, 2), handle.src_info, handle.layout_range, handle.send_head]
+    rows = [torch.ones(12, 8), ids, torch.ones(3, 2), packed.src_info, packed.layout_range, packed.send_head]
     sizes = ctx.size, ctx.size, 0
     errors.append(error_of(overload("wait", strategy), ticket, "low_latency_combine", rows, *sizes, group))
     out = buffer.low_latency_combine(recv_x, ids, rows[2], handle, return_recv_hook=True)
@@ -569,7 +566,6 @@ def test_wrong_calls_with_hooks(pool: RankPool, strategy: str) -> None:
     says = (
         ("rank 1: x has 3 tokens",),
         ("rank 1: topk_idx has the id 7",),
-        ("deep_ep.wait: ticket must be what low_latency_dispatch_start returned", "good for one wait"),
         ("deep_ep.wait: ticket must be what low_latency_combine_start", "got that of low_latency_dispatch_start"),
     )
     for errors in pool.run(2, wrong_hooks, strategy):

@@ -6,10 +6,13 @@ dispatch, dispatch, combine, combine on one rank and dispatch, combine, dispatch
 (`test_left_to_itself_inductor_reorders`). A swap of two equal ops would show in the values.
 """
 
+import functools
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 import torch.distributed as dist
 from ranks import RankContext, RankPool
 from torch import Tensor
@@ -92,8 +95,8 @@ FORWARD = ["dispatch", "dispatch", "combine", "combine"]
 BACKWARD = ["combine_backward", "combine_backward_weights"] * 2 + ["dispatch_backward"] * 2
 
 
-def check(pool: RankPool, *args: object) -> None:
-    by_rank = pool.run(R, run_both, *args)
+def check(pool: RankPool, *args: object, run: Callable = run_both) -> None:
+    by_rank = pool.run(R, run, *args)
     assert by_rank[0] == by_rank[1]
     strategy, _, train, checkpointed, _ = args
     if strategy == "default":
@@ -111,6 +114,56 @@ def check(pool: RankPool, *args: object) -> None:
 @pytest.mark.parametrize("strategy", ["default", "alltoall"])
 def test_aot_eager(pool: RankPool, strategy: str, checkpointed: bool) -> None:
     check(pool, strategy, "aot_eager", True, checkpointed, False)
+
+
+def run_with_budget(ctx: RankContext, *args: object, budget: float) -> dict[str, list[str]]:
+    with functorch_config.patch(activation_memory_budget=budget):
+        return run_both(ctx, *args)
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_memory_budget_recomputes_no_communication(
+    pool: RankPool, backend: str, checkpointed: bool, budget: float
+) -> None:
+    check(pool, "default", backend, True, checkpointed, False, run=functools.partial(run_with_budget, budget=budget))
+
+
+def run_alike(ctx: RankContext, budget: float) -> list[list[str]]:
+    """Two micro-batches, which are one and the same on rank 0. Returns what this rank issued, eager and compiled."""
+    torch._dynamo.reset()
+    group = ctx.prepared_group("default").group_name
+    first, second = torch.ones(4, H), torch.ones(4, H) if ctx.rank else None
+    ids = torch.arange(4 * K).view(4, K) % E
+
+    def step(x1: Tensor, x2: Tensor | None) -> Tensor:
+        total = torch.zeros(())
+        for x in (x1, x1 if x2 is None else x2):
+            started = deep_ep.dispatch_start(x, ids, num_experts=E, group=group)
+            between = torch.sin(x).sum()
+            out = deep_ep.wait(started)
+            total = total + deep_ep.combine(torch.tanh(out.recv_x), out.handle, group=group).sum() + between
+        return total
+
+    issued, results = [], []
+    compiled = torch.compile(step, backend="aot_eager_decomp_partition", fullgraph=True)
+    for fn in (step, compiled):
+        before = issued_ops(ctx.prepared_group("default"))[1]
+        args = [x if x is None else x.clone().requires_grad_() for x in (first, second)]
+        with functorch_config.patch(activation_memory_budget=budget):
+            value = fn(*args)
+            value.backward()
+        issued.append(issued_ops(ctx.prepared_group("default"), since=before)[0])
+        results.append([value, *(arg.grad for arg in args if arg is not None)])
+    torch.testing.assert_close(*results)
+    return issued
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.1, 1.0])
+def test_calls_that_look_alike_stay_two(pool: RankPool, budget: float) -> None:
+    once = ["dispatch", "combine"] * 2 + ["combine_backward", "combine_backward_weights", "dispatch_backward"] * 2
+    assert pool.run(R, run_alike, budget) == [[once, once]] * R
 
 
 @pytest.mark.slow

@@ -1,7 +1,11 @@
 """The surface of DeepEP-Ascend's and DeepEP's Buffer, of whose names and arguments none may be missing."""
 
 import inspect
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,11 +184,28 @@ def check_destroy(ctx: RankContext) -> tuple[str, str]:
         deep_ep.Buffer(group, explicitly_destroy=True).destroy()
         deep_ep.Buffer(group)
         del buffer
+    line = inspect.currentframe().f_lineno + 1
     buffer = deep_ep.Buffer(group, explicitly_destroy=True)
-    with pytest.warns(RuntimeWarning, match=f"a Buffer of the group '{group.group_name}' .* went without destroy"):
+    expected = f"a Buffer of the group '{group.group_name}' .* went without destroy"
+    with pytest.warns(RuntimeWarning, match=expected) as warned:
         del buffer
+    # It names the line that made the Buffer: where one goes is the garbage collector's.
+    assert [(one.filename, one.lineno) for one in warned] == [(__file__, line)]
     return error
 
 
 def test_destroy(pool: RankPool) -> None:
     assert pool.run(2, check_destroy) == [("RuntimeError", "deep_ep: this Buffer was destroyed; make another one")] * 2
+
+
+def test_torch_npu_is_left_out_at_the_import(tmp_path: Path) -> None:
+    """The warning names the line of the program that imports deep_ep."""
+    metadata = tmp_path / "torch_npu-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torch-npu\nVersion: 1.0\n")
+    program = tmp_path / "program.py"
+    program.write_text("\n\nimport deep_ep\n")
+    settings = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    run = subprocess.run([sys.executable, program], env=settings, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert f"{program}:3: RuntimeWarning: deep_ep: torch_npu is left out" in run.stderr

@@ -1,17 +1,23 @@
 #include "started.h"
 
+#include <chrono>
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
+
+#include "interrupt.h"
 
 namespace deep_ep {
 namespace {
 
 struct Started {
   Op op;
-  std::future<Results> results;
+  std::shared_future<Results> results;
+  std::weak_ptr<Group> group;  // of the thread that will have them
+  Results early;               // of `results`, before they are there
 };
 
 // Tickets hold a number, not an address: code that copies a ticket and drops it must not lead astray.
@@ -26,10 +32,16 @@ struct Registry {
     return newest;
   }
 
-  std::optional<Started> take(int64_t ticket) {
+  std::optional<Started> find(int64_t ticket) {
     std::lock_guard lock(mutex);
-    auto node = by_ticket.extract(ticket);
-    return node ? std::optional(std::move(node.mapped())) : std::nullopt;
+    const auto found = by_ticket.find(ticket);
+    return found == by_ticket.end() ? std::nullopt : std::optional(found->second);
+  }
+
+  void remove(int64_t ticket) {
+    decltype(by_ticket)::node_type removed;  // its tensors are destroyed after the lock is released
+    std::lock_guard lock(mutex);
+    removed = by_ticket.extract(ticket);
   }
 };
 
@@ -41,11 +53,11 @@ Registry& registry() {
 
 // The number is a floating-point one because autograd carries it: the gradient of a ticket is the ticket of the
 // backward call (python/deep_ep/ops/wait.py).
-Tensor ticket_for(Op op, std::future<Results> results) {
-  auto number = std::make_unique<double>(static_cast<double>(registry().put({op, std::move(results)})));
+Tensor ticket_for(Started started) {
+  auto number = std::make_unique<double>(static_cast<double>(registry().put(std::move(started))));
   const auto drop = [](void* memory) {
     const std::unique_ptr<double> number(static_cast<double*>(memory));
-    registry().take(static_cast<int64_t>(*number));
+    registry().remove(static_cast<int64_t>(*number));
   };
   const auto cpu = torch::stable::Device(torch::headeronly::kCPU);
   Tensor ticket = torch::stable::from_blob(number.get(), {1}, {1}, cpu, ScalarType::Double, drop);
@@ -67,10 +79,39 @@ std::optional<Results> nothing_started(const std::string& op, const std::vector<
   return std::nullopt;
 }
 
+int64_t number_of(const Tensor& ticket) { return static_cast<int64_t>(*ticket.const_data_ptr<double>()); }
+
+bool is_nothing(const Tensor& ticket) {
+  return Checks().tensor("ticket", ticket, {ScalarType::Double}, {1}).passed() && number_of(ticket) == 0;
+}
+
+// The call of `op` that gave the ticket; throws, for the op `caller`, if there is none.
+Started find(const char* caller, const Tensor& ticket, const std::string& op) {
+  Checks checks;
+  checks.tensor("ticket", ticket, {ScalarType::Double}, {1});
+  std::optional<Started> started;
+  if (checks.passed()) started = registry().find(number_of(ticket));
+  checks.require(started.has_value(), "ticket must be what ", op,
+                 "_start returned in this process, and is good for one wait");
+  if (checks.passed())
+    checks.require(name_of(started->op) == op, "ticket must be what ", op, "_start returned, got that of ",
+                   name_of(started->op), "_start");
+  if (!checks.passed()) throw Error(str("deep_ep.", caller, ": ", checks.wrong()));
+  return *started;
+}
+
+// Waits for them. The program may be interrupted there, which gives the group up.
+const Results& results_of(const Started& started) {
+  while (started.results.wait_for(std::chrono::milliseconds(kHealthMilliseconds)) == std::future_status::timeout)
+    if (const auto group = started.group.lock()) group->check_interrupt(started.op);
+  return started.results.get();
+}
+
 }  // namespace
 
-Tensor start(Op op, Turn turn, std::packaged_task<Results(Turn)> body) {
-  Tensor ticket = ticket_for(op, body.get_future());
+Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> body) {
+  if (turn.group().spoils()) spoil(early);
+  Tensor ticket = ticket_for({op, body.get_future(), turn.weak_group(), std::move(early)});
   Worker& worker = turn.group().worker();
   worker.run(Worker::Task([body = std::move(body), turn = std::move(turn)]() mutable { body(std::move(turn)); }));
   return ticket;
@@ -78,28 +119,29 @@ Tensor start(Op op, Turn turn, std::packaged_task<Results(Turn)> body) {
 
 Tensor hold(Op op, Results results) {
   std::promise<Results> promise;
-  promise.set_value(std::move(results));
-  return ticket_for(op, promise.get_future());
+  promise.set_value(results);
+  return ticket_for({op, promise.get_future(), {}, std::move(results)});
+}
+
+void spoil(const Results& results) {
+  for (const Tensor& tensor : results)
+    if (tensor.numel() > 0) std::memset(tensor.mutable_data_ptr(), 0xFF, tensor.numel() * tensor.element_size());
 }
 
 Results wait(Tensor ticket, GroupName op_name, std::vector<Tensor> arguments, int64_t /* num_experts */,
              int64_t /* num_ranks */, int64_t /* num_max */, GroupName /* group */) {
   const std::string& op = op_name.value;
-  Checks checks;
-  checks.tensor("ticket", ticket, {ScalarType::Double}, {1});
-  std::optional<Started> started;
-  if (checks.passed()) {
-    const auto number = static_cast<int64_t>(*ticket.const_data_ptr<double>());
-    if (auto nothing = number == 0 ? nothing_started(op, arguments) : std::nullopt) return *nothing;
-    started = registry().take(number);
-  }
-  checks.require(started.has_value(), "ticket must be what ", op,
-                 "_start returned in this process, and is good for one wait");
-  if (checks.passed())
-    checks.require(name_of(started->op) == op, "ticket must be what ", op, "_start returned, got that of ",
-                   name_of(started->op), "_start");
-  if (!checks.passed()) throw Error(str("deep_ep.wait: ", checks.wrong()));
-  return started->results.get();
+  if (is_nothing(ticket))
+    if (auto nothing = nothing_started(op, arguments)) return *nothing;
+  const Started started = find("wait", ticket, op);
+  registry().remove(number_of(ticket));
+  return results_of(started);
+}
+
+Results arriving(Tensor ticket, GroupName op_name, std::vector<Tensor> /* arguments */, int64_t /* num_experts */,
+                 int64_t /* num_ranks */, int64_t /* num_max */, GroupName /* group */) {
+  const Started started = find("arriving", ticket, op_name.value);
+  return started.early.empty() ? results_of(started) : started.early;
 }
 
 }  // namespace deep_ep

@@ -1,7 +1,8 @@
 // Calls whose results are asked for later.
 //
 // `<op>_start(arguments)` begins a call of `op` and returns a ticket, fp64 [1] on the CPU; the op wait, called with the
-// ticket, returns the results, or raises what went wrong. Results that nobody asks for go with the ticket.
+// ticket, returns the results, or raises what went wrong. The op arriving, called before it, returns the same results
+// while the call still writes to their memory, behind torch's back. Results that nobody asks for go with the ticket.
 #pragma once
 
 #include <future>
@@ -15,24 +16,29 @@ namespace deep_ep {
 
 using Results = std::vector<Tensor>;
 
-// Runs `body` on the thread of the group, in its turn (src/group.h). The caller may write to its tensors as soon as
-// this returns, so `body` has copies.
-Tensor start(Op op, Turn turn, std::packaged_task<Results(Turn)> body);
+// Runs `body` on the thread of the group, in its turn (src/group.h). It keeps the tensors that it was given alive, and
+// the caller must not write to them before the wait. `early`: the tensors that `body` returns, where they can be made
+// before the call; until it has ended, what they hold is undefined, and if it fails it stays so.
+Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> body);
+
+// Makes values out of nothing: all bytes are 0xFF, a NaN in every format.
+void spoil(const Results& results);
 
 template <typename Body>
-Tensor start(Op op, Turn turn, Body body) {
+Tensor start(Op op, Turn turn, Results early, Body body) {
   ThreadCalls& calls = ThreadCalls::mine();
-  auto of_call = [failed = calls.failed, form = calls.form, body = std::move(body)](Turn turn) mutable {
+  auto of_call = [early, failed = calls.failed, form = calls.form, body = std::move(body)](Turn turn) mutable {
     ThreadCalls::mine().form = form;
-    if (failed && !failed->empty()) throw Error(*failed);
     try {
+      if (failed && !failed->empty()) throw Error(*failed);
       return body(std::move(turn));
     } catch (const std::exception& error) {
       if (failed) *failed = error.what();
+      spoil(early);
       throw;
     }
   };
-  Tensor ticket = start(op, std::move(turn), std::packaged_task<Results(Turn)>(std::move(of_call)));
+  Tensor ticket = start(op, std::move(turn), std::move(early), std::packaged_task<Results(Turn)>(std::move(of_call)));
   ++calls.entered;
   calls.completed = true;
   return ticket;
@@ -45,5 +51,10 @@ Tensor hold(Op op, Results results);
 // asked for before.
 Results wait(Tensor ticket, GroupName op, std::vector<Tensor> arguments, int64_t num_experts, int64_t num_ranks,
              int64_t num_max, GroupName group);
+
+// The kernel of the op arriving: what wait will return, at once if the call has made it early, and else at its end.
+// The ticket stays good for one wait.
+Results arriving(Tensor ticket, GroupName op, std::vector<Tensor> arguments, int64_t num_experts, int64_t num_ranks,
+                 int64_t num_max, GroupName group);
 
 }  // namespace deep_ep

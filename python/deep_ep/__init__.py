@@ -10,10 +10,11 @@ with left_out_if_broken():
     import torch
 
 from . import npu
-from .buffer import Buffer
+from .buffer import AlignedHandle, Buffer
 from .config import Config
 from .fused_weights import FusedWeights, FuseMode, fused_weights, quantize_weight
 from .groups import destroy, init
+from .low_latency import PaddedHandle
 from .ops import combine_backward, dispatch_backward, fused_deep_moe_backward  # noqa: F401  (registers them)
 from .ops.combine import combine, combine_start
 from .ops.dispatch import DispatchHandle, DispatchOutput, dispatch, dispatch_start
@@ -22,11 +23,32 @@ from .ops.get_dispatch_layout import get_dispatch_layout
 from .ops.low_latency_combine import low_latency_combine
 from .ops.low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, low_latency_dispatch
 from .ops.wait import Started, wait
+from .rank_rows import RankHandle
 from .strategies import LowLatencyStrategy, NormalStrategy
 from .utils import EventHandle, EventOverlap
 
 topk_idx_t = torch.int64
 """The dtype of expert ids."""
+
+# What torch.load(weights_only=True) may make: they hold tensors, numbers and names.
+torch.serialization.add_safe_globals(
+    [
+        AlignedHandle,
+        Config,
+        DispatchHandle,
+        DispatchOutput,
+        EventHandle,
+        EventOverlap,
+        FuseMode,
+        FusedWeights,
+        LowLatencyHandle,
+        LowLatencyOutput,
+        LowLatencyStrategy,
+        NormalStrategy,
+        PaddedHandle,
+        RankHandle,
+    ]
+)
 
 __all__ = [
     "Buffer",

@@ -18,7 +18,7 @@ def find(name: str) -> Path | None:
     return None
 
 
-def _load() -> ctypes.CDLL:
+def _load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
     path = find("libdeep_ep.so")
     if path is None:
         import deep_ep
@@ -40,9 +40,11 @@ def _load() -> ctypes.CDLL:
         "deep_ep_group_create": (pointer, [i32, i32, u64, i64, text]),
         "deep_ep_group_fd": (i32, [pointer]),
         "deep_ep_group_usable": (i32, [pointer]),
+        "deep_ep_group_join": (i32, [pointer, i64]),
         "deep_ep_group_bytes": (u64, [pointer]),
         "deep_ep_group_connect": (i32, [pointer, pointer, pointer, pointer, text]),
         "deep_ep_group_publish": (None, [pointer, text]),
+        "deep_ep_group_spoil": (None, [pointer]),
         "deep_ep_group_log": (u64, [pointer, pointer, u64]),
         "deep_ep_group_phases": (u64, [pointer, ctypes.c_uint32, pointer]),
         "deep_ep_group_agree": (i32, [text, ctypes.c_uint32, pointer, text, text]),
@@ -65,7 +67,7 @@ def _load() -> ctypes.CDLL:
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return library
+    return library, ctypes.PyDLL(str(path))
 
 
 def _announce_operators() -> None:
@@ -77,5 +79,10 @@ def _announce_operators() -> None:
 
 
 _announce_operators()
-library = _load()
+library, _with_python = _load()
 ERROR_BYTES = 512
+
+
+def raise_interrupt() -> None:
+    """If the last call on this thread failed because of a signal, raises what the signal's handler raised."""
+    _with_python.deep_ep_raise_interrupt()

@@ -54,7 +54,7 @@ def left_out_if_broken() -> Iterator[None]:
     if wrong is None:
         yield
         return
-    warnings.warn(f"deep_ep: torch_npu is left out, and NPUs with it: {wrong}", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"deep_ep: torch_npu is left out, and NPUs with it: {wrong}", RuntimeWarning, stacklevel=4)
     os.environ[_AUTOLOAD] = "0"
     try:
         yield

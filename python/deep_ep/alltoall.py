@@ -6,7 +6,7 @@ mode). A slot is t * K + k, one (token, k) of its source rank.
 
 Every communicating op starts with an all-gather of one header per rank (`_Call.agree`). All ranks judge the
 same headers by the same rule, so a bad argument on one rank, or ranks in different ops, raise on every rank,
-and the group is ready for the next call. Collectives after the header:
+and the group is ready for the next call. Collectives after the header, on the group's `Communicator`:
 
     dispatch           counts [E]; slots with their weights; each token once per destination
     combine            rows, one per slot: the sum is taken in k order, so there are no partial sums
@@ -16,14 +16,12 @@ and the group is ready for the next call. Collectives after the header:
 
 import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
-from . import calls, checks, pending, reference
+from . import calls, checks, communicator, reference
 
 _OPS = (
     "dispatch",
@@ -106,28 +104,44 @@ _COMMON = ("the hidden size", "the number of ids per token", "num_experts", "the
 
 
 class _Call:
-    """One op in its group, as this rank takes part in it."""
+    """One op in its group, as this rank takes part in it: a context manager.
+
+    An error before `agree` is one of the arguments: it is raised on all ranks. What ends the op on this rank alone
+    afterwards ends the use of the group.
+    """
 
     def __init__(self, op: str, group: str, tensor: Tensor) -> None:
-        pending.join(group)
         self.op = op
-        try:
-            self.group: dist.ProcessGroup = cast(Any, distributed_c10d)._resolve_process_group(group)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"deep_ep.{op}: there is no process group '{group}' on this rank; make it and call "
-                "deep_ep.init(group) first"
-            ) from error
-        self.rank = self.group.rank()
-        self.size = self.group.size()
-        devices = [d.type for d in self.group._device_types]
-        # Headers and counts are wanted on the host. And a tensor that the group cannot send, or that is on
-        # another device than those of other ranks, must not keep this rank's header from arriving.
-        self.device = torch.device("cpu" if "cpu" in devices else devices[0])
+        self.group = communicator.of(op, group)
+        self.group.join()
+        self.rank, self.size = self.group.rank, self.group.size
+        # A tensor that the group cannot send, or that is on another device than those of other ranks, must not keep
+        # this rank's header from arriving.
         self.device_error = None
-        if tensor.device.type not in devices:
-            allowed = " or ".join(sorted(devices))
+        if tensor.device.type not in self.group.devices:
+            allowed = " or ".join(sorted(self.group.devices))
             self.device_error = f"tensors must be on {allowed} as their group, got {tensor.device}"
+        self._has_entered = False
+        self._is_rejected = False
+
+    def __enter__(self) -> "_Call":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if error is None or self._is_rejected:
+            return
+        if not isinstance(error, Exception):
+            self.group.give_up(f"was interrupted ({type(error).__name__})")
+        elif self._has_entered:
+            self.group.give_up(f"gave up: {error}")
+        else:
+            nothing = torch.empty(0, 0)
+            self.agree(str(error), nothing, nothing, 0)
+
+    def rejected(self, message: str) -> RuntimeError:
+        """The error that all ranks raise."""
+        self._is_rejected = True
+        return RuntimeError(message)
 
     def agree(
         self,
@@ -144,6 +158,7 @@ class _Call:
         """
         if calls.mine.failed is not None and calls.mine.failed.error is not None:
             raise calls.mine.failed.error
+        self._has_entered = True
         calls.mine.enter()
         R = self.size
         form = "" if error else calls.mine.form
@@ -175,7 +190,7 @@ class _Call:
             ranks_in.setdefault(header.op, []).append(str(rank))
         if len(ranks_in) > 1:
             where = "; ".join(f"{_OPS[op]} on rank {', '.join(ranks)}" for op, ranks in ranks_in.items())
-            raise RuntimeError(f"deep_ep: the ranks are in different ops: {where}")
+            raise self.rejected(f"deep_ep: the ranks are in different ops: {where}")
 
     def _raise_reasons(self, error: str | None) -> None:
         """Raises what is wrong on which ranks."""
@@ -183,11 +198,11 @@ class _Call:
         told = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
         if self.size > 1 and len(set(reasons)) == 1:
             told = f"all ranks: {reasons[0]}"
-        raise RuntimeError(f"deep_ep.{self.op}: {told}")
+        raise self.rejected(f"deep_ep.{self.op}: {told}")
 
     def _raise_forms(self, form: str) -> None:
         told = ", ".join(f"rank {rank} has {text}" for rank, text in enumerate(self._texts(form)) if text)
-        raise RuntimeError(f"deep_ep.{self.op}: the calls differ: {told}; it must be the same on all ranks")
+        raise self.rejected(f"deep_ep.{self.op}: the calls differ: {told}; it must be the same on all ranks")
 
     def _texts(self, text: str) -> list[str]:
         """Every rank's."""
@@ -204,7 +219,7 @@ class _Call:
         for rank, header in enumerate(headers):
             for what, given, first in zip(_COMMON, header.common, headers[0].common, strict=True):
                 if given != first:
-                    raise RuntimeError(
+                    raise self.rejected(
                         f"deep_ep.{self.op}: rank {rank}: {what} is {text(what, given)}, but on rank 0 it is "
                         f"{text(what, first)}; it must be equal on all ranks"
                     )
@@ -219,32 +234,21 @@ class _Call:
                     difference = f"recv_src_idx and the send_head of rank {s} differ in their {has} rows"
                 else:
                     continue
-                raise RuntimeError(
+                raise self.rejected(
                     f"deep_ep.{self.op}: rank {d}: {difference}; all ranks must pass one dispatch's handle"
                     + (", and its topk_idx" if self.op == "low_latency_combine" else "")
                 )
 
     def all_gather(self, what: str, row: Tensor) -> Tensor:
         """Returns [R, n] on the host, from every rank's [n]."""
-        gathered = torch.empty(self.size, row.numel(), dtype=row.dtype, device=self.device)
-        try:
-            dist.all_gather(list(gathered.unbind(0)), row.to(self.device), group=self.group)
-        except RuntimeError as error:
-            raise self._failure(what, error) from error
-        return gathered.cpu()
+        return self.group.all_gather(self.op, what, row.cpu())
 
     def all_to_all(self, what: str, rows: Tensor, to: list[int], of: list[int], out: Tensor | None = None) -> Tensor:
         """Sends to[i] rows to rank i and returns the of[i] rows of every rank i, ordered by i."""
         if out is None:
             out = rows.new_empty(sum(of), *rows.shape[1:])
-        try:
-            dist.all_to_all_single(out, rows, of, to, group=self.group)
-        except RuntimeError as error:
-            raise self._failure(what, error) from error
+        self.group.all_to_all(self.op, what, out, rows, of, to)
         return out
-
-    def _failure(self, what: str, error: RuntimeError) -> RuntimeError:
-        return RuntimeError(f"deep_ep.{self.op}: rank {self.rank}: exchange of {what} failed: {error}")
 
 
 def _routes(
@@ -326,21 +330,22 @@ def agree(
 
     error: what is wrong with the arguments of this rank, if anything.
     """
-    call = _Call(op, group, x)
-    # A header has one number to spare, for both.
-    headers = call.agree(call.device_error or error, x, topk_idx, num_experts, 2 * M + quant_mode)
-    for rank, header in enumerate(headers):
-        given = zip(
-            ("num_max_dispatch_tokens_per_rank", "quant_mode"),
-            divmod(headers[0].W, 2),
-            divmod(header.W, 2),
-            strict=True,
-        )
-        for what, first, other in given:
-            if first != other:
-                raise RuntimeError(
-                    f"deep_ep.{op}: {what} must be the same on all ranks: rank 0 has {first}, rank {rank} has {other}"
-                )
+    with _Call(op, group, x) as call:
+        # A header has one number to spare, for both.
+        headers = call.agree(call.device_error or error, x, topk_idx, num_experts, 2 * M + quant_mode)
+        for rank, header in enumerate(headers):
+            given = zip(
+                ("num_max_dispatch_tokens_per_rank", "quant_mode"),
+                divmod(headers[0].W, 2),
+                divmod(header.W, 2),
+                strict=True,
+            )
+            for what, first, other in given:
+                if first != other:
+                    raise call.rejected(
+                        f"deep_ep.{op}: {what} must be the same on all ranks: rank 0 has {first}, rank {rank} has "
+                        f"{other}"
+                    )
 
 
 def get_dispatch_layout(
@@ -370,9 +375,9 @@ def dispatch(
     Raises RuntimeError, on all ranks, for a bad argument of any rank and for ranks in different ops; and for
     a failed exchange, such as with a peer that has died.
     """
-    call = _Call("dispatch", group, x)
-    error = checks.dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens)
-    return _dispatch(call, error, x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens)
+    with _Call("dispatch", group, x) as call:
+        error = checks.dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens)
+        return _dispatch(call, error, x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens)
 
 
 def low_latency_dispatch(
@@ -388,16 +393,16 @@ def low_latency_dispatch(
 
     Returns recv_x, recv_count, recv_src_idx, layout_range and send_head. Raises as dispatch does.
     """
-    call = _Call("low_latency_dispatch", group, x)
-    M = num_max_dispatch_tokens_per_rank
-    error = checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks) or checks.crowded_error(
-        topk_idx, num_experts // num_ranks
-    )
-    num_rows = 0 if error else num_ranks * M * min(topk_idx.shape[1], num_experts // num_ranks)
-    weights = torch.ones_like(topk_idx, dtype=torch.float32)
-    out = _dispatch(call, error, x, topk_idx, weights, num_experts, num_ranks, num_rows, same_rows=True)
-    layout_range = out.recv_channel_prefix_matrix.view(-1)
-    return out.recv_x, out.num_recv_tokens_per_expert, out.recv_src_idx, layout_range, out.send_head
+    with _Call("low_latency_dispatch", group, x) as call:
+        M = num_max_dispatch_tokens_per_rank
+        error = checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks) or checks.crowded_error(
+            topk_idx, num_experts // num_ranks
+        )
+        num_rows = 0 if error else num_ranks * M * min(topk_idx.shape[1], num_experts // num_ranks)
+        weights = torch.ones_like(topk_idx, dtype=torch.float32)
+        out = _dispatch(call, error, x, topk_idx, weights, num_experts, num_ranks, num_rows, same_rows=True)
+        layout_range = out.recv_channel_prefix_matrix.view(-1)
+        return out.recv_x, out.num_recv_tokens_per_expert, out.recv_src_idx, layout_range, out.send_head
 
 
 def _dispatch(
@@ -418,7 +423,7 @@ def _dispatch(
     headers = call.agree(error, x, topk_idx, num_experts, num_worst_tokens)
     for rank, header in enumerate(headers):
         if same_rows and header.W != headers[0].W:
-            raise RuntimeError(
+            raise call.rejected(
                 f"deep_ep.{call.op}: num_max_dispatch_tokens_per_rank must be the same on all ranks: rank 0 makes room "
                 f"for {headers[0].W} rows, rank {rank} for {header.W}"
             )
@@ -438,7 +443,7 @@ def _dispatch(
 
     most, rank = (int(v) for v in kept.sum((1, 2)).max(0))
     if most > checks.MAX_ROWS:
-        raise RuntimeError(f"deep_ep.{call.op}: rank {rank} would receive {most} rows; allowed are {checks.MAX_ROWS}")
+        raise call.rejected(f"deep_ep.{call.op}: rank {rank} would receive {most} rows; allowed are {checks.MAX_ROWS}")
 
     # This rank's slots in the order in which their destinations take them.
     asked_here = asked[call.rank].view(-1)
@@ -521,9 +526,9 @@ def combine(
 
     The other tensors are those of the dispatch that made the rows. Raises as dispatch does.
     """
-    call = _Call("combine", group, x)
-    error = checks.combine(x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
-    return _combine(call, error, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
+    with _Call("combine", group, x) as call:
+        error = checks.combine(x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
+        return _combine(call, error, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
 
 
 def low_latency_combine(
@@ -539,13 +544,13 @@ def low_latency_combine(
     comm_alg: str,
 ) -> Tensor:
     """As combine, for the rows of a low_latency_dispatch."""
-    call = _Call("low_latency_combine", group, x)
-    error = checks.low_latency_combine(
-        x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks
-    )
-    return _combine(
-        call, error, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks, layout_range
-    )
+    with _Call("low_latency_combine", group, x) as call:
+        error = checks.low_latency_combine(
+            x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks
+        )
+        return _combine(
+            call, error, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks, layout_range
+        )
 
 
 def _combine(
@@ -587,21 +592,21 @@ def dispatch_backward(
 
     grad_recv_x: [N, H]; grad_recv_topk_weights: fp32 [N, K]. Raises as dispatch does.
     """
-    call = _Call("dispatch_backward", group, grad_recv_x)
-    error = (
-        call.device_error
-        or checks.group_size(num_ranks, call.size)
-        or checks.dispatch_backward(
-            grad_recv_x, grad_recv_topk_weights, recv_src_idx, topk_idx, send_head, num_experts, num_ranks
+    with _Call("dispatch_backward", group, grad_recv_x) as call:
+        error = (
+            call.device_error
+            or checks.group_size(num_ranks, call.size)
+            or checks.dispatch_backward(
+                grad_recv_x, grad_recv_topk_weights, recv_src_idx, topk_idx, send_head, num_experts, num_ranks
+            )
+            or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
         )
-        or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
-    )
-    routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
-    call.agree(error, grad_recv_x, topk_idx, num_experts, routes=routes)
-    assert routes
-    grad_x = _return_rows(call, grad_recv_x, routes, topk_idx, None)
-    grads = grad_recv_topk_weights[routes.rows, recv_src_idx[routes.rows, 2].long()]
-    return grad_x, _return_scalars(call, grads, routes, topk_idx)
+        routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
+        call.agree(error, grad_recv_x, topk_idx, num_experts, routes=routes)
+        assert routes
+        grad_x = _return_rows(call, grad_recv_x, routes, topk_idx, None)
+        grads = grad_recv_topk_weights[routes.rows, recv_src_idx[routes.rows, 2].long()]
+        return grad_x, _return_scalars(call, grads, routes, topk_idx)
 
 
 def combine_backward(
@@ -619,41 +624,43 @@ def combine_backward(
 
     grad_out: [T, H]; the other arguments are combine's. Raises as dispatch does.
     """
-    call = _Call("combine_backward", group, x)
-    error = (
-        call.device_error
-        or checks.group_size(num_ranks, call.size)
-        or checks.combine_backward(grad_out, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks)
-        or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
-    )
-    routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
-    headers = call.agree(error, x, topk_idx, num_experts, routes=routes)
-    assert routes
-    (T, H), K = grad_out.shape, topk_idx.shape[1]
-    rows, slots = routes.rows, routes.slots
+    with _Call("combine_backward", group, x) as call:
+        error = (
+            call.device_error
+            or checks.group_size(num_ranks, call.size)
+            or checks.combine_backward(
+                grad_out, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks
+            )
+            or _handle_error(topk_idx, recv_src_idx, send_head, num_experts, num_ranks)
+        )
+        routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks)
+        headers = call.agree(error, x, topk_idx, num_experts, routes=routes)
+        assert routes
+        (T, H), K = grad_out.shape, topk_idx.shape[1]
+        rows, slots = routes.rows, routes.slots
 
-    weights = call.all_to_all(
-        "weights", topk_weights.view(-1)[slots], routes.slots_per_rank, routes.rows_per_rank
-    ).unsqueeze(1)
-    source, token, _ = recv_src_idx[rows].long().unbind(1)
-    destination = topk_idx.view(-1)[slots] // (num_experts // num_ranks)
-    leaves, _ = _distinct_tokens(destination, slots // K, num_ranks, T)
-    comes, place = _distinct_tokens(source, token, num_ranks, max(h.T for h in headers))
-    arrived = call.all_to_all(
-        "gradients",
-        grad_out.index_select(0, leaves.nonzero()[:, 1]),
-        leaves.sum(1).tolist(),
-        comes.sum(1).tolist(),
-    )
+        weights = call.all_to_all(
+            "weights", topk_weights.view(-1)[slots], routes.slots_per_rank, routes.rows_per_rank
+        ).unsqueeze(1)
+        source, token, _ = recv_src_idx[rows].long().unbind(1)
+        destination = topk_idx.view(-1)[slots] // (num_experts // num_ranks)
+        leaves, _ = _distinct_tokens(destination, slots // K, num_ranks, T)
+        comes, place = _distinct_tokens(source, token, num_ranks, max(h.T for h in headers))
+        arrived = call.all_to_all(
+            "gradients",
+            grad_out.index_select(0, leaves.nonzero()[:, 1]),
+            leaves.sum(1).tolist(),
+            comes.sum(1).tolist(),
+        )
 
-    grad_x = torch.empty_like(x)
-    grad_x[recv_src_idx[:, 0] < 0] = 0
-    grads = torch.empty(rows.numel(), dtype=torch.float32, device=x.device)
-    for block in _blocks(rows.numel(), H):
-        grad = arrived.index_select(0, place[block]).float()
-        grads[block] = (grad * x.index_select(0, rows[block])).sum(1)
-        grad_x[rows[block]] = grad.mul_(weights[block]).to(x.dtype)
-    return grad_x, _return_scalars(call, grads, routes, topk_idx)
+        grad_x = torch.empty_like(x)
+        grad_x[recv_src_idx[:, 0] < 0] = 0
+        grads = torch.empty(rows.numel(), dtype=torch.float32, device=x.device)
+        for block in _blocks(rows.numel(), H):
+            grad = arrived.index_select(0, place[block]).float()
+            grads[block] = (grad * x.index_select(0, rows[block])).sum(1)
+            grad_x[rows[block]] = grad.mul_(weights[block]).to(x.dtype)
+        return grad_x, _return_scalars(call, grads, routes, topk_idx)
 
 
 def _return_rows(call: _Call, x: Tensor, routes: _Routes, topk_idx: Tensor, weights: Tensor | None) -> Tensor:

@@ -5,12 +5,13 @@ Dynamo traces through its methods.
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N received rows.
 """
 
+import sys
 import warnings
 import weakref
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import call_log, calls, cost, env, quantization, rank_rows
@@ -18,12 +19,12 @@ from .collective import collective
 from .config import Config
 from .fused import FusedCalls
 from .fused_weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
-from .groups import GroupInfo, init
+from .groups import Group, GroupInfo, prepare, process_group, spoil
 from .low_latency import LowLatencyCalls, Rows
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
 from .ops import get_dispatch_layout as layout_op
-from .ops.dispatch import DispatchHandle
+from .ops.dispatch import DispatchHandle, copy_in_graph
 from .other_calls import OtherCalls
 from .overlap import Plan, begin_after, event_of, issue
 from .rank_rows import RankHandle
@@ -46,6 +47,9 @@ class AlignedHandle(NamedTuple):
     """int64 [N without padding]: where each row lies among the N rows."""
     num_rows: Tensor
     """int64 [L]: rows of each local expert, padding included."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy_in_graph(self, memo)
 
     @property
     def num_dropped(self) -> Tensor:
@@ -74,7 +78,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
     """Expert-parallel communication for one group of ranks.
 
     Making a Buffer is collective and happens outside of compiled code. Several may exist at once, also of one group;
-    they share the group's windows.
+    they share the group's windows. Strategies are for the Buffer's own calls, and for functions only where nothing else
+    has prepared the group.
 
     There are two contracts of what a row is. Under rows="expert" (that of DeepEP-Ascend) dispatch gives one row per
     (token, expert), ordered by local expert, source rank, token, k, and combine weights them. Under rows="rank" (that
@@ -82,7 +87,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
     sum, of weights as well if they are given.
 
     Args:
-        group: the expert-parallel group.
+        group: the expert-parallel group: a ProcessGroup, a DeviceMesh of one dimension, or a group's name.
         num_nvl_bytes: most bytes of each rank's window, 0 for the default (`num_bytes` of `deep_ep.init`). Larger
             messages go in rounds.
         num_rdma_bytes: as num_nvl_bytes, for clients that size the buffer with it; the larger one counts.
@@ -98,6 +103,10 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         comm_alg: as in `deep_ep.init`.
         straight_through: quantised dispatch gives one tensor of dequantised rows, with the identity as its gradient.
 
+    A copy of a Buffer, as in a deepcopy of a module that has one, is the Buffer itself, since it stands for a group.
+    One that was pickled comes back without its group: a module with it can be saved and loaded, and gets a new Buffer
+    before it communicates again.
+
     What no argument says is read from the environment when the Buffer is made: see `deep_ep.env`.
 
     Raises:
@@ -109,7 +118,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        group: Group,
         num_nvl_bytes: int = 0,
         num_rdma_bytes: int = 0,
         low_latency_mode: bool = False,
@@ -134,7 +143,11 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         if enable_shrink:
             raise ValueError("enable_shrink must be False: all ranks of a group take part; make a group of fewer ranks")
         if comm is not None or group is None:
-            raise ValueError(f"group must be a ProcessGroup, and comm None; got {group!r} and {comm!r}")
+            raise ValueError(
+                f"group must be a ProcessGroup, and comm None; got {group!r} (which torch.distributed gives to ranks "
+                f"outside of a group) and {comm!r}"
+            )
+        pg = process_group(group)
         self._rows = env.value("DEEP_EP_ROWS") if rows is None else one_of("rows", rows, env.ROWS)
         self._running_counts = env.value("MOE_EXPERT_TOKEN_NUMS_TYPE") == "0"
         self._quant_mode = "int8" if env.value("DEEP_NORMAL_MODE_USE_INT8_QUANT") == "1" else "none"
@@ -143,28 +156,31 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self._destroyed = False
-        is_logged = env.value("DEBUG_MODE") == "ON"
-        self.group = group
-        self.rank = group.rank()
-        self.group_size = group.size()
+        is_logged = env.value("DEBUG_MODE").upper() == "ON"
+        self.group = pg
+        self.rank = pg.rank()
+        self.group_size = pg.size()
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
         self.low_latency_mode = low_latency_mode
         if normal_strategy is not None:
             normal_strategy = one_of("normal_strategy", normal_strategy, NormalStrategy)
             low_latency_strategy = low_latency_strategy or MODES[env.value("DEEP_USE_MODE")][1]
-        self._info = init(
-            group,
-            num_bytes=max(num_nvl_bytes, num_rdma_bytes) or None,
-            strategy=normal_strategy,
-            low_latency_strategy=low_latency_strategy,
-            comm_alg=comm_alg,
+        self._info: GroupInfo | None = prepare(
+            pg,
+            max(num_nvl_bytes, num_rdma_bytes) or None,
+            normal_strategy,
+            low_latency_strategy,
+            None,
+            comm_alg,
+            chooses=False,
         )
         self.normal_strategy, self.low_latency_strategy = self._info.normal, self._info.low_latency
         if explicitly_destroy:
-            self._undestroyed = weakref.finalize(self, _warn_of_undestroyed, group.group_name)
+            self._undestroyed = weakref.finalize(self, _warn_of_undestroyed, pg.group_name, *_caller())
         if is_logged:
-            call_log.start(self, self.group.group_name)
+            call_log.start(self, pg.group_name)
+            spoil(self._info)
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
@@ -238,7 +254,20 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
     def _live(self) -> GroupInfo:
         if self._destroyed:
             raise RuntimeError("deep_ep: this Buffer was destroyed; make another one")
+        if self._info is None:
+            raise RuntimeError("deep_ep: this Buffer was pickled, and has no group since; make another one")
         return self._info
+
+    def __copy__(self) -> "Buffer":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Buffer":
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle has of it: all that is of no group, of no other object and of no process."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | str | Enum)}
+        return plain | {"group": None, "_info": None, "explicitly_destroy": False}
 
     def get_dispatch_layout(
         self,
@@ -300,12 +329,13 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                 them, and N grows by at most L * (expert_alignment - 1), which is by how much it does grow with
                 num_worst_tokens.
             previous_event: the call begins after it, and waits for it.
-            async_finish: the call does not wait for peers. The event does, and fills the returned tensors, which hold
-                zeros until then. x, topk_idx and topk_weights may be written to before, unless they need gradients.
-                What is wrong on other ranks is raised by the event. Every rank waits for its events in the
-                order of the calls; other calls of the group wait for a call that has been started. Without a handle
-                and with num_worst_tokens=0 the number of rows has to be known first: then the call is finished when it
-                returns.
+            async_finish: under rows="rank" the call does not wait for peers; the event does. What the call returned
+                is undefined until then. Its gradients are those of a call where this one was made, in whatever grad
+                mode or thread the event is waited for. x must not be written to before, which is a RuntimeError of the
+                event. What is wrong on other ranks is raised by the event, too. Every rank waits for its events
+                in the order of the calls; other calls of the group wait for a call that has been started. Without a
+                handle and with num_worst_tokens=0 the number of rows has to be known first: then the call is finished
+                when it returns. Under rows="expert" it always is, as programs that never wait expect.
             allocate_on_comm_stream: accepted for compatibility; as upstream, it needs previous_event and async_finish.
             config: see Config.
             dispatch_wait_recv_cost_stats: int32 or int64 [R]; the call adds to every peer's entry the microseconds
@@ -362,7 +392,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             routing += ", with num_worst_tokens"
         calls.form(f'{quantization.described(x if packed is None else packed)} under rows="{self._rows}" {routing}')
         if handle is not None:
-            self._check_handles(info, handle, async_finish)
+            self._check_handles(info, handle, self._overlaps(async_finish))
 
         if self._rows == "rank":
             if handle is not None:
@@ -392,13 +422,13 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             call = info, rows, topk_idx, topk_weights, E, num_worst_tokens, is_token_in_rank
             plan = Plan(dispatch_op, [call], expert_rows, (num_worst_tokens,))
 
-        def received(*outs: dispatch_op.DispatchOutput) -> tuple[Any, ...]:
+        def received(*outs: Any) -> tuple[Any, ...]:
             recv_x, *others = plan.received(*outs)
             return recv_x if packed is None else quantization.unpack(recv_x, *packed), *others
 
         has_shape = handle is not None or num_worst_tokens != 0
         sends = plan._replace(received=received)
-        return self._issue(sends, async_finish and has_shape, async_finish, dispatch_wait_recv_cost_stats)
+        return self._issue(sends, async_finish, dispatch_wait_recv_cost_stats, has_shape)
 
     def _check_handles(self, info: GroupInfo, handle: Handle, overlaps: bool) -> None:
         """All ranks must have handles of one dispatch, which combine finds out, of rows of the least size that an NPU
@@ -412,10 +442,10 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         else:
             combine_op.call(info, nothing, known)
 
-    def _issue(self, plan: Plan, overlaps: bool, async_finish: bool, stats: Tensor | None) -> tuple[Any, ...]:
+    def _issue(self, plan: Plan, async_finish: bool, stats: Tensor | None, has_shape: bool = True) -> tuple[Any, ...]:
         """The results and the event; stats get what was waited."""
-        results, fill = issue(plan, overlaps, None, stats, self.rank)
-        return *results, event_of(async_finish, fill)
+        results, wait = issue(plan, self._overlaps(async_finish) and has_shape, None, stats, self.rank)
+        return *results, event_of(async_finish, wait)
 
     def _rows_to_send(
         self, x: Rows, quant_mode: str | None, cached: bool
@@ -535,15 +565,15 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             plan = Plan(combine_op, [(info, x, known)], lambda combined: (combined, None))
 
         def received(*outs: Tensor) -> tuple[Any, ...]:
-            combined, combined_weights = plan.received(*outs)
+            combined, combined_weights = plan.received(*outs[: len(plan.calls)])
             if biases:
                 total = combined.to(torch.float32)
-                for one in biases:
+                for one in outs[len(plan.calls) :]:
                     total = total + one
                 combined = total.to(x.dtype)
             return combined, combined_weights
 
-        return self._issue(plan._replace(received=received), async_finish, async_finish, combine_send_cost_stats)
+        return self._issue(plan._replace(received=received, inputs=biases), async_finish, combine_send_cost_stats)
 
 
 def _as_aligned(handle: tuple[Tensor, ...]) -> AlignedHandle | None:
@@ -600,11 +630,20 @@ def _spread(out: dispatch_op.DispatchOutput, position: Tensor, N: int) -> tuple[
     )
 
 
-def _warn_of_undestroyed(group: str) -> None:
-    warnings.warn(
+def _caller() -> tuple[str, int]:
+    """File and line where this library was called."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("deep_ep."):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def _warn_of_undestroyed(group: str, file: str, line: int) -> None:
+    warnings.warn_explicit(
         f"deep_ep: a Buffer of the group '{group}' was made with explicitly_destroy=True and went without destroy()",
         RuntimeWarning,
-        stacklevel=2,
+        file,
+        line,
     )
 
 

@@ -1,23 +1,28 @@
-"""What is known of a group: its size, the strategy chosen for it, and its windows."""
+"""What is known of a group: its size, the strategies chosen for it, and what it has to communicate."""
 
 import functools
+import os
 import weakref
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from . import _compile, env
+from .communicator import Communicator
+from .meeting import Meeting, group_timeout
 from .npu import windows as npu_windows
 from .npu.platform import platform
 from .npu_ops import check_comm_alg
 from .strategies import MODES, LowLatencyStrategy, NormalStrategy, one_of
-from .windows import Windows, exchange, group_timeout
+from .windows import Windows
 
-Group = dist.ProcessGroup | str | None
-"""How functions take a group: a ProcessGroup, its name, or None for the default group."""
+Group = dist.ProcessGroup | DeviceMesh | str | None
+"""How a group is given: a ProcessGroup, a DeviceMesh of one dimension, a name, or None for the default group."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +35,77 @@ class GroupInfo:
     low_latency: LowLatencyStrategy
     comm_alg: str = ""
 
+    def __str__(self) -> str:
+        """The choice, for messages."""
+        one = self.normal.value
+        both = one if one == self.low_latency.value else f"{one}, and {self.low_latency.value} in low latency"
+        return f"{both} (comm_alg {self.comm_alg})" if self.comm_alg else both
 
-_owners: dict[str, weakref.ref[dist.ProcessGroup]] = {}
+
+Part = Windows | npu_windows.Windows | Communicator
+
+
+class _Owner(NamedTuple):
+    """Which group has the name."""
+
+    group: weakref.ref[dist.ProcessGroup]
+    # torch.distributed holds it as long as it knows the group, and nobody else does.
+    known: "weakref.ref[Any]"
+
+
+# By the group's name: whose it is, what functions do, whether `init` has chosen that, and what the group has: windows
+# by kind of device, and "alltoall": a communicator.
+_owners: dict[str, _Owner] = {}
 _infos: dict[str, GroupInfo] = {}
-_windows: dict[str, dict[str, Windows | npu_windows.Windows]] = {}  # by group and kind of device
+_chosen: set[str] = set()
+_parts: dict[str, dict[str, Part]] = {}
+_spoiled: set[str] = set()
+_parents: dict[str, weakref.ref[dist.ProcessGroup]] = {}  # of the rank that this process was forked from, if it was
+
+
+def _forget_parents() -> None:
+    _parents.update(_owners)
+    for known in (_owners, _infos, _chosen, _parts, _spoiled):
+        known.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parents)
 
 
 def process_group(group: Group) -> dist.ProcessGroup:
-    """The ProcessGroup that is meant."""
+    """The ProcessGroup that is meant; traceable.
+
+    ValueError: it is a mesh of several dimensions, or this rank is not in it. RuntimeError: there is no such group.
+    """
+    if isinstance(group, dist.ProcessGroup):
+        return group
     if isinstance(group, str):
         try:
             return _resolve_process_group(group)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise RuntimeError(f"deep_ep: there is no group named '{group}'") from error
-    group = group or dist.group.WORLD
+    if isinstance(group, DeviceMesh) and group.ndim == 1 and group.get_coordinate() is not None:
+        return group.get_group()
+    if group is None and dist.group.WORLD is not None:
+        return dist.group.WORLD
+    return _refuse(group)
+
+
+@torch.compiler.assume_constant_result
+def _refuse(group: object) -> NoReturn:
+    """Says why it is no group of this rank. Not traced, since Dynamo does not say what traced code raises."""
     if group is None:
         raise RuntimeError("deep_ep: there is no default group; call torch.distributed.init_process_group first")
-    return group
+    if isinstance(group, DeviceMesh) and group.ndim != 1:
+        raise ValueError(
+            f"group must be a mesh of one dimension, got one of {group.ndim}: {group.mesh_dim_names or 'unnamed'}; "
+            'slice it, as in mesh["ep"]'
+        )
+    if isinstance(group, DeviceMesh):
+        raise ValueError(f"group must be one that this rank is in, got a mesh of the ranks {group.mesh.tolist()}")
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group must be one that this rank is in; torch.distributed.new_group gave it to other ranks")
+    raise ValueError(f"group must be a ProcessGroup, a DeviceMesh of one dimension, a name or None, got {group!r}")
 
 
 def init(
@@ -60,133 +119,224 @@ def init(
 ) -> GroupInfo:
     """Prepares a group for the ops. Collective: all ranks of the group call it, outside of compiled code.
 
+    The group's strategies are chosen once: a further call that names no others keeps them, makes what is missing or was
+    given up after a failure, and waits for calls that go on. A Buffer may have others for its own calls.
+
     Args:
-        group: the expert-parallel group; None is the default group.
+        group: the expert-parallel group, as a ProcessGroup, a DeviceMesh of one dimension, or its name; None is the
+            default group.
         num_bytes: most bytes of every rank's window, where a strategy is ``default``; None takes HCCL_BUFFSIZE, read
             now. On CPU a window grows as ops need it, and keeps what it has until the group goes; with neither, to a
             rank's share in half of the host's memory. On NPUs it has this size from the start; with neither, 256 MiB.
             Rows that do not fit go in rounds, so this bounds speed, not sizes. A window that may be large enough
             already is kept; a smaller one, or one that was given up after a failure, is replaced.
-        strategy: ``default``, ``alltoall`` or ``ops``; None takes DEEP_USE_MODE, read now.
+        strategy: ``default``, ``alltoall`` or ``ops``; None takes what was chosen, or DEEP_USE_MODE, read now.
         low_latency_strategy: another one for the low-latency ops: ``default``, ``alltoall`` or ``ops``.
-        timeout: how long an op waits for a peer without progress; None is the group's own timeout.
+        timeout: how long an op waits for a peer without progress; None is the group's own timeout. This call waits for
+            the longer of the two.
         comm_alg: for the strategy ``ops``: hierarchy, fullmesh_v1, fullmesh_v2 or ccu; empty leaves it to torch_npu or,
             on A2, to HCCL_INTRA_PCIE_ENABLE and HCCL_INTRA_ROCE_ENABLE.
 
     Raises:
-        ValueError: an unknown strategy or comm_alg, num_bytes is not positive, or a wrong value in the environment
-            (`deep_ep.env`) of what no argument says; on this rank, before it waits for others.
-        RuntimeError: on every rank, when windows cannot be made: too little memory on a rank, or ranks on several
-            hosts under ``default``.
+        ValueError: an unknown strategy or comm_alg, num_bytes is not positive, a group that this rank is not in or a
+            mesh of several dimensions, or a wrong value in the environment (`deep_ep.env`) of what no argument says; on
+            this rank, before it waits for others.
+        RuntimeError: on every rank, when other strategies were chosen before `destroy`; when windows cannot be made:
+            too little memory on a rank, or ranks on several hosts under ``default``; when a rank has died, leaves or
+            does not come.
     """
+    return prepare(group, num_bytes, strategy, low_latency_strategy, timeout, comm_alg, chooses=True)
+
+
+def prepare(
+    group: Group,
+    num_bytes: int | None,
+    strategy: str | NormalStrategy | None,
+    low_latency_strategy: str | LowLatencyStrategy | None,
+    timeout: timedelta | None,
+    comm_alg: str,
+    *,
+    chooses: bool,
+) -> GroupInfo:
+    """As `init`. Without `chooses` the choice is for the caller alone, and for functions if there is none yet."""
     normal, low_latency = MODES[env.value("DEEP_USE_MODE") if strategy is None else one_of("strategy", strategy, MODES)]
     if low_latency_strategy is not None:
         low_latency = LowLatencyStrategy(one_of("low_latency_strategy", low_latency_strategy, LowLatencyStrategy))
     if error := check_comm_alg(comm_alg):
         raise ValueError(error)
     pg = process_group(group)
+    if pg.group_name in _parents and _parents[pg.group_name]() is pg:
+        raise _is_parents(pg.group_name)
     if num_bytes is not None and num_bytes <= 0:
         raise ValueError(f"num_bytes must be positive, got {num_bytes}")
     env.value("MOE_SHARED_EXPERT_RANK_NUM")
     on = {device.type for device in pg._device_types}
     from_environment = env.comm_alg(platform() if "npu" in on else None)
-    comm_alg = comm_alg or from_environment
     if num_bytes is None:
         num_bytes = env.window_bytes()
-    is_default = normal is NormalStrategy.DEFAULT or low_latency is LowLatencyStrategy.DEFAULT
-    wanted = _windowed_devices(on) if is_default else []
-    served = {device: _is_served(pg, device, num_bytes, timeout) for device in wanted}
-    mode = normal.value if normal.value == low_latency.value else f"{normal.value} and {low_latency.value}"
-    wishes = exchange(pg, (mode, served))
-    modes = [wish[0] for wish in wishes]
-    if len(set(modes)) > 1:
-        raise RuntimeError(
-            f"deep_ep: the ranks of the group '{pg.group_name}' chose different strategies: {', '.join(modes)}"
-        )
-    for rank, (_, devices) in enumerate(wishes):
-        if devices.keys() != served.keys():
-            raise RuntimeError(
-                f"deep_ep: rank {rank} has kernels for {', '.join(devices) or 'no device'} of the group "
-                f"'{pg.group_name}', rank {pg.rank()} for {', '.join(wanted) or 'none'}; install one version on all"
-            )
     name = pg.group_name
-    for device in wanted:
-        if not all(wish[1][device] for wish in wishes):
-            kind = Windows if device == "cpu" else npu_windows.Windows
-            windows = kind(pg, num_bytes, timeout or group_timeout(pg))
-            _close_windows(name, device)
-            _windows.setdefault(name, {})[device] = windows
     if not _owns(pg):
-        _owners[name] = weakref.ref(pg, functools.partial(_forget, name))
-    _infos[name] = info = GroupInfo(name, pg.size(), normal, low_latency, comm_alg)
+        _drop(name)
+    parts = _parts.get(name, {})
+    wish = GroupInfo(name, pg.size(), normal, low_latency, comm_alg or from_environment)
+    before = _infos[name] if chooses and name in _chosen else None
+    if before is not None:
+        # What is not asked for stays.
+        wish = GroupInfo(
+            name,
+            pg.size(),
+            before.normal if strategy is None else normal,
+            before.low_latency if strategy is None and low_latency_strategy is None else low_latency,
+            comm_alg or before.comm_alg,
+        )
+    wanted = _wanted(wish, on)
+    served = {kind: _is_served(parts.get(kind), num_bytes, timeout) for kind in wanted}
+    _join(parts)
+    with Meeting(pg, timeout) as meeting:
+        is_whole = all(part.usable for part in parts.values())
+        wishes = meeting.exchange((str(wish), served, is_whole, before and str(before)))
+        _check_wishes(name, wishes)
+        made = {}
+        for kind in wanted:
+            if not all(wish[1][kind] for wish in wishes):
+                made[kind] = _make(kind, pg, meeting, num_bytes, timeout)
+        for kind, part in made.items():
+            _close(name, kind)
+            _parts.setdefault(name, {})[kind] = part
+            if isinstance(part, Communicator):
+                part.publish()
+    if not _owns(pg):
+        store = cast(Any, dist.distributed_c10d)._get_process_group_store(pg)
+        _owners[name] = _Owner(weakref.ref(pg), weakref.ref(store or pg, functools.partial(_forget, name)))
+    if chooses:
+        _chosen.add(name)
+    if chooses or name not in _infos:
+        _infos[name] = wish
     _compile.prepare()
-    return info
+    return wish
+
+
+def _wanted(wish: GroupInfo, devices: set[str]) -> list[str]:
+    """The parts that the strategies use."""
+    strategies = {wish.normal.value, wish.low_latency.value}
+    wanted = []
+    if "default" in strategies:
+        # The kinds of devices for which there are kernels here.
+        on_npu = "npu" in devices and npu_windows.load_kernels() is not None
+        wanted = ["cpu"] * ("cpu" in devices) + ["npu"] * on_npu
+    return wanted + ["alltoall"] * ("alltoall" in strategies)
+
+
+def _is_served(part: Part | None, num_bytes: int | None, timeout: timedelta | None) -> bool:
+    return (
+        part is not None
+        and part.usable
+        and (isinstance(part, Communicator) or part.num_bytes >= (num_bytes or 0))
+        and timeout in (None, part.timeout)
+    )
+
+
+def _check_wishes(name: str, wishes: list[tuple[str, dict[str, bool], bool, str | None]]) -> None:
+    modes = [wish[0] for wish in wishes]
+    if all(wish[2] for wish in wishes):
+        for rank, (mode, _, _, before) in enumerate(wishes):
+            if before is not None and mode != before:
+                raise RuntimeError(
+                    f"deep_ep: the group '{name}' has been prepared with the strategy {before}, and rank {rank} asks "
+                    f"for {mode}; give it to a Buffer, for its calls, or call deep_ep.destroy(group) on all ranks first"
+                )
+    if len(set(modes)) > 1:
+        raise RuntimeError(f"deep_ep: the ranks of the group '{name}' chose different strategies: {'; '.join(modes)}")
+    for rank, (_, served, _, _) in enumerate(wishes):
+        if served.keys() != wishes[0][1].keys():
+            raise RuntimeError(
+                f"deep_ep: rank {rank} has kernels for {', '.join(served) or 'no device'} of the group '{name}', rank "
+                f"0 for {', '.join(wishes[0][1]) or 'none'}; install one version on all"
+            )
+
+
+def _make(kind: str, pg: dist.ProcessGroup, meeting: Meeting, num_bytes: int | None, timeout: timedelta | None) -> Part:
+    timeout = timeout or group_timeout(pg)
+    if kind == "alltoall":
+        return Communicator(pg, meeting, timeout)
+    return (Windows if kind == "cpu" else npu_windows.Windows)(pg, meeting, num_bytes, timeout)
 
 
 def _owns(pg: dist.ProcessGroup) -> bool:
     """Whether what is known under the group's name is of this group, and not of one that had the name before."""
     owner = _owners.get(pg.group_name)
-    return owner is not None and owner() is pg
+    return owner is not None and owner.group() is pg
 
 
-def _forget(name: str, owner: weakref.ref[dist.ProcessGroup]) -> None:
-    if _owners.get(name) is owner:
+def _forget(name: str, known: "weakref.ref[Any]") -> None:
+    if name in _owners and _owners[name].known is known:
         _drop(name)
 
 
 def _drop(name: str) -> None:
     _owners.pop(name, None)
     _infos.pop(name, None)
-    for device in list(_windows.get(name, ())):
-        _close_windows(name, device)
-    _windows.pop(name, None)
+    _spoiled.discard(name)
+    _chosen.discard(name)
+    for kind in list(_parts.get(name, ())):
+        _close(name, kind)
+    _parts.pop(name, None)
 
 
-def _close_windows(name: str, device: str) -> None:
-    windows = _windows.get(name, {}).pop(device, None)
-    if windows is not None:
-        windows.close()
+def _close(name: str, kind: str) -> None:
+    part = _parts.get(name, {}).pop(kind, None)
+    if part is not None:
+        part.close()
 
 
-def _windowed_devices(devices: set[str]) -> list[str]:
-    """The kinds of devices for which there are kernels here."""
-    on_npu = "npu" in devices and npu_windows.load_kernels() is not None
-    return ["cpu"] * ("cpu" in devices) + ["npu"] * on_npu
-
-
-def _is_served(pg: dist.ProcessGroup, device: str, num_bytes: int | None, timeout: timedelta | None) -> bool:
-    windows = _windows.get(pg.group_name, {}).get(device)
-    return (
-        windows is not None
-        and _owns(pg)
-        and windows.usable
-        and windows.num_bytes >= (num_bytes or 0)
-        and timeout in (None, windows.timeout)
-    )
+def _join(parts: dict[str, Part]) -> None:
+    for part in list(parts.values()):
+        part.join()
 
 
 def destroy(group: Group = None) -> None:
-    """Leaves the group's windows and forgets its strategy. Peers that wait for this rank in an op raise.
+    """Waits for the calls that this rank has started, leaves the group and forgets its strategies. Peers that wait for
+    this rank in an op raise.
 
-    Tensors that lie in the window stay valid. Without this call the same happens when the ProcessGroup goes.
+    Tensors that lie in the window stay valid. Without this call the same happens in destroy_process_group, but for the
+    waiting.
     """
-    _drop(group if isinstance(group, str) else process_group(group).group_name)
+    name = group if isinstance(group, str) else process_group(group).group_name
+    try:
+        _join(_parts.get(name, {}))
+    finally:
+        _drop(name)
+
+
+def _is_parents(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"deep_ep: this process was forked from a rank and has no part in its group '{name}'; call the function in the "
+        "rank itself, or make a group of such processes"
+    )
 
 
 def info_of(group: Group) -> GroupInfo:
     """What `init` recorded for the group; traceable."""
-    name = group if isinstance(group, str) else (group or dist.group.WORLD).group_name  # type: ignore[union-attr]
+    name = group if isinstance(group, str) else process_group(group).group_name
     info = _infos.get(name)
-    if info is None or not (torch.compiler.is_compiling() or _owns(process_group(group))):
-        raise RuntimeError(
-            f"deep_ep: the group '{name}' is not prepared; call deep_ep.init(group) first, on all its ranks"
-        )
+    if info is None and name in _parents:
+        raise _is_parents(name)
+    if info is None or not (torch.compiler.is_compiling() or _owns(process_group(name))):
+        return _refuse_unprepared(name)
     return info
 
 
 def has_native_cpu_only(info: GroupInfo) -> bool:
     """Whether what the ops of the group run on is the CPU, where a rank can say that it has failed."""
-    return list(_windows.get(info.name, ())) == ["cpu"]
+    return [kind for kind in _parts.get(info.name, ()) if kind != "alltoall"] == ["cpu"]
+
+
+@torch.compiler.assume_constant_result
+def _refuse_unprepared(name: str) -> NoReturn:
+    """Not traced, since Dynamo does not say what traced code raises."""
+    raise RuntimeError(
+        f"deep_ep: the group '{name}' is not prepared, or gone; call deep_ep.init(group) first, on all its ranks"
+    )
 
 
 def op_log(group: Group = None, since: int = 0) -> tuple[list[str], int]:
@@ -197,6 +347,19 @@ def op_log(group: Group = None, since: int = 0) -> tuple[list[str], int]:
         many have been issued by now.
     """
     return _cpu_windows(group).log(since)
+
+
+def spoil(info: GroupInfo) -> None:
+    """From here on, results of calls of the group that go on hold NaN and -1 until they have come."""
+    _spoiled.add(info.name)
+    windows = _parts.get(info.name, {}).get("cpu")
+    if isinstance(windows, Windows):
+        windows.spoil()
+
+
+def spoils(info: GroupInfo) -> bool:
+    """Whether they do."""
+    return info.name in _spoiled
 
 
 def phases(group: Group = None) -> dict[str, dict[str, float]]:
@@ -213,7 +376,7 @@ def phases(group: Group = None) -> dict[str, dict[str, float]]:
 
 def _cpu_windows(group: Group) -> Windows:
     info = info_of(group)
-    windows = _windows.get(info.name, {}).get("cpu")
+    windows = _parts.get(info.name, {}).get("cpu")
     if not isinstance(windows, Windows):
         raise RuntimeError(
             f"deep_ep: the group '{info.name}' has no windows on CPU; alltoall keeps neither log nor times"

@@ -19,7 +19,7 @@ from .ops import low_latency_dispatch as dispatch_op
 from .ops import low_latency_dispatch_int8 as dispatch_int8_op
 from .ops.low_latency_dispatch import LowLatencyHandle
 from .overlap import Plan, event_of, issue
-from .utils import EventOverlap
+from .utils import EventHandle, EventOverlap
 
 
 class PaddedHandle(NamedTuple):
@@ -85,10 +85,12 @@ class LowLatencyCalls:
             round_scale, use_ue8m0: scales of the latter, see `deep_ep.quantization.quantize`; other modes have their
                 own.
             use_mxfp4: send mx_fp4_e2m1 rows instead.
-            async_finish: the call does not wait for peers. The event does, and fills the returned tensors, which hold
-                zeros until then, and adds to cumulative_local_expert_recv_stats. x and topk_idx may be written to
-                before. What is wrong on other ranks is raised by the event. Every rank waits for it before it
-                uses what the call returned; other calls of the group wait for a call that has been started.
+            async_finish: under rows="rank" the call does not wait for peers; the event does. What the call returned
+                is undefined until then, in any grad mode and thread; cumulative_local_expert_recv_stats is added to
+                there. x and topk_idx must not be written to before, which is a RuntimeError of the event. What is
+                wrong on other ranks is raised by the event, too. Every rank waits for it before it uses what the
+                call returned; other calls of the group wait for a call that has been started. Under rows="expert"
+                the call is finished when it returns, as programs that never wait expect.
             return_recv_hook: the same with a hook instead of an event; only one of the two may be asked for.
             topk_weights: accepted for compatibility; low_latency_combine takes them.
             quant_mode: one of deep_ep.quantization.MODES instead of what use_fp8, use_mxfp4 and
@@ -153,18 +155,17 @@ class LowLatencyCalls:
             return self._received(info, out, sent)
 
         plan, cost_stats = Plan(dispatch_op, [call], received), dispatch_wait_recv_cost_stats
-        results, fill = issue(plan, async_finish or return_recv_hook, None, cost_stats, self.rank)
+        results, wait = issue(plan, self._overlaps(async_finish or return_recv_hook), None, cost_stats, self.rank)
 
         def complete() -> None:
-            if fill is not None:
-                fill()
+            if wait is not None:
+                wait()
             if stats is not None:
                 stats.add_(results[1].to(torch.int32))
 
-        if fill is None:
+        if wait is None:
             complete()
-            return *results, event_of(async_finish), None
-        return *results, event_of(async_finish, complete), complete if return_recv_hook else None
+        return *results, *_event_and_hook(async_finish, return_recv_hook, None if wait is None else complete)
 
     def _dispatch_int8(
         self,
@@ -182,7 +183,7 @@ class LowLatencyCalls:
         if stats is not None:
             stats.add_(out.recv_count.to(torch.int32))
         results = self._with_rows(info, out, (out.recv_x, scales))
-        return *results, event_of(async_finish), (lambda: None) if return_recv_hook else None
+        return *results, *_event_and_hook(async_finish, return_recv_hook, None)
 
     def _received(
         self, info: GroupInfo, out: dispatch_op.LowLatencyOutput, sent: tuple[Tensor, Tensor] | None
@@ -230,7 +231,8 @@ class LowLatencyCalls:
             handle: of that low_latency_dispatch.
             zero_copy: x is, or equals, what get_next_low_latency_combine_buffer gave. On CPU rows go from any x
                 straight into the windows of their tokens' ranks, so that there is no copy to be saved.
-            async_finish, return_recv_hook: as in low_latency_dispatch; event or hook fill combined_x.
+            async_finish, return_recv_hook: as in low_latency_dispatch; under rows="rank" combined_x is there after
+                the event or hook.
             out: [T, H] in x's dtype, to be written to and returned; of a longer one the first T rows are.
             use_logfmt: accepted for compatibility; upstream may then send rows in 10 bits a value, here they travel as
                 they are.
@@ -263,13 +265,14 @@ class LowLatencyCalls:
                 raise ValueError(f"out must be {x.dtype} {[T, H]}, got {out.dtype} {list(out.shape)}")
             if out.requires_grad and out.is_leaf and torch.is_grad_enabled():
                 raise ValueError("out must not be a leaf that requires a gradient: it is written to")
-        overlaps = async_finish or return_recv_hook
-        into = None if out is None or not overlaps else out[: topk_idx.shape[0]]
-        combined, fill = issue(Plan(combine_op, [call], lambda result: result), overlaps, into, stats, self.rank)
-        if fill is None:
-            combined = combined if out is None else out[: combined.shape[0]].copy_(combined)
-            return combined, event_of(async_finish), None
-        return combined, event_of(async_finish, fill), fill if return_recv_hook else None
+        overlaps = self._overlaps(async_finish or return_recv_hook)
+        into = None if out is None else out[: topk_idx.shape[0]]
+        combined, wait = issue(Plan(combine_op, [call], lambda result: result), overlaps, into, stats, self.rank)
+        return combined, *_event_and_hook(async_finish, return_recv_hook, wait)
+
+    def _overlaps(self, is_asked: bool) -> bool:
+        """Whether a call goes on when it returns: under rows="expert" clients need not wait for results."""
+        return is_asked and self._rows == "rank"
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle | PaddedHandle) -> Tensor:
         """An uninitialised bf16 tensor for the experts' results, of the shape that low_latency_combine takes.
@@ -319,3 +322,10 @@ def _one_or_two(rows: tuple[Tensor, ...]) -> Rows:
 def _check_one_way(async_finish: bool, return_recv_hook: bool) -> None:
     if async_finish and return_recv_hook:
         raise ValueError("async_finish and return_recv_hook must not both be True: a call has an event or a hook")
+
+
+def _event_and_hook(
+    async_finish: bool, return_recv_hook: bool, complete: Callable[[], None] | None
+) -> tuple[EventOverlap, Callable[[], None] | None]:
+    """What a call returns for `complete`, which ends it if it goes on. It may be waited for any number of times."""
+    return event_of(async_finish, complete), EventHandle(complete).current_stream_wait if return_recv_hook else None

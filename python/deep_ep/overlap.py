@@ -1,6 +1,8 @@
-"""Buffer's calls in two steps: results that are filled once the call has ended, and what fills them.
+"""Buffer's calls in two steps: results that are there when the call has ended, and what waits for that.
 
-Dynamo traces through it: in a graph the filling is a flow of data.
+Outside of graphs, results are tensors that the call writes to behind torch's back, as a device writes behind a stream:
+their gradients are those of the call as it was issued, whoever waits for it, wherever. In a graph, which torch may
+reorder, they are a flow of data out of the wait.
 """
 
 from collections.abc import Callable
@@ -8,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import cost
+from .groups import spoils
+from .pending import spoil, write
 from .utils import EventHandle, EventOverlap
 
 
@@ -22,39 +26,134 @@ class Plan(NamedTuple):
     calls: list[tuple[Any, ...]]
     """The arguments of its calls, in their order."""
     received: Callable[..., Any]
-    """What the client gets, of the results of all calls."""
+    """What the client gets, of the results of all calls, and of `inputs`."""
     shape: tuple[Any, ...] = ()
     """What op.nothing_yet needs besides."""
+    inputs: tuple[Tensor, ...] = ()
+    """Tensors of the client that `received` needs besides, which may have gradients, or gives back."""
 
 
 def issue(
-    plan: Plan, overlaps: bool, into: Any = None, stats: Tensor | None = None, rank: int = 0
+    plan: Plan, overlaps: bool, into: Tensor | None = None, stats: Tensor | None = None, rank: int = 0
 ) -> tuple[Any, Callable[[], None] | None]:
-    """Makes the calls, or starts them. Returns the results and None; if `overlaps`, zeros, or what is in `into`, and a
-    function that waits for the calls and fills in the results. `stats` of this `rank` get what was waited.
+    """Makes the calls, or starts them.
+
+    Returns the results and None; if `overlaps`, the results, which hold nothing yet, and a function that returns when
+    they are there. `into`: where the client wants the only one. `stats` of this `rank` get what was waited.
     """
     # Wrong arguments raise at once, on all ranks. (In graphs, fakes have seen them.)
     if not overlaps or (not torch.compiler.is_compiling() and any(plan.op.wrong(*call) for call in plan.calls)):
         since = cost.now(stats)
-        results = plan.received(*[plan.op.call(*call) for call in plan.calls])
+        results = plan.received(*[plan.op.call(*call) for call in plan.calls], *plan.inputs)
         cost.add(stats, since, rank)
-        return results, None
+        return results if into is None else into.copy_(results), None
 
-    started = [plan.op.start(*call) for call in plan.calls]
-    results = into
-    if results is None:
-        results = plan.received(*[plan.op.nothing_yet(*call, *plan.shape) for call in plan.calls])
+    arriving = _in_graph if torch.compiler.is_compiling() else _in_memory
+    results, wait = arriving(plan, [plan.op.start(*call) for call in plan.calls], into)
 
     def complete() -> None:
         since = cost.now(stats)
-        arrived = plan.received(*[plan.op.complete(one) for one in started])
-        for to, of in zip(tree_leaves(results), tree_leaves(arrived), strict=True):
-            # What the client has given comes back as it is.
-            if isinstance(to, Tensor) and to is not of:
-                to.copy_(of)
+        wait()
         cost.add(stats, since, rank)
 
     return results, complete
+
+
+def _in_graph(plan: Plan, started: list[Any], into: Tensor | None) -> tuple[Any, Callable[[], None]]:
+    """Results that are copied to at the wait."""
+    results = into
+    if results is None:
+        nothing = [plan.op.nothing_yet(*call, *plan.shape) for call in plan.calls]
+        results = plan.received(*nothing, *plan.inputs)
+    grad = torch.is_grad_enabled()
+
+    def wait() -> None:
+        with torch.set_grad_enabled(grad):
+            arrived = plan.received(*[plan.op.complete(one) for one in started], *plan.inputs)
+            for to, of in zip(tree_leaves(results), tree_leaves(arrived), strict=True):
+                # What the client has given comes back as it is.
+                if isinstance(to, Tensor) and to is not of:
+                    to.copy_(of)
+
+    return results, wait
+
+
+def _in_memory(plan: Plan, started: list[Any], into: Tensor | None) -> tuple[Any, Callable[[], None]]:
+    """Results that are the calls' own tensors, or are computed of these at the wait."""
+    given, structure = tree_flatten(([plan.op.arriving(one) for one in started], plan.inputs))
+    # What `received` makes of nothing shows which results are which of the calls' tensors.
+    nothing = [plan.op.nothing_yet(*call, *plan.shape) for call in plan.calls]
+    with torch.no_grad():
+        results, results_structure = tree_flatten(plan.received(*nothing, *plan.inputs))
+    arriving = {id(of): one for of, one in zip(tree_leaves((nothing, plan.inputs)), given, strict=True)}
+    places = [n for n, leaf in enumerate(results) if isinstance(leaf, Tensor) and id(leaf) not in arriving]
+
+    def compute(*given: Any) -> list[Tensor]:
+        outs, inputs = tree_unflatten(given, structure)
+        arrived = tree_leaves(plan.received(*outs, *inputs))
+        return [arrived[n] for n in places]
+
+    computed = [torch.empty_like(results[n], memory_format=torch.contiguous_format) for n in places]
+    if spoils(plan.calls[0][0]):
+        spoil(computed)
+    if computed:
+        computed = list(_Computed.apply(compute, computed, *given))
+    results = [arriving.get(id(leaf), leaf) for leaf in results]
+    for n, one in zip(places, computed, strict=True):
+        results[n] = one
+    copied = {}
+    if into is not None:
+        (combined,) = results
+        copied[into] = combined
+        results = [_in_place_of(into, combined)]
+
+    def wait() -> None:
+        for one in started:
+            one.join()
+        with torch.no_grad():
+            for to, of in [*zip(computed, compute(*given), strict=True), *copied.items()]:
+                write(to, of)
+
+    return tree_unflatten(results, results_structure), wait
+
+
+def _in_place_of(into: Tensor, result: Tensor) -> Tensor:
+    """`into` with the gradient of `result`, which will be copied to it."""
+    if result.requires_grad:
+        return into.copy_(result)
+    torch.autograd.graph.increment_version(into)
+    return into
+
+
+class _Computed(torch.autograd.Function):
+    """Tensors that will hold what `compute` makes of the arguments once these hold what they should."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[..., list[Tensor]], results: list[Tensor], *given: Any) -> Any:
+        ctx.compute, ctx.given = compute, [_Computed if isinstance(one, Tensor) else one for one in given]
+        ctx.save_for_backward(*(one for one in given if isinstance(one, Tensor)))
+        ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        saved = iter(ctx.saved_tensors)
+        needed = ctx.needs_input_grad[2:]
+        given = [
+            next(saved).detach().requires_grad_(is_needed) if one is _Computed else one
+            for one, is_needed in zip(ctx.given, needed, strict=True)
+        ]
+        with torch.enable_grad():
+            results = ctx.compute(*given)
+        pairs = [pair for pair in zip(results, grads, strict=True) if pair[1] is not None and pair[0].requires_grad]
+        if not pairs:
+            return None, None, *(None for _ in given)
+        leaves = [one for one, is_needed in zip(given, needed, strict=True) if is_needed]
+        outputs, gradients = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, leaves, gradients, allow_unused=True))
+        return None, None, *(next(found) if is_needed else None for is_needed in needed)
 
 
 def begin_after(previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool) -> None:

@@ -218,10 +218,11 @@ def cached_dispatch(info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...]) -> P
     N = known.recv_src_idx.shape[0]
     mask = known.is_token_in_rank
 
-    def received(rows: DispatchOutput) -> tuple[object, ...]:
+    def received(rows: DispatchOutput, *_: Tensor) -> tuple[object, ...]:
         return same_rows(rows.recv_x, N), None, None, None, handle
 
-    return Plan(dispatch_op, [(info, x, _ids(mask), None, info.size, capacity_of(N), mask)], received, (N,))
+    calls = [(info, x, _ids(mask), None, info.size, capacity_of(N), mask)]
+    return Plan(dispatch_op, calls, received, (N,), tuple(handle))
 
 
 def combine(info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...], topk_weights: Tensor | None) -> Plan:

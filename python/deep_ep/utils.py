@@ -1,8 +1,11 @@
 """Events: how a caller says and learns when communication is done."""
 
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
+
+import torch
 
 
 class EventHandle:
@@ -12,11 +15,28 @@ class EventHandle:
 
     def __init__(self, complete: Callable[[], None] | None = None) -> None:
         self._complete = complete
+        self._error: Exception | None = None
+        self._lock = None if complete is None or torch.compiler.is_compiling() else threading.Lock()
 
     def current_stream_wait(self) -> None:
-        """Waits for this point. Raises what went wrong on the way to it."""
+        """Waits for this point. Raises what went wrong on the way to it. Any number of threads may, any number of
+        times.
+        """
+        if self._lock is None:
+            self._wait()
+        else:
+            with self._lock:
+                self._wait()
+
+    def _wait(self) -> None:
+        if self._error is not None:
+            raise self._error
         if self._complete is not None:
-            self._complete()
+            try:
+                self._complete()
+            except Exception as error:
+                self._error = error
+                raise
             self._complete = None
 
 

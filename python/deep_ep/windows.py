@@ -8,13 +8,15 @@ import ctypes
 import os
 import socket
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from ._library import ERROR_BYTES, library
+from ._library import ERROR_BYTES, library, raise_interrupt
+from .meeting import Meeting
 
 # How many ops a group remembers.
 _LOGGED = 1024
@@ -42,25 +44,15 @@ PHASES = ("counts", "wait", "allocate", "copy", "reduce", "finish")
 """enum Phase of src/phases.h."""
 
 
-def group_timeout(group: dist.ProcessGroup) -> timedelta:
-    """The timeout that the group was made with."""
-    try:
-        return group._get_backend(torch.device("cpu")).options._timeout
-    except (RuntimeError, AttributeError):
-        return dist.distributed_c10d.default_pg_timeout
+def finalize_here(owner: object, function: Callable[..., object], *args: object) -> "weakref.finalize[..., Any]":
+    """weakref.finalize, but for processes that are forked: what goes with the owner is not theirs to close."""
+    process = os.getpid()
 
+    def finalize() -> None:
+        if os.getpid() == process:
+            function(*args)
 
-def exchange(group: dist.ProcessGroup, mine: Any) -> list[Any]:
-    """What every rank of the group has for `mine`."""
-    everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
-
-
-def raise_everywhere(group: dist.ProcessGroup, error: str | None) -> None:
-    errors = [f"rank {rank}: {text}" for rank, text in enumerate(exchange(group, error)) if text]
-    if errors:
-        raise RuntimeError(f"deep_ep: cannot make windows for the group '{group.group_name}': {'; '.join(errors)}")
+    return weakref.finalize(owner, finalize)
 
 
 def agree(op: str, group: str, rejected: str | None, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
@@ -75,14 +67,32 @@ def agree(op: str, group: str, rejected: str | None, dtype: torch.dtype, sizes: 
     numbers = (ctypes.c_int64 * 6)(H, K, E, 0 if rejected else _DTYPES.index(dtype), M, quant_mode)
     error = ctypes.create_string_buffer(ERROR_BYTES)
     if library.deep_ep_group_agree(group.encode(), _OPS.index(op), numbers, (rejected or "").encode(), error):
+        raise_interrupt()
         raise RuntimeError(error.value.decode())
 
 
-def _host() -> tuple[str, str, int]:
-    """What ranks must have in common to open each other's windows: machine, process namespace, user."""
+class _Place(NamedTuple):
+    """What ranks must have in common to open each other's windows."""
+
+    host: str
+    container: str
+    user: str
+
+
+def _place() -> _Place:
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
-    return f"{socket.gethostname()} ({boot})", os.readlink("/proc/self/ns/pid"), os.getuid()
+    real, effective, saved = os.getresuid()
+    user = str(effective) if real == effective == saved else f"{effective} (real {real}, saved {saved})"
+    return _Place(f"{socket.gethostname()} ({boot})", os.readlink("/proc/self/ns/pid"), user)
+
+
+def _scattered(places: list[_Place]) -> str | None:
+    """What the ranks do not have in common."""
+    for what, by_rank in zip(_Place._fields, zip(*places, strict=True), strict=True):
+        if len(set(by_rank)) > 1:
+            return f"several {what}s ({', '.join(f'rank {rank}: {value}' for rank, value in enumerate(by_rank))})"
+    return None
 
 
 class Windows:
@@ -91,44 +101,51 @@ class Windows:
     They grow as ops need them, to `num_bytes` at most; None: to a rank's share in half of the host's memory.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_bytes: int | None, timeout: timedelta) -> None:
+    def __init__(self, group: dist.ProcessGroup, meeting: Meeting, num_bytes: int | None, timeout: timedelta) -> None:
         self.name = group.group_name
         self.timeout = timeout
         error = ctypes.create_string_buffer(ERROR_BYTES)
         self._handle = library.deep_ep_group_create(
             group.rank(), group.size(), num_bytes or 0, int(timeout.total_seconds() * 1000), error
         )
-        self._close = weakref.finalize(group, _destroy, self._handle, self.name)
+        self._close = finalize_here(group, _destroy, self._handle, self.name)
         try:
-            raise_everywhere(group, error.value.decode() or None)
-            self._connect(group)
+            meeting.raise_everywhere("windows", error.value.decode() or None)
+            self._connect(group, meeting)
         except BaseException:
             self._close()
             raise
         self.num_bytes = library.deep_ep_group_bytes(self._handle)
 
-    def _connect(self, group: dist.ProcessGroup) -> None:
+    def _connect(self, group: dist.ProcessGroup, meeting: Meeting) -> None:
         handle, size = self._handle, group.size()
         fd, num_bytes = library.deep_ep_group_fd(handle), library.deep_ep_group_bytes(handle)
-        peers = exchange(group, (_host(), os.getpid(), fd, num_bytes))
-        hosts = [peer[0] for peer in peers]
-        if len(set(hosts)) > 1:
-            places = ", ".join(f"rank {rank} on {host[0]}" for rank, host in enumerate(hosts))
+        peers = meeting.exchange((_place(), os.getpid(), fd, num_bytes))
+        if scattered := _scattered([peer[0] for peer in peers]):
             raise RuntimeError(
-                f"deep_ep: the group '{self.name}' spans several hosts, containers or users ({places}); on CPU the "
-                "strategy 'default' works within one host, use DEEP_USE_MODE=alltoall"
+                f"deep_ep: the group '{self.name}' spans {scattered}; on CPU the strategy 'default' works within one "
+                "host, container and user, use DEEP_USE_MODE=alltoall"
             )
         pids, fds = ((ctypes.c_int64 * size)(*(peer[i] for peer in peers)) for i in (1, 2))
         sizes = (ctypes.c_uint64 * size)(*(peer[3] for peer in peers))
         error = ctypes.create_string_buffer(ERROR_BYTES)
         library.deep_ep_group_connect(handle, pids, fds, sizes, error)
-        raise_everywhere(group, error.value.decode() or None)
+        meeting.raise_everywhere("windows", error.value.decode() or None)
         library.deep_ep_group_publish(handle, self.name.encode())
 
     @property
     def usable(self) -> bool:
         """Whether ops can use these windows: not after one has failed in its middle, on this rank."""
         return bool(library.deep_ep_group_usable(self._handle))
+
+    def spoil(self) -> None:
+        """From here on, results of calls that go on hold NaN and -1 until they have come."""
+        library.deep_ep_group_spoil(self._handle)
+
+    def join(self) -> None:
+        """Waits until the ops that have been issued here have ended. A signal ends the wait of the main thread."""
+        while not library.deep_ep_group_join(self._handle, 100):
+            pass
 
     def log(self, since: int) -> tuple[list[str], int]:
         """Names of this rank's communicating ops after the first `since` ones, and how many there are by now."""

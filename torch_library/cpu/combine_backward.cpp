@@ -112,13 +112,11 @@ Tensor combine_backward_start(Tensor grad_out, Tensor x, Tensor topk_idx, Tensor
                               Tensor send_head, int64_t num_experts, int64_t num_ranks, GroupName group_name) {
   const std::shared_ptr<Group> group = groups::get(name_of(kOp), group_name.value);
   Turn first(group), second(group);
-  auto body = [=, second = std::move(second), grad_out = clone(grad_out), x = clone(x), topk_idx = clone(topk_idx),
-               topk_weights = clone(topk_weights), recv_src_idx = clone(recv_src_idx),
-               send_head = clone(send_head)](Turn first) mutable {
+  auto body = [=, second = std::move(second)](Turn first) mutable {
     return run(std::move(first), std::move(second), grad_out, x, topk_idx, topk_weights, recv_src_idx, send_head,
                num_experts, num_ranks);
   };
-  return start(kOp, std::move(first), std::move(body));
+  return start(kOp, std::move(first), {}, std::move(body));
 }
 
 }  // namespace

@@ -35,11 +35,36 @@ void place_tokens(const int64_t* ids, int64_t count, const Routing& routing, int
   }
 }
 
+// All results of N rows but recv_x.
+Dispatched make_results(const Tensor& x, const Tensor& topk_idx, bool low_latency, int64_t num_experts,
+                        int64_t num_ranks, int64_t N) {
+  const int64_t T = x.size(0), K = topk_idx.size(1), R = num_ranks, L = num_experts / R;
+  const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
+    return empty_tensor(x, shape, dtype);
+  };
+  Dispatched out{
+      .num_recv_tokens_per_expert = empty({L}, ScalarType::Long),
+      .recv_channel_prefix_matrix = low_latency ? empty({L * R}, ScalarType::Int) : empty({L, R}, ScalarType::Int),
+      .recv_src_idx = empty({N, 3}, ScalarType::Int),
+      .send_head = empty({T, K}, ScalarType::Int)};
+  if (!low_latency)
+    out.rest = {empty({N, K}, ScalarType::Long), empty({N, K}, ScalarType::Float), empty({}, ScalarType::Long),
+                empty({R, R}, ScalarType::Int), empty({R, L}, ScalarType::Int)};
+  return out;
+}
+
 }  // namespace
+
+EarlyDispatched make_early(const Group& group, const Tensor& x, const Tensor& topk_idx, bool low_latency,
+                           int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens) {
+  EarlyDispatched early{.out = make_results(x, topk_idx, low_latency, num_experts, num_ranks, num_worst_tokens)};
+  early.out.recv_x = early.recv.make_early(group, x, num_worst_tokens, sizeof(RowMeta), low_latency);
+  return early;
+}
 
 Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                          const std::optional<Tensor>& topk_weights, int64_t num_experts, int64_t num_ranks,
-                         int64_t num_worst_tokens) {
+                         int64_t num_worst_tokens, std::optional<EarlyDispatched> early) {
   const bool low_latency = !topk_weights.has_value();
   Contribution mine;
   Post& post = mine.post;
@@ -68,7 +93,8 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
   mine.rejected = checks.wrong();
 
   std::optional<Routing> routing;
-  RecvRows recv;
+  RecvRows recv = early ? std::move(early->recv) : RecvRows();
+  mine.reserved = recv.reserved();
   Operation op(std::move(turn), mine, [&](const Operation& op) {
     std::vector<const int32_t*> all_counts(op.size());
     std::vector<int64_t> worst(op.size());
@@ -95,23 +121,14 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
   const int64_t T = post.tokens, K = post.top_k, R = num_ranks, L = routing->num_local_experts();
   const int64_t delivered = routing->delivered(op.rank());
   const int64_t N = routing->total_rows(op.rank());
-  const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
-    return empty_tensor(x, shape, dtype);
-  };
-  Tensor counts_out = empty({L}, ScalarType::Long);
-  Tensor recv_prefix_matrix = low_latency ? empty({L * R}, ScalarType::Int) : empty({L, R}, ScalarType::Int);
-  Tensor recv_src_idx = empty({N, 3}, ScalarType::Int);
-  Tensor send_head = empty({T, K}, ScalarType::Int);
-  auto* source = recv_src_idx.mutable_data_ptr<int32_t>();
+  Dispatched out = early ? early->out : make_results(x, topk_idx, low_latency, num_experts, R, N);
+  auto* source = out.recv_src_idx.mutable_data_ptr<int32_t>();
   std::fill(source + 3 * delivered, source + 3 * N, -1);
-  std::optional<Dispatched::Rest> rest;
   int64_t* recv_ids = nullptr;
   float* recv_weights = nullptr;
   if (!low_latency) {
-    rest = {empty({N, K}, ScalarType::Long), empty({N, K}, ScalarType::Float), empty({}, ScalarType::Long),
-            empty({R, R}, ScalarType::Int), empty({R, L}, ScalarType::Int)};
-    recv_ids = rest->recv_topk_idx.mutable_data_ptr<int64_t>();
-    recv_weights = rest->recv_topk_weights.mutable_data_ptr<float>();
+    recv_ids = out.rest->recv_topk_idx.mutable_data_ptr<int64_t>();
+    recv_weights = out.rest->recv_topk_weights.mutable_data_ptr<float>();
     std::fill_n(recv_ids, N * K, -1);
     std::fill_n(recv_weights, N * K, 0.0f);
   }
@@ -130,7 +147,7 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
   const auto weight_of = [&](const float* weights, int64_t i) { return low_latency ? 0.0f : weights[i]; };
   const auto* rows = static_cast<const std::byte*>(x.const_data_ptr());
   const uint64_t row_bytes = recv.row_bytes();
-  auto* head = send_head.mutable_data_ptr<int32_t>();
+  auto* head = out.send_head.mutable_data_ptr<int32_t>();
   if (op.all_attached()) {
     place_tokens(ids, T * K, *routing, op.rank(), head, [](int32_t, int32_t, int32_t) {});
     op.enter(Phase::copy);
@@ -186,43 +203,35 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
   }
 
   // Counts and prefix sums.
-  auto* per_expert = counts_out.mutable_data_ptr<int64_t>();
+  auto* per_expert = out.num_recv_tokens_per_expert.mutable_data_ptr<int64_t>();
   std::fill_n(per_expert, L, 0);
   int32_t running = 0;
-  auto* recv_prefix = recv_prefix_matrix.mutable_data_ptr<int32_t>();
+  auto* recv_prefix = out.recv_channel_prefix_matrix.mutable_data_ptr<int32_t>();
   routing->segments(op.rank(), [&](int64_t l, int64_t s, int64_t first, int64_t end) {
     per_expert[l] += end - first;
     recv_prefix[l * R + s] = running += routing->count(s, op.rank() * L + l);
   });
   if (!low_latency) {
-    *rest->num_dropped.mutable_data_ptr<int64_t>() = routing->wanted(op.rank()) - delivered;
-    auto* between_ranks = rest->rank_prefix_matrix.mutable_data_ptr<int32_t>();
+    *out.rest->num_dropped.mutable_data_ptr<int64_t>() = routing->wanted(op.rank()) - delivered;
+    auto* between_ranks = out.rest->rank_prefix_matrix.mutable_data_ptr<int32_t>();
     std::fill_n(between_ranks, R * R, 0);
     for (int64_t d = 0; d < R; ++d)
       routing->segments(d, [&](int64_t, int64_t s, int64_t first, int64_t end) {
         between_ranks[s * R + d] += static_cast<int32_t>(end - first);
       });
     for (int64_t i = R; i < R * R; ++i) between_ranks[i] += between_ranks[i - R];
-    auto* sent_prefix = rest->channel_prefix_matrix.mutable_data_ptr<int32_t>();
+    auto* sent_prefix = out.rest->channel_prefix_matrix.mutable_data_ptr<int32_t>();
     for (int64_t e = 0; e < num_experts; ++e) sent_prefix[e] = counts[e] + (e % L > 0 ? sent_prefix[e - 1] : 0);
   }
 
-  Tensor recv_x = recv.take(op, x);
+  out.recv_x = recv.take(op, x);
   op.finish();
-  return {recv_x, counts_out, recv_prefix_matrix, recv_src_idx, send_head, rest};
+  return out;
 }
 
 namespace {
 
 constexpr Op kOp = Op::dispatch;
-
-Dispatched run(Turn turn, const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weights, int64_t num_experts,
-               int64_t num_ranks, int64_t num_worst_tokens) {
-  Checks checks =
-      check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, turn.group().size());
-  return dispatch_rows(std::move(turn), std::move(checks), x, topk_idx, topk_weights, num_experts, num_ranks,
-                       num_worst_tokens);
-}
 
 template <typename Outputs>
 Outputs in_order(const Dispatched& out) {
@@ -243,16 +252,25 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
                  int64_t num_worst_tokens, GroupName group) {
-  return in_order<Outputs>(
-      run(groups::get(name_of(kOp), group.value), x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens));
+  Turn turn = groups::get(name_of(kOp), group.value);
+  Checks checks =
+      check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, turn.group().size());
+  return in_order<Outputs>(dispatch_rows(std::move(turn), std::move(checks), x, topk_idx, topk_weights, num_experts,
+                                         num_ranks, num_worst_tokens));
 }
 
 Tensor dispatch_start(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
                       int64_t num_worst_tokens, GroupName group) {
-  const auto body = [=, x = clone(x), topk_idx = clone(topk_idx), topk_weights = clone(topk_weights)](Turn turn) {
-    return in_order<Results>(run(std::move(turn), x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens));
-  };
-  return start(kOp, groups::get(name_of(kOp), group.value), body);
+  Turn turn = groups::get(name_of(kOp), group.value);
+  Checks checks =
+      check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, turn.group().size());
+  std::optional<EarlyDispatched> early;
+  if (checks.passed() && num_worst_tokens > 0)
+    early = make_early(turn.group(), x, topk_idx, false, num_experts, num_ranks, num_worst_tokens);
+  return start(kOp, std::move(turn), early ? in_order<Results>(early->out) : Results{}, [=](Turn turn) {
+    return in_order<Results>(dispatch_rows(std::move(turn), checks, x, topk_idx, topk_weights, num_experts, num_ranks,
+                                           num_worst_tokens, early));
+  });
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "arguments.h"
+#include "recv_rows.h"
 
 namespace deep_ep {
 
@@ -17,9 +18,18 @@ struct Dispatched {
   std::optional<Rest> rest;
 };
 
-// The op dispatch or, without topk_weights, low_latency_dispatch; `checks` has been made of its arguments.
+// The op dispatch or, without topk_weights, low_latency_dispatch; `checks` has been made of its arguments. `early`: its
+// results, where they were made before.
+struct EarlyDispatched {
+  RecvRows recv;
+  Dispatched out;
+};
 Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                          const std::optional<Tensor>& topk_weights, int64_t num_experts, int64_t num_ranks,
-                         int64_t num_worst_tokens);
+                         int64_t num_worst_tokens, std::optional<EarlyDispatched> early = std::nullopt);
+
+// For right arguments, with num_worst_tokens rows.
+EarlyDispatched make_early(const Group& group, const Tensor& x, const Tensor& topk_idx, bool low_latency,
+                           int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens);
 
 }  // namespace deep_ep

@@ -61,13 +61,10 @@ std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_rec
 
 Tensor dispatch_backward_start(Tensor grad_recv_x, Tensor grad_recv_topk_weights, Tensor recv_src_idx, Tensor topk_idx,
                                Tensor send_head, int64_t num_experts, int64_t num_ranks, GroupName group) {
-  const auto body = [=, grad_recv_x = clone(grad_recv_x), grad_recv_topk_weights = clone(grad_recv_topk_weights),
-                     recv_src_idx = clone(recv_src_idx), topk_idx = clone(topk_idx),
-                     send_head = clone(send_head)](Turn turn) {
+  return start(kOp, groups::get(name_of(kOp), group.value), {}, [=](Turn turn) {
     return run(std::move(turn), grad_recv_x, grad_recv_topk_weights, recv_src_idx, topk_idx, send_head, num_experts,
                num_ranks);
-  };
-  return start(kOp, groups::get(name_of(kOp), group.value), body);
+  });
 }
 
 }  // namespace

@@ -8,30 +8,45 @@ namespace {
 
 constexpr Op kOp = Op::low_latency_dispatch;
 
-Results run(Turn turn, const Tensor& x, const Tensor& topk_idx, int64_t num_max, int64_t num_experts,
-            int64_t num_ranks) {
-  Checks checks = check_low_latency_dispatch(x, topk_idx, num_max, num_experts, num_ranks, turn.group().size());
-  int64_t num_rows = 0;
-  if (checks.passed()) num_rows = num_ranks * num_max * std::min(topk_idx.size(1), num_experts / num_ranks);
-  const Dispatched out =
-      dispatch_rows(std::move(turn), std::move(checks), x, topk_idx, std::nullopt, num_experts, num_ranks, num_rows);
+Results in_order(const Dispatched& out) {
   return {out.recv_x, out.num_recv_tokens_per_expert, out.recv_src_idx, out.recv_channel_prefix_matrix, out.send_head};
 }
+
+// A call of the op, and how many rows it gives.
+struct Call {
+  Call(const char* group, const Tensor& x, const Tensor& topk_idx, int64_t num_max, int64_t num_experts,
+       int64_t num_ranks)
+      : turn(groups::get(name_of(kOp), group)),
+        checks(check_low_latency_dispatch(x, topk_idx, num_max, num_experts, num_ranks, turn.group().size())) {
+    if (checks.passed()) num_rows = num_ranks * num_max * std::min(topk_idx.size(1), num_experts / num_ranks);
+  }
+
+  Turn turn;
+  Checks checks;
+  int64_t num_rows = 0;
+};
 
 // comm_alg is for .ops.
 
 Tensor low_latency_dispatch_start(Tensor x, Tensor topk_idx, int64_t num_max, int64_t num_experts, int64_t num_ranks,
                                   GroupName group, GroupName /* comm_alg */) {
-  // The caller may write to its tensors as soon as this returns.
-  return start(kOp, groups::get(name_of(kOp), group.value), [=, x = clone(x), topk_idx = clone(topk_idx)](Turn turn) {
-    return run(std::move(turn), x, topk_idx, num_max, num_experts, num_ranks);
-  });
+  Call call(group.value.c_str(), x, topk_idx, num_max, num_experts, num_ranks);
+  std::optional<EarlyDispatched> early;
+  if (call.checks.passed())
+    early = make_early(call.turn.group(), x, topk_idx, true, num_experts, num_ranks, call.num_rows);
+  const auto body = [=, checks = call.checks, num_rows = call.num_rows](Turn turn) {
+    return in_order(
+        dispatch_rows(std::move(turn), checks, x, topk_idx, std::nullopt, num_experts, num_ranks, num_rows, early));
+  };
+  return start(kOp, std::move(call.turn), early ? in_order(early->out) : Results{}, body);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_latency_dispatch(Tensor x, Tensor topk_idx, int64_t num_max,
                                                                         int64_t num_experts, int64_t num_ranks,
                                                                         GroupName group, GroupName /* comm_alg */) {
-  const Results out = run(groups::get(name_of(kOp), group.value), x, topk_idx, num_max, num_experts, num_ranks);
+  Call call(group.value.c_str(), x, topk_idx, num_max, num_experts, num_ranks);
+  const Results out = in_order(dispatch_rows(std::move(call.turn), std::move(call.checks), x, topk_idx, std::nullopt,
+                                             num_experts, num_ranks, call.num_rows));
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 

@@ -12,6 +12,26 @@ namespace deep_ep {
 
 class RecvRows {
  public:
+  // For an operation that begins later: the tensor of as many rows, to which they will come. `sparse`: few of them may.
+  Tensor make_early(const Group& group, const Tensor& like, int64_t rows, uint64_t meta_bytes, bool sparse) {
+    rows_ = rows;
+    const uint64_t bytes = rows * like.size(1) * like.element_size();
+    if (sparse && bytes >= kManyZeros) {
+      memory_ = zeros_behind(0, bytes);
+      zero_behind_ = !group.spoils();
+    } else if (auto taken = group.reserve(Pool::aligned(bytes) + rows * meta_bytes)) {
+      memory_ = std::move(taken->memory);
+      reserved_ = taken->block;
+    } else {
+      memory_ = private_memory(bytes);
+    }
+    early_ = tensor(like);
+    return *early_;
+  }
+
+  // What the rank brings to the operation, of the pool.
+  std::optional<Block> reserved() const { return early_ ? std::optional(reserved_) : std::nullopt; }
+
   // Decides for every rank where its rows of `like`'s dtype and hidden size go. delivered(r) rows arrive at rank r, in
   // a tensor of total(r) rows.
   template <typename Delivered, typename Total>
@@ -33,8 +53,10 @@ class RecvRows {
 
   // Before rows arrive. Those that were attached are written to rows() by this rank itself.
   void allocate(Operation& op) {
+    if (early_) return;
     const uint64_t used = delivered_ * row_bytes_, bytes = rows_ * row_bytes_;
-    if (op.all_attached() && bytes - used >= kManyZeros)
+    zero_behind_ = op.all_attached() && bytes - used >= kManyZeros;
+    if (zero_behind_)
       memory_ = zeros_behind(used, bytes);
     else if (!pooled_)
       memory_ = private_memory(bytes);
@@ -46,9 +68,8 @@ class RecvRows {
 
   // Where row `first` of a chunk that arrived at `chunk` now lies for good.
   std::byte* settle(int64_t first, int64_t end, std::byte* chunk) {
-    if (!memory_) return chunk;
-    std::byte* to = rows() + first * row_bytes_;
-    std::memcpy(to, chunk, (end - first) * row_bytes_);
+    std::byte* to = memory_ ? rows() + first * row_bytes_ : chunk;
+    if (to != chunk) std::memcpy(to, chunk, (end - first) * row_bytes_);
     return to;
   }
 
@@ -56,13 +77,16 @@ class RecvRows {
   Tensor take(Operation& op, const Tensor& like) {
     const uint64_t used = delivered_ * row_bytes_, bytes = rows_ * row_bytes_;
     if (!memory_) memory_ = op.keep(bytes);
-    if (!op.all_attached() || bytes - used < kManyZeros) std::memset(rows() + used, 0, bytes - used);
-    std::byte* const rows = this->rows();
-    return torch::stable::from_blob(rows, {rows_, like.size(1)}, {like.size(1), 1}, like.device(), like.scalar_type(),
-                                    [memory = std::move(memory_)](void*) {});
+    if (!zero_behind_) std::memset(rows() + used, 0, bytes - used);
+    return early_ ? *early_ : tensor(like);
   }
 
  private:
+  Tensor tensor(const Tensor& like) const {
+    return torch::stable::from_blob(rows(), {rows_, like.size(1)}, {like.size(1), 1}, like.device(), like.scalar_type(),
+                                    [memory = memory_](void*) {});
+  }
+
   // From here on it takes less time to map memory than to write it.
   static constexpr uint64_t kManyZeros = 32 << 10;
 
@@ -71,6 +95,9 @@ class RecvRows {
   int64_t rows_ = 0;
   int64_t delivered_ = 0;
   bool pooled_ = false;
+  bool zero_behind_ = false;  // the rows behind those that arrive are 0 already
+  std::optional<Tensor> early_;
+  Block reserved_;
   std::shared_ptr<std::byte> memory_;  // none yet: rows arrive in the pool
 };
 

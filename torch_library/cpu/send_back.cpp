@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "started.h"
+
 namespace deep_ep {
 
 void SendBack::attach_to(Contribution& mine) const {
@@ -116,8 +118,7 @@ HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks
 
 Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
-                    int64_t num_experts, int64_t num_ranks, const Tensor* layout_range) {
-  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, topk_idx.sizes());
+                    int64_t num_experts, int64_t num_ranks, const Tensor* layout_range, std::optional<Tensor> early) {
   HandleArguments arguments(op_code, turn.group(), checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks,
                             layout_range);
   SendBack back{.handle = arguments.handle};
@@ -134,11 +135,22 @@ Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const
     return Handle::check(op);
   });
 
-  Tensor combined = empty_tensor(x, {topk_idx.size(0), x.size(1)});
+  Tensor combined = early ? *early : empty_tensor(x, {topk_idx.size(0), x.size(1)});
   back.sums = combined.mutable_data_ptr();
   back.run(op, regions);
   op.finish();
   return combined;
+}
+
+Tensor start_combine(Op op, Turn turn, const Checks& checks, const Tensor& x, const Tensor& topk_idx,
+                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
+                     int64_t num_experts, int64_t num_ranks, std::optional<Tensor> layout_range) {
+  std::optional<Tensor> early;
+  if (checks.passed()) early = empty_tensor(x, {topk_idx.size(0), x.size(1)});
+  return start(op, std::move(turn), early ? Results{*early} : Results{}, [=](Turn turn) {
+    return Results{combine_rows(op, std::move(turn), checks, x, topk_idx, topk_weights, recv_src_idx, send_head,
+                                num_experts, num_ranks, layout_range ? &*layout_range : nullptr, early)};
+  });
 }
 
 }  // namespace deep_ep

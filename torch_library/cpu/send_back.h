@@ -49,9 +49,15 @@ struct HandleArguments {
 };
 
 // Each token's weighted sum of the rows x [N, H], as the operation `op`: what combine and low_latency_combine are made
-// of.
+// of. `early`: the result, where it was made before.
 Tensor combine_rows(Op op, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
-                    int64_t num_experts, int64_t num_ranks, const Tensor* layout_range = nullptr);
+                    int64_t num_experts, int64_t num_ranks, const Tensor* layout_range = nullptr,
+                    std::optional<Tensor> early = std::nullopt);
+
+// Begins the same.
+Tensor start_combine(Op op, Turn turn, const Checks& checks, const Tensor& x, const Tensor& topk_idx,
+                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
+                     int64_t num_experts, int64_t num_ranks, std::optional<Tensor> layout_range = std::nullopt);
 
 }  // namespace deep_ep

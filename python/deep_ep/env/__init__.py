@@ -128,9 +128,10 @@ VARIABLES = {
         Variable(
             "DEBUG_MODE",
             "OFF",
-            ("OFF", "ON"),
+            None,
             "ON: every call of a Buffer's methods outside of compiled code is logged at DEBUG by the logger deep_ep: "
-            "shapes, dtypes and numbers, no values of tensors.",
+            "shapes, dtypes and numbers, no values of tensors. Other programs have a variable of this name: with any "
+            "other value it does nothing here.",
         ),
         Variable(
             "DEEP_EP_KERNELS",

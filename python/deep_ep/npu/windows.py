@@ -5,19 +5,19 @@ group's own: HCCL's collectives overwrite the memory of theirs.
 """
 
 import ctypes
-import uuid
-import weakref
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .. import env
 from .._library import ERROR_BYTES, find, library
-from ..windows import exchange, raise_everywhere
+from ..meeting import Meeting
+from ..windows import finalize_here
 
 _HEADER = 8
 """Words of a table before the addresses of the ranks' windows (torch_library/npu/kernels.h)."""
@@ -67,7 +67,7 @@ def table(name: str) -> Tensor:
     return _windows(name).table
 
 
-def check(group: str | dist.ProcessGroup) -> None:
+def check(group: str | dist.ProcessGroup | DeviceMesh) -> None:
     """Whether all is well with the launches of the group's kernels that have ended; waits for none.
 
     A kernel cannot raise. Where one fails, because a peer did not come in time or asked for something else, or because
@@ -77,7 +77,9 @@ def check(group: str | dist.ProcessGroup) -> None:
     Raises:
         RuntimeError: a launch has failed on this rank: its op and number, the peer, and what was expected and found.
     """
-    if failure := _windows(group if isinstance(group, str) else group.group_name).failure():
+    from ..groups import process_group  # which needs this module
+
+    if failure := _windows(group if isinstance(group, str) else process_group(group).group_name).failure():
         raise RuntimeError(failure)
 
 
@@ -93,12 +95,12 @@ def _windows(name: str) -> "Windows":
 class Windows:
     """The windows of one group on NPUs, kept until `close()` or until the group is gone. Collective."""
 
-    def __init__(self, group: dist.ProcessGroup, num_bytes: int | None, timeout: timedelta) -> None:
+    def __init__(self, group: dist.ProcessGroup, meeting: Meeting, num_bytes: int | None, timeout: timedelta) -> None:
         num_bytes = num_bytes or DEFAULT_BYTES
         self.num_bytes, self.timeout = num_bytes, timeout
         if group.group_name in _open:
             _open[group.group_name].close()  # they go by the group's name, so that a name has one at a time
-        own = _own_communicator(group, num_bytes, timeout)
+        own = _own_communicator(group, meeting, num_bytes, timeout)
         self._words = (ctypes.c_int64 * table_words(group.size()))()
         error = ctypes.create_string_buffer(ERROR_BYTES)
         name = group.group_name
@@ -107,10 +109,10 @@ class Windows:
             *(name.encode(), communicator_name.encode(), group.rank(), group.size(), num_bytes),
             *(int(timeout.total_seconds() * 1000), self._words, error),
         )
-        self._close = weakref.finalize(group, _close, name, own)
+        self._close = finalize_here(group, _close, name, own)
         try:
             # Nobody writes to a window before its rank has made it ready.
-            raise_everywhere(group, error.value.decode() or None)
+            meeting.raise_everywhere("windows", error.value.decode() or None)
         except BaseException:
             self._close()
             raise
@@ -128,12 +130,15 @@ class Windows:
         """Whether ops can use these windows: not after one has failed on this rank."""
         return self.failure() is None
 
+    def join(self) -> None:
+        """Nothing goes on but what the device's stream has."""
+
     def close(self) -> None:
         """Gives the windows up."""
         self._close()
 
 
-def _own_communicator(group: dist.ProcessGroup, num_bytes: int, timeout: timedelta) -> Any:
+def _own_communicator(group: dist.ProcessGroup, meeting: Meeting, num_bytes: int, timeout: timedelta) -> Any:
     """A ProcessGroupHCCL of the group's ranks, known to nobody else, with room for a window in its buffer.
 
     new_group is no way to it: it wants all ranks of the default group, or, with use_local_synchronization, that its
@@ -145,8 +150,7 @@ def _own_communicator(group: dist.ProcessGroup, num_bytes: int, timeout: timedel
     options._timeout = timeout
     options.hccl_config = {"hccl_buffer_size": -(-num_bytes >> 20)}  # MB
     options.global_ranks_in_group = dist.get_process_group_ranks(group)
-    key = exchange(group, uuid.uuid4().hex)[0]
-    store = cast(Any, dist).PrefixStore(f"deep_ep/{key}", cast(Any, dist.distributed_c10d)._get_default_store())
+    store = dist.PrefixStore("windows", meeting.store)  # type: ignore[attr-defined]
     return ProcessGroupHCCL(store, group.rank(), group.size(), options)
 
 

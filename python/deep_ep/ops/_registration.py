@@ -6,12 +6,42 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from .. import _compile, _library, pending  # noqa: F401  (_library defines the ops)
 from ..calls import completing
 from ..npu import ge
 
-_fragment = torch.library.Library("deep_ep", "FRAGMENT")
+
+class _Fragment(torch.library.Library):
+    """Our formulas are for backward: other ways to a derivative are refused where torch would begin them."""
+
+    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
+        if dispatch_key == "Autograd":
+            fn = _only_backward(op_name, fn)
+        super().impl(op_name, fn, dispatch_key, **options)
+
+
+def _only_backward(overload: str, formula: Callable[..., Any]) -> Callable[..., Any]:
+    name = f"deep_ep.{overload.partition('.')[0]}"
+
+    def checked(keyset: Any, *args: Any) -> Any:
+        is_transformed = torch._C._are_functorch_transforms_active()
+        if is_transformed or forward_ad._current_level >= 0:  # else there is nothing to look for, at every call
+            for arg in tree_leaves(args):
+                if not isinstance(arg, Tensor):
+                    continue
+                if forward_ad.unpack_dual(arg).tangent is not None:
+                    raise RuntimeError(f"{name}: forward-mode derivatives are not supported; use torch.autograd.grad")
+                if is_transformed and arg.requires_grad and torch.is_grad_enabled():
+                    raise RuntimeError(f"{name}: torch.func's derivatives are not supported; use torch.autograd.grad")
+        return formula(keyset, *args)
+
+    return checked
+
+
+_fragment = _Fragment("deep_ep", "FRAGMENT")
 
 
 class Start(NamedTuple):

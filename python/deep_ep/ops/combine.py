@@ -16,7 +16,7 @@ from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from ._registration import Start, refuse, register, reject
 from .dispatch import DispatchHandle
-from .wait import Completion, Started, completes
+from .wait import Completion, Started, completes, issued, no_rows
 
 
 @collective("combine")
@@ -60,11 +60,16 @@ def start(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> Started:
     op = getattr(torch.ops.deep_ep.combine_start, info.normal.value)
     tensors, num_experts = _tensors(x, handle), _num_experts(info, handle)
     ticket = op(*tensors, num_experts, info.size, info.name)
-    return Started(ticket, info, info.normal.value, "combine", tensors, num_experts, 0)
+    return issued(ticket, info, info.normal.value, "combine", tensors, num_experts, 0)
 
 
 def complete(started: Started) -> Tensor:
     return started.results()[0]
+
+
+def arriving(started: Started) -> Tensor:
+    """The same, which is there once started.join() has returned."""
+    return started.arriving()[0]
 
 
 def wrong(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> str | None:
@@ -73,8 +78,8 @@ def wrong(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> str | None:
 
 
 def nothing_yet(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> Tensor:
-    """What `call` gives, in a tensor of zeros."""
-    return x.new_zeros((handle.topk_idx.shape[0], x.shape[1]))
+    """What `call` gives, without a value in it."""
+    return no_rows(x, handle.topk_idx.shape[0])
 
 
 def _tensors(x: Tensor, handle: DispatchHandle) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 W num_worst_tokens.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,16 @@ from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from . import get_dispatch_layout
 from ._registration import Start, refuse, register, reject
-from .wait import Completion, Started, completes
+from .wait import Completion, Started, completes, issued, no_rows
+
+
+def copy_in_graph(handle: Any, memo: dict[int, Any]) -> Any:
+    """copy.deepcopy of a handle: the copy of weights that need gradients leads back to where they came from."""
+
+    def copied(field: Any) -> Any:
+        return field.clone() if field.requires_grad and not field.is_leaf else copy.deepcopy(field, memo)
+
+    return type(handle)(*map(copied, handle))
 
 
 class DispatchHandle(NamedTuple):
@@ -42,6 +52,9 @@ class DispatchHandle(NamedTuple):
     """int64 [T, K], as given to dispatch."""
     topk_weights: Tensor
     """fp32 [T, K], as given to dispatch; ones if none were given."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy_in_graph(self, memo)
 
     @property
     def num_dropped(self) -> Tensor:
@@ -110,18 +123,24 @@ def dispatch_start(
 ) -> Started:
     """Begins a dispatch and does not wait for peers; `deep_ep.wait` completes it and gives the DispatchOutput.
 
-    The arguments are those of `deep_ep.dispatch`; the tensors may be written to as soon as this returns, but then
-    autograd refuses the gradient. In exact mode the number of rows is known at the wait. What is wrong on this rank
-    is raised here, what is wrong on others at the wait. Other calls of the group run behind this one, in the order of
-    the program. Every rank waits for its calls, in the same order.
+    The arguments are those of `deep_ep.dispatch`. x must not be written to before the wait, which raises a RuntimeError
+    if it was; topk_idx and topk_weights may. In exact mode the number of rows is known at the wait. What is wrong
+    on this rank is raised here, what is wrong on others at the wait. Gradients are those of a call where this one
+    stands, in whatever grad mode or thread the wait is. Other calls of the group run behind this one, in the order of the program. Every rank waits for its
+    calls, in the same order.
     """
     arguments = info_of(group), x, topk_idx, topk_weights, num_experts, num_worst_tokens
     refuse(call, wrong, *arguments)
     return start(*arguments)
 
 
-def _or_ones(topk_weights: Tensor | None, topk_idx: Tensor) -> Tensor:
-    return torch.ones_like(topk_idx, dtype=torch.float32) if topk_weights is None else topk_weights
+def _own(topk_idx: Tensor, topk_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both for the handle, which nothing that the caller writes to later changes."""
+    if topk_weights is None:
+        topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
+    else:
+        topk_weights = topk_weights.clone()
+    return topk_idx.clone(), topk_weights
 
 
 def call(
@@ -134,7 +153,7 @@ def call(
     is_token_in_rank: Tensor | None = None,
 ) -> DispatchOutput:
     """The op's overload for `info`, with its results put in order."""
-    topk_weights = _or_ones(topk_weights, topk_idx)
+    topk_idx, topk_weights = _own(topk_idx, topk_weights)
     op = getattr(torch.ops.deep_ep.dispatch, info.normal.value)
     results = op(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens, info.name)
     return _in_order(info, results, topk_idx, topk_weights, num_experts, is_token_in_rank)
@@ -150,17 +169,25 @@ def start(
     is_token_in_rank: Tensor | None = None,
 ) -> Started:
     """As `call`, for `complete`."""
-    topk_weights = _or_ones(topk_weights, topk_idx)
+    topk_idx, topk_weights = _own(topk_idx, topk_weights)
     op = getattr(torch.ops.deep_ep.dispatch_start, info.normal.value)
     ticket = op(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens, info.name)
     arguments = x, topk_idx, topk_weights
     sizes = num_experts, num_worst_tokens
-    return Started(ticket, info, info.normal.value, "dispatch", arguments, *sizes, is_token_in_rank)
+    return issued(ticket, info, info.normal.value, "dispatch", arguments, *sizes, is_token_in_rank)
 
 
 def complete(started: Started) -> DispatchOutput:
+    return _of(started, started.results())
+
+
+def arriving(started: Started) -> DispatchOutput:
+    """The same, which is there once started.join() has returned."""
+    return _of(started, started.arriving())
+
+
+def _of(started: Started, results: list[Tensor]) -> DispatchOutput:
     _, topk_idx, topk_weights = started.arguments
-    results = started.results()
     return _in_order(started.info, results, topk_idx, topk_weights, started.num_experts, started.is_token_in_rank)
 
 
@@ -183,10 +210,11 @@ def nothing_yet(
     is_token_in_rank: Tensor,
     num_rows: int,
 ) -> DispatchOutput:
-    """What `call` gives, in tensors of zeros. num_rows: N, also where num_worst_tokens is 0."""
+    """What `call` gives, without a value in it. num_rows: N, also where num_worst_tokens is 0."""
     if topk_weights is None:
         topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
-    results = [tensor.zero_() for tensor in _empty(x, topk_idx, num_experts, info.size, num_rows)]
+    _, *others = _empty(x, topk_idx, num_experts, info.size, num_rows)
+    results = [no_rows(x, num_rows), *(tensor.zero_() for tensor in others)]
     return _in_order(info, results, topk_idx, topk_weights, num_experts, is_token_in_rank)
 
 

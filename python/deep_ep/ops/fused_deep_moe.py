@@ -101,8 +101,8 @@ def call(
 ) -> tuple[Tensor, Tensor]:
     """The op's overload for `fuse_mode`, with the strategy of `info`. A scale that is None becomes an empty one."""
     fuse_mode = as_fuse_mode(fuse_mode)
-    needs_gradient = any(one.requires_grad for one in (x, topk_weights, gmm1_weight, gmm2_weight))
-    if quant_mode != 0 and needs_gradient and torch.is_grad_enabled():
+    needs_grad = any(one.requires_grad for one in (x, topk_weights, gmm1_weight, gmm2_weight))
+    if quant_mode != 0 and needs_grad and torch.is_grad_enabled():
         raise RuntimeError(f"deep_ep.fused_deep_moe: {_no_gradient(quant_mode)}")
     scale_dtype = torch.float32 if fuse_mode is FuseMode.FUSED_DEEP_MOE else torch.int64
     scales = [

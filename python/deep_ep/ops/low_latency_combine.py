@@ -19,7 +19,7 @@ from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from ._registration import Start, register, reject
 from .low_latency_dispatch import LowLatencyHandle
-from .wait import Completion, Started, completes
+from .wait import Completion, Started, completes, issued, no_rows
 
 
 @collective("low_latency_combine")
@@ -53,16 +53,21 @@ def call(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, han
 
 
 def start(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: LowLatencyHandle) -> Started:
-    """As `call`, for `complete`. The tensors may be written to as soon as this returns."""
+    """As `call`, for `complete`. The tensors must not be written to before."""
     overload = info.low_latency.value
     op = getattr(torch.ops.deep_ep.low_latency_combine_start, overload)
     tensors = x, topk_idx, topk_weights, handle.src_info, handle.layout_range, handle.send_head
     ticket = op(*tensors, handle.num_experts, info.size, info.name, info.comm_alg)
-    return Started(ticket, info, overload, "low_latency_combine", tensors, handle.num_experts, 0)
+    return issued(ticket, info, overload, "low_latency_combine", tensors, handle.num_experts, 0)
 
 
 def complete(started: Started) -> Tensor:
     return started.results()[0]
+
+
+def arriving(started: Started) -> Tensor:
+    """The same, which is there once started.join() has returned."""
+    return started.arriving()[0]
 
 
 def wrong(info: GroupInfo, *tensors: Any) -> str | None:
@@ -74,8 +79,8 @@ def wrong(info: GroupInfo, *tensors: Any) -> str | None:
 
 
 def nothing_yet(info: GroupInfo, x: Tensor, topk_idx: Tensor, *_: Any) -> Tensor:
-    """What `call` gives, in a tensor of zeros."""
-    return _result(x, topk_idx).zero_()
+    """What `call` gives, without a value in it."""
+    return no_rows(x, topk_idx.shape[0])
 
 
 def fake(

@@ -18,7 +18,7 @@ from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from ._registration import Start, register, reject
-from .wait import Completion, Started, completes
+from .wait import Completion, Started, completes, issued, no_rows
 
 
 class LowLatencyHandle(NamedTuple):
@@ -85,16 +85,21 @@ def call(
 def start(
     info: GroupInfo, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int
 ) -> Started:
-    """As `call`, for `complete`. The tensors may be written to as soon as this returns."""
+    """As `call`, for `complete`. The tensors must not be written to before."""
     overload = info.low_latency.value
     op = getattr(torch.ops.deep_ep.low_latency_dispatch_start, overload)
     M = num_max_dispatch_tokens_per_rank
     ticket = op(x, topk_idx, M, num_experts, info.size, info.name, info.comm_alg)
-    return Started(ticket, info, overload, "low_latency_dispatch", (x, topk_idx), num_experts, M)
+    return issued(ticket, info, overload, "low_latency_dispatch", (x, topk_idx), num_experts, M)
 
 
 def complete(started: Started) -> LowLatencyOutput:
     return _in_order(started.results(), started.arguments[0], started.num_max, started.num_experts)
+
+
+def arriving(started: Started) -> LowLatencyOutput:
+    """The same, which is there once started.join() has returned."""
+    return _in_order(started.arriving(), started.arguments[0], started.num_max, started.num_experts)
 
 
 def wrong(info: GroupInfo, x: Tensor, topk_idx: Tensor, M: int, num_experts: int) -> str | None:
@@ -111,7 +116,8 @@ def nothing_yet(
 ) -> LowLatencyOutput:
     """What `call` gives when no rank sends anything."""
     M, overload = num_max_dispatch_tokens_per_rank, info.low_latency.value
-    results = [tensor.zero_() for tensor in _results(overload, x, topk_idx, num_experts, info.size, M)]
+    recv_x, *others = _results(overload, x, topk_idx, num_experts, info.size, M)
+    results = [no_rows(x, recv_x.shape[0]), *(tensor.zero_() for tensor in others)]
     for places in (results[2], results[4]):
         places.fill_(-1)
     return _in_order(results, x, M, num_experts)

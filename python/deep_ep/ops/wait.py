@@ -3,8 +3,12 @@
 `<op>_start` takes the arguments of <op>, does not wait for peers, and returns a ticket. Backward mirrors this: the
 gradient of wait starts the backward call of its op and gives its ticket as the gradient of the ticket; that of
 `<op>_start` completes it. A ticket is an fp64 [1] on the CPU, so that autograd carries it; its value is a number.
+
+arriving is wait without the waiting: the results, with their gradients, in memory that the call writes to behind
+torch's back until a wait for the same ticket returns. Graphs have no use for it: there, results flow out of wait.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,14 +33,86 @@ class Started(NamedTuple):
     num_experts: int
     num_max: int
     """num_worst_tokens of a dispatch, num_max_dispatch_tokens_per_rank of a low-latency one, else 0."""
+    grad: bool
+    """Whether autograd recorded what was computed when the call was issued."""
+    versions: tuple[int, ...]
+    """How often each of the arguments had been written to when the call was issued; empty in graphs."""
     is_token_in_rank: Tensor | None = None
     """Of a dispatch, where it is known."""
 
     def results(self) -> list[Tensor]:
         """Those of the op. They are there once."""
-        op = getattr(torch.ops.deep_ep.wait, self.overload)
+        inference = not torch.compiler.is_compiling() and self.ticket.is_inference()
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() != inference:
+            with torch.inference_mode(inference), torch.set_grad_enabled(self.grad):
+                results = self._call(torch.ops.deep_ep.wait)
+        else:
+            with torch.set_grad_enabled(self.grad):
+                results = self._call(torch.ops.deep_ep.wait)
+        self._check_versions()
+        return results
+
+    def arriving(self) -> list[Tensor]:
+        """The results, which hold what they should once `join` has returned, and have the gradients of the call."""
+        return self._call(torch.ops.deep_ep.arriving)
+
+    def join(self) -> None:
+        """Returns when the results are there."""
+        with torch.no_grad():
+            self._call(torch.ops.deep_ep.wait)
+        self._check_versions()
+
+    def _call(self, packet: Any) -> list[Tensor]:
         sizes = self.num_experts, self.info.size, self.num_max
-        return op(self.ticket, self.op, list(self.arguments), *sizes, self.info.name)
+        return getattr(packet, self.overload)(self.ticket, self.op, list(self.arguments), *sizes, self.info.name)
+
+    def _check_versions(self) -> None:
+        """RuntimeError: an argument was written to while it may have been sent."""
+        if torch.compiler.is_compiling():
+            return
+        for number, version in enumerate(self.versions):
+            if version != _version(self.arguments[number]):
+                raise RuntimeError(
+                    f"deep_ep.{self.op}: {_argument_name(self.op, number)} was written to between the start of the "
+                    "call and its wait, so that what was sent is not known; write to it after the wait, or pass a copy"
+                )
+
+
+def issued(
+    ticket: Tensor,
+    info: GroupInfo,
+    overload: str,
+    op: str,
+    arguments: tuple[Tensor, ...],
+    num_experts: int,
+    num_max: int,
+    is_token_in_rank: Tensor | None = None,
+) -> Started:
+    """The Started of a call that has just given its ticket."""
+    versions = () if torch.compiler.is_compiling() else tuple(map(_version, arguments))
+    sizes = num_experts, num_max
+    return Started(ticket, info, overload, op, arguments, *sizes, torch.is_grad_enabled(), versions, is_token_in_rank)
+
+
+def no_rows(like: Tensor, num_rows: int) -> Tensor:
+    """[num_rows, H] as `like` [N, H] is, without a value in it, to see what results would look like."""
+    if torch.compiler.is_compiling():
+        return like.new_full((num_rows, like.shape[1]), torch.nan)
+    return like.new_full((1, like.shape[1]), torch.nan).expand(num_rows, -1)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it has been written to; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _argument_name(op: str, number: int) -> str:
+    tensors = [
+        argument.name
+        for argument in getattr(torch.ops.deep_ep, op).default._schema.arguments
+        if isinstance(argument.type, torch.TensorType)
+    ]
+    return tensors[number]
 
 
 class Completion(NamedTuple):
@@ -119,6 +195,15 @@ def backward(ctx: Any, grads: list[Tensor], *, overload: str) -> Any:
     return ticket, None, [None] * ctx.num_arguments, None, None, None, None
 
 
+def alltoall_arriving(ticket: Tensor, op: str, arguments: list[Tensor], *sizes: Any) -> list[Tensor]:
+    """As .default. Results whose number of rows is not known come when the call has ended."""
+    if error := checks.ticket(ticket):
+        raise RuntimeError(f"deep_ep.arriving: {error}")
+    is_exact = op == "dispatch" and sizes[2] == 0
+    make = None if is_exact else functools.partial(_completions[op].fake, "alltoall", *arguments, *sizes[:-1])
+    return pending.arriving(op, ticket, make)
+
+
 def alltoall(ticket: Tensor, op: str, arguments: list[Tensor], *sizes: Any) -> list[Tensor]:
     """As .default."""
     if error := checks.ticket(ticket):
@@ -139,4 +224,14 @@ register(
     backward=backward,
     convert=dict.fromkeys(("default", "ops"), ge.waiting),
     decompose=ge.waiting_of,
+)
+
+register(
+    "arriving",
+    fake=fake,
+    alltoall=alltoall_arriving,
+    ops=alltoall_arriving,
+    setup_context=setup_context,
+    backward=backward,
+    convert={},
 )
