@@ -4,9 +4,12 @@ test_fuzz_bad_calls.py draws such calls at random; here is what they say. T loca
 R ranks, L = E/R local experts, M num_max_dispatch_tokens_per_rank.
 """
 
+import logging
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deep_ep
+from deep_ep import collective
 from deep_ep.groups import op_log
 
 R, H, M = 2, 32, 4
@@ -187,7 +191,7 @@ def test_one_fault_on_all_ranks_is_one_sentence(pool: RankPool, strategy: str) -
 
 
 def two_steps(ctx: RankContext, strategy: str) -> list[tuple[str, str]]:
-    """Rank 1 is wrong: it hears at issue, rank 0 when it waits."""
+    """Rank 1 is wrong: it hears at issue, rank 0 when it waits at the latest."""
     group, wrong = ctx.prepared_group(strategy), ctx.rank == 1
     x, ids, weights = inputs(ctx.rank)
     buffers = {rows: buffer_of(ctx, strategy, rows) for rows in ("expert", "rank")}
@@ -213,11 +217,8 @@ def two_steps(ctx: RankContext, strategy: str) -> list[tuple[str, str]]:
     outcomes = []
     for step in steps:
         before = deep_ep.dispatch_start(x, ids, num_experts=E, group=group)
-        if wrong:
-            outcomes.append(outcome(step))
-        else:
-            results = step()
-            outcomes.append(outcome(partial(waited, results)))
+        # Under rows="expert" Buffer's asynchronous calls have ended when they return.
+        outcomes.append(outcome(step if wrong else lambda step=step: waited(step())))
         assert torch.equal(deep_ep.wait(before).recv_x, out.recv_x)
         check_usable(ctx, strategy)
     return outcomes
@@ -335,6 +336,44 @@ def compiled_ids(ctx: RankContext) -> tuple[str, str]:
 def test_ids_that_there_are_not_in_a_graph(pool: RankPool) -> None:
     for kind, text in pool.run(R, compiled_ids):
         assert kind == "RuntimeError" and "rank 1: topk_idx has the id" in text, (kind, text)
+
+
+# Peers that do not come
+
+
+def late_peer(ctx: RankContext, strategy: str) -> tuple[str, str]:
+    """Rank 1 fails, and rank 0 comes once rank 1 has said so in its log."""
+    ctx.prepared_group(strategy)
+    x, ids, _ = inputs(ctx.rank)
+    if ctx.rank == 0:
+        ctx.store.wait([f"logged-{strategy}"], timedelta(seconds=20))
+        return outcome(lambda: deep_ep.dispatch(x, ids, num_experts=E, group=ctx.prepared_group(strategy)))
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            ctx.store.set(f"logged-{strategy}", record.getMessage())
+
+    handler = Handler()
+    collective.logger.addHandler(handler)
+    try:
+        with mock.patch.object(collective, "PATIENCE", 0.0):
+            said = outcome(lambda: deep_ep.dispatch((x,), ids, num_experts=E, group=ctx.prepared_group(strategy)))
+    finally:
+        collective.logger.removeHandler(handler)
+    assert "has failed on this rank" in ctx.store.get(f"logged-{strategy}").decode()
+    return said
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_a_rank_says_while_its_peers_do_not_come(pool: RankPool, strategy: str) -> None:
+    heard, said = pool.run(R, late_peer, strategy)
+    assert said == ("ValueError", "x must be a torch.Tensor, got tuple")
+    assert heard == ("RuntimeError", "deep_ep.dispatch: rank 1: x must be a torch.Tensor, got tuple")
+
+
+def test_wait_for_something_else() -> None:
+    with pytest.raises(ValueError, match="started must be what dispatch_start or combine_start returned, got str"):
+        deep_ep.wait("started")  # type: ignore[arg-type]
 
 
 # What nobody else is to hear of

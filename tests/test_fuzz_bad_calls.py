@@ -896,6 +896,7 @@ def check(pool: RankPool, strategy: str, seeds: range) -> None:
     assert len(by_rank[0]) == len(by_rank[1]) == len(seeds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bad_calls(pool: RankPool, strategy: str) -> None:
     check(pool, strategy, range(300))

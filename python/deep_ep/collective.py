@@ -5,7 +5,9 @@ reason, enters as failed, so that its peers raise at once, with that reason, and
 import contextlib
 import functools
 import inspect
+import logging
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
@@ -21,6 +23,11 @@ from .utils import EventOverlap
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+PATIENCE = 5.0
+"""Seconds for which a rank that has failed waits for its peers before it says so in the log."""
+
+logger = logging.getLogger("deep_ep")
 
 Ops = Callable[[dict[str, Any]], Sequence[str]]
 """Of the arguments of a call that were given, right or wrong: the ops that it enters, in their order."""
@@ -82,6 +89,10 @@ def _fail(where: Any, ops_of: Ops, given: dict[str, Any], entered: int, reason: 
         return
     op = left[0]
     reason = reason.removeprefix("deep_ep: ").removeprefix(f"deep_ep.{op}: ") or "failed"
+    note = "deep_ep.%s has failed on this rank, which waits for its peers to tell them: %s"
+    late = threading.Timer(PATIENCE, logger.error, (note, op, reason))
+    late.daemon = True
+    late.start()
     with contextlib.suppress(Exception):  # which is what peers raise
         info: GroupInfo = where._live() if "self" in given else info_of(where)
         strategy = (info.low_latency if op.startswith("low_latency") else info.normal).value
@@ -89,6 +100,7 @@ def _fail(where: Any, ops_of: Ops, given: dict[str, Any], entered: int, reason: 
             alltoall.reject(op, info.name, reason)
         elif strategy == "default" and has_native_cpu_only(info):
             windows.agree(op, info.name, reason, torch.float32, ())
+    late.cancel()
 
 
 def _is_traced(given: dict[str, Any]) -> bool:

@@ -151,7 +151,10 @@ def wait(started: Started) -> Any:
 
     Raises:
         RuntimeError: what the call raises, on all its ranks; or `started` has been completed before.
+        ValueError: `started` is something else.
     """
+    if not isinstance(started, Started):
+        raise ValueError(f"started must be what dispatch_start or combine_start returned, got {type(started).__name__}")
     complete = _completions[started.op].complete
     assert complete is not None
     return complete(started)
