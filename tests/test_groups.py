@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,11 @@ def wait_for_ever(ctx: RankContext, phase: str, how: str, victim: int) -> tuple[
     deadline = time.monotonic() + 20
     while (after := threads_and_descriptors())[0] >= before[0] and time.monotonic() < deadline:
         os.sched_yield()
+    group, ctx.group = weakref.ref(ctx.group), None
+    ctx._groups.clear()
+    dist.destroy_process_group()
+    gc.collect()
+    assert group() is None
     return at, message, again, (after[0] - before[0], after[1] - before[1])
 
 
