@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def with_other_traffic(ctx: RankContext) -> None:
     assert model.module.weight.grad.tolist() == [[(ctx.size - 1) / 2] * 2]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_collectives_of_the_caller_between_start_and_wait(pool: RankPool, size: int) -> None:
     pool.run(size, with_other_traffic)
 
@@ -178,6 +179,11 @@ def wait_for_ever(ctx: RankContext, phase: str, how: str, victim: int) -> tuple[
     deadline = time.monotonic() + 20
     while (after := threads_and_descriptors())[0] >= before[0] and time.monotonic() < deadline:
         os.sched_yield()
+    group, ctx.group = weakref.ref(ctx.group), None
+    ctx._groups.clear()
+    dist.destroy_process_group()
+    gc.collect()
+    assert group() is None
     return at, message, again, (after[0] - before[0], after[1] - before[1])
 
 
@@ -443,6 +449,7 @@ def every_form(ctx: RankContext) -> dict[str, tuple[str, str]]:
     return errors
 
 
+@pytest.mark.slow
 def test_meshes_and_names_are_groups_and_the_rest_gets_a_sentence() -> None:
     says = {
         "mesh": r"one of 2: \('dp', 'ep'\); slice it, as in mesh\[\"ep\"\]",
@@ -508,10 +515,10 @@ def gone(ctx: RankContext, form: str, strategy: str, backend: str) -> dict[str, 
     "form, strategy, backend",
     [
         ("default", "default", "aot_eager"),
-        ("op", "alltoall", "aot_eager"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("op", "alltoall", "aot_eager"),
                 ("group", "alltoall", "aot_eager"),
                 ("name", "default", "aot_eager"),
                 ("buffer", "default", "aot_eager"),
@@ -580,6 +587,7 @@ def in_store(ctx: RankContext, kind: str, path: str) -> None:
         deep_ep.destroy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, size", [("file", 2), ("hash", 1), ("fake", 1)])
 def test_any_store_will_do(kind: str, size: int, tmp_path: Path) -> None:
     with spawn_ranks(size, in_store, kind, str(tmp_path / "store"), init=False) as ranks:

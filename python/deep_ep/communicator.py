@@ -187,7 +187,11 @@ class Communicator:
         links: Future[_Links] = Future()
         # gloo connects without an eye on signals and peers.
         threading.Thread(target=_fulfil, args=(links, lambda: _Links(group, meeting, timeout)), daemon=True).start()
-        self._links: _Links | None = meeting.wait_for(links)
+        try:
+            self._links: _Links | None = meeting.wait_for(links)
+        except BaseException:
+            links.add_done_callback(_cut_unwanted)
+            raise
         self._group = weakref.ref(group)
         self._finalizer = weakref.finalize(group, self._leave)
         self._finalizer.atexit = False  # as `_let_go` has it
@@ -342,6 +346,12 @@ def _fulfil(future: Future[Any], make: Callable[[], Any]) -> None:
         future.set_result(make())
     except BaseException as error:
         future.set_exception(error)
+
+
+def _cut_unwanted(links: "Future[_Links]") -> None:
+    """Nobody has waited for them."""
+    if links.exception() is None:
+        links.result().cut(failed=True)
 
 
 def find(group: str) -> Communicator | None:

@@ -190,16 +190,21 @@ def prepare(
             comm_alg or before.comm_alg,
         )
     wanted = _wanted(wish, on)
-    served = {kind: _is_served(parts.get(kind), num_bytes, timeout) for kind in wanted}
     _join(parts)
+    served = {kind: _is_served(parts.get(kind), num_bytes, timeout) for kind in wanted}
     with Meeting(pg, timeout) as meeting:
         is_whole = all(part.usable for part in parts.values())
         wishes = meeting.exchange((str(wish), served, is_whole, before and str(before)))
         _check_wishes(name, wishes)
-        made = {}
-        for kind in wanted:
-            if not all(wish[1][kind] for wish in wishes):
-                made[kind] = _make(kind, pg, meeting, num_bytes, timeout)
+        made: dict[str, Part] = {}
+        try:
+            for kind in wanted:
+                if not all(wish[1][kind] for wish in wishes):
+                    made[kind] = _make(kind, pg, meeting, num_bytes, timeout)
+        except BaseException:
+            for part in made.values():
+                part.close()
+            raise
         for kind, part in made.items():
             _close(name, kind)
             _parts.setdefault(name, {})[kind] = part
@@ -208,6 +213,8 @@ def prepare(
     if not _owns(pg):
         store = cast(Any, dist.distributed_c10d)._get_process_group_store(pg)
         _owners[name] = _Owner(weakref.ref(pg), weakref.ref(store or pg, functools.partial(_forget, name)))
+    if _infos.get(name) == wish:
+        wish = _infos[name]  # for which graphs have been traced
     if chooses:
         _chosen.add(name)
     if chooses or name not in _infos:
