@@ -6,7 +6,6 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 """
 
 import warnings
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from .overlap import Plan, begin_after, event_of, issue
 from .rank_rows import RankHandle
 from .strategies import MODES, LowLatencyStrategy, NormalStrategy, one_of
 from .utils import EventHandle, EventOverlap
+from .windows import finalize_here
 
 
 class AlignedHandle(NamedTuple):
@@ -147,7 +147,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         )
         self.normal_strategy, self.low_latency_strategy = self._info.normal, self._info.low_latency
         if explicitly_destroy:
-            self._undestroyed = weakref.finalize(self, _warn_of_undestroyed, group.group_name)
+            self._undestroyed = finalize_here(self, _warn_of_undestroyed, group.group_name)
         if is_logged:
             call_log.start(self, self.group.group_name)
 

@@ -140,6 +140,7 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
     return empty_tensor(x, shape, dtype);
   };
+  recv.allocate(op);
   Tensor counts_out = empty({L}, ScalarType::Long);
   Tensor recv_prefix_matrix = low_latency ? empty({L * R}, ScalarType::Int) : empty({L, R}, ScalarType::Int);
   Tensor recv_src_idx = empty({N, 3}, ScalarType::Int);
@@ -157,7 +158,6 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
     std::fill_n(recv_ids, N * K, -1);
     std::fill_n(recv_weights, N * K, 0.0f);
   }
-  recv.allocate(op);
 
   // Send rows, receive rows.
   const auto describe = [&](int64_t n, int64_t local_expert, int64_t from, const RowMeta& meta) {

@@ -34,12 +34,16 @@ class RecvRows {
   // Before rows arrive. Those that were attached are written to rows() by this rank itself.
   void allocate(Operation& op) {
     const uint64_t used = delivered_ * row_bytes_, bytes = rows_ * row_bytes_;
-    if (op.all_attached() && bytes - used >= kManyZeros)
-      memory_ = zeros_behind(used, bytes);
-    else if (!pooled_)
-      memory_ = private_memory(bytes);
-    else if (op.all_attached())
-      memory_ = op.keep(bytes);
+    try {
+      if (op.all_attached() && bytes - used >= kManyZeros)
+        memory_ = zeros_behind(used, bytes);
+      else if (!pooled_)
+        memory_ = private_memory(bytes);
+      else if (op.all_attached())
+        memory_ = op.keep(bytes);
+    } catch (const Error& error) {
+      op.fail(error.what());
+    }
   }
 
   std::byte* rows() const { return memory_.get(); }
