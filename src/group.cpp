@@ -294,9 +294,15 @@ bool Operation::attach(const Contribution& mine) {
 Operation::~Operation() { abandon(); }
 
 void Operation::abandon() {
-  if (open_) group_.close(State::broken, str(prefix(), "rank ", rank(), " failed in the middle of the operation"));
+  if (open_) group_.close(State::broken, failure());
   open_ = false;
 }
+
+std::string Operation::failure() const {
+  return str(prefix(), "rank ", rank(), " failed in the middle of the operation");
+}
+
+void Operation::fail(const std::string& reason) { give_up(str(failure(), ": ", reason)); }
 
 void Operation::finish() {
   end();

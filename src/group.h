@@ -249,6 +249,9 @@ class Operation {
 
   void finish();
 
+  // For what only this rank can know after the checks: gives the group up, tells peers why, and throws.
+  [[noreturn]] void fail(const std::string& reason);
+
  private:
   void enter(const Contribution& mine, const std::function<std::string(const Operation&)>& check);
   bool attach(const Contribution& mine);
@@ -268,6 +271,7 @@ class Operation {
                   const std::function<bool(int)>& needed);
   std::string verdict(const std::function<std::string(const Operation&)>& check) const;
   [[noreturn]] void give_up(const std::string& reason);
+  std::string failure() const;
   std::string prefix() const;
 
   Turn turn_;

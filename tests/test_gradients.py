@@ -210,3 +210,47 @@ def with_handle(out: deep_ep.DispatchOutput) -> tuple[Tensor, deep_ep.DispatchHa
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_other_ways_to_a_derivative_are_refused(pool: RankPool, strategy: str) -> None:
     pool.run(2, check_other_derivatives, strategy)
+
+
+def normalising_experts(ctx: RankContext, strategy: str, mode: str) -> None:
+    """Experts that divide each row by its norm, which rows that hold nothing do not have, against the dense model."""
+    group, R, L, H, K, M = ctx.prepared_group(strategy), ctx.size, 2, 16, 2, 8
+    E = R * L
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(T, H, generator=generator) for T in (5, 0, 7)[:R]]
+    ids = [torch.rand(len(x), E, generator=generator).argsort(1)[:, :K].contiguous() for x in xs]
+    weights = [torch.rand(len(x), K, generator=generator) for x in xs]
+    gain = torch.rand(E, H, generator=generator)
+
+    dense_gain, dense_x = gain.clone().requires_grad_(), xs[ctx.rank].clone().requires_grad_()
+    dense = [(dense_x if rank == ctx.rank else x)[:, None] for rank, x in enumerate(xs)]
+    for x, i, w in zip(dense, ids, weights, strict=True):
+        (x / x.norm(dim=-1, keepdim=True) * dense_gain[i] * w[..., None]).sum(1).pow(2).sum().backward()
+
+    mine = slice(ctx.rank * L, ctx.rank * L + L)
+    local_gain, x = gain[mine].clone().requires_grad_(), xs[ctx.rank].clone().requires_grad_()
+    my_ids, my_weights = ids[ctx.rank], weights[ctx.rank]
+    if mode == "low latency":
+        received, counts, handle = deep_ep.low_latency_dispatch(x, my_ids, M, E, group=group)
+        rows = received.reshape(-1, H)
+    else:
+        dispatched = deep_ep.dispatch(x, my_ids, my_weights, num_experts=E, num_worst_tokens=64, group=group)
+        rows, handle, counts = dispatched.recv_x, dispatched.handle, dispatched.num_recv_tokens_per_expert
+    held = torch.arange(len(rows))[:, None] < counts.sum()
+    rows = torch.where(held, rows, 1.0)
+    expert = torch.repeat_interleave(torch.arange(L), counts)
+    expert = torch.cat([expert, expert.new_zeros(len(rows) - len(expert))])
+    y = rows / rows.norm(dim=1, keepdim=True) * local_gain[expert]
+    if mode == "low latency":
+        out = deep_ep.low_latency_combine(y.view_as(received), my_ids, my_weights, handle, group=group)
+    else:
+        out = deep_ep.combine(y, handle, group=group)
+    out.pow(2).sum().backward()
+    torch.testing.assert_close(local_gain.grad, dense_gain.grad[mine])
+    torch.testing.assert_close(x.grad, dense_x.grad)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("mode", ["capacity", "low latency"])
+def test_experts_that_normalise_rows(pool: RankPool, strategy: str, mode: str) -> None:
+    pool.run(3, normalising_experts, strategy, mode)

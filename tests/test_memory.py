@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import re
+import resource
 import time
 from collections.abc import Callable
 
@@ -191,3 +192,27 @@ def test_refused_before_anything_is_taken(pool: RankPool, how: str, says: str) -
     for kind, message in pool.run(2, refused, how):
         assert kind == "RuntimeError"
         assert re.search(says, message), message
+
+
+def with_little_address_space(ctx: RankContext) -> tuple[str, str]:
+    """Rank 1 may have no memory for the rows that it receives, and cannot know before."""
+    deep_ep.init(ctx.group, num_bytes=SMALL)
+    check_ops(CASES[ctx.size], ctx.rank, ctx.group.group_name, "default")
+    x, ids = torch.ones(20_000, 1024), torch.ones(20_000, 1, dtype=torch.int64)
+    if ctx.rank == 1:
+        x, ids = x[:0], ids[:0]
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[0])
+        limit = pages * os.sysconf("SC_PAGESIZE") + x.element_size() * 8 * 1024**2
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return error_of(deep_ep.dispatch, x, ids, num_experts=2, group=ctx.group)
+
+
+def test_peers_hear_that_there_was_no_memory() -> None:
+    with spawn_ranks(2, with_little_address_space) as ranks:
+        outcomes = ranks.outcomes()
+    raise_failures(outcomes)
+    for outcome in outcomes:
+        kind, message = outcome.value
+        assert kind == "RuntimeError"
+        assert re.search(r"rank 1 failed in the middle of the operation: cannot allocate \d+ bytes", message), message

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "interrupt.h"
+#include "per_process.h"
 
 namespace deep_ep {
 namespace {
@@ -45,11 +46,7 @@ struct Registry {
   }
 };
 
-// Never destroyed: threads and tensors may outlive static destruction.
-Registry& registry() {
-  static Registry& instance = *new Registry;
-  return instance;
-}
+Registry& registry() { return PerProcess<Registry>::get(); }
 
 // The number is a floating-point one because autograd carries it: the gradient of a ticket is the ticket of the
 // backward call (python/deep_ep/ops/wait.py).

@@ -7,7 +7,6 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 
 import sys
 import warnings
-import weakref
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from .overlap import Plan, begin_after, event_of, issue
 from .rank_rows import RankHandle
 from .strategies import MODES, LowLatencyStrategy, NormalStrategy, one_of
 from .utils import EventHandle, EventOverlap
+from .windows import finalize_here
 
 
 class AlignedHandle(NamedTuple):
@@ -177,7 +177,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         )
         self.normal_strategy, self.low_latency_strategy = self._info.normal, self._info.low_latency
         if explicitly_destroy:
-            self._undestroyed = weakref.finalize(self, _warn_of_undestroyed, pg.group_name, *_caller())
+            self._undestroyed = finalize_here(self, _warn_of_undestroyed, pg.group_name, *_caller())
         if is_logged:
             call_log.start(self, pg.group_name)
             spoil(self._info)

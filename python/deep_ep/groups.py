@@ -126,7 +126,7 @@ def init(
         group: the expert-parallel group, as a ProcessGroup, a DeviceMesh of one dimension, or its name; None is the
             default group.
         num_bytes: most bytes of every rank's window, where a strategy is ``default``; None takes HCCL_BUFFSIZE, read
-            now. On CPU a window grows as ops need it, and keeps what it has until the group goes; with neither, to a
+            now. On CPU a window grows as ops need it, and gives back what they no longer use; with neither, to a
             rank's share in half of the host's memory. On NPUs it has this size from the start; with neither, 256 MiB.
             Rows that do not fit go in rounds, so this bounds speed, not sizes. A window that may be large enough
             already is kept; a smaller one, or one that was given up after a failure, is replaced.

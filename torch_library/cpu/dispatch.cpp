@@ -164,6 +164,7 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
   const int64_t T = post.tokens, K = post.top_k, R = num_ranks, L = routing->num_local_experts();
   const int64_t delivered = routing->delivered(op.rank());
   const int64_t N = routing->total_rows(op.rank());
+  recv.allocate(op);
   Dispatched out = early ? early->out : make_results(x, topk_idx, low_latency, num_experts, R, N);
   auto* source = out.recv_src_idx.mutable_data_ptr<int32_t>();
   std::fill(source + 3 * delivered, source + 3 * N, -1);
@@ -175,7 +176,6 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
     std::fill_n(recv_ids, N * K, -1);
     std::fill_n(recv_weights, N * K, 0.0f);
   }
-  recv.allocate(op);
 
   // Send rows, receive rows.
   const auto describe = [&](int64_t n, int64_t local_expert, int64_t from, const RowMeta& meta) {

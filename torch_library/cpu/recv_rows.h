@@ -56,12 +56,16 @@ class RecvRows {
     if (early_) return;
     const uint64_t used = delivered_ * row_bytes_, bytes = rows_ * row_bytes_;
     zero_behind_ = op.all_attached() && bytes - used >= kManyZeros;
-    if (zero_behind_)
-      memory_ = zeros_behind(used, bytes);
-    else if (!pooled_)
-      memory_ = private_memory(bytes);
-    else if (op.all_attached())
-      memory_ = op.keep(bytes);
+    try {
+      if (zero_behind_)
+        memory_ = zeros_behind(used, bytes);
+      else if (!pooled_)
+        memory_ = private_memory(bytes);
+      else if (op.all_attached())
+        memory_ = op.keep(bytes);
+    } catch (const Error& error) {
+      op.fail(error.what());
+    }
   }
 
   std::byte* rows() const { return memory_.get(); }
