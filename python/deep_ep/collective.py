@@ -86,7 +86,8 @@ def _enter_as_failed(where: Any, op: str, reason: str) -> None:
     with contextlib.suppress(Exception):  # which is what peers raise
         info: GroupInfo = where._live() if hasattr(where, "_live") else info_of(where)
         strategy = (info.low_latency if op.startswith("low_latency") else info.normal).value
-        if strategy == "alltoall":
+        # Collectives do not end within torch.func's transforms, which are the same on all ranks.
+        if strategy == "alltoall" and not torch._C._are_functorch_transforms_active():
             alltoall.reject(op, info.name, reason)
         elif strategy == "default" and has_native_cpu_only(info):
             windows.agree(op, info.name, reason, torch.float32, ())
