@@ -13,6 +13,9 @@ Ranks compile on their own, with their own sizes, and still must issue the same 
 - compiled code from the on-disk caches is used only by the version of this package that made it: torch does not see
   that a fake, a backward formula or a lowering changed, so their digest becomes part of its cache keys.
 
+torch's own effects (`register_effect(EffectType.ORDERED)`) do not do it, in 2.13 and 2.14: inductor still reorders the
+ops by local sizes, checkpointed regions and exact row counts do not compile, and a memory budget recomputes the ops.
+
 Nothing of torch is touched when deep_ep is imported: `prepare` runs in `init`, and in fakes, which run before a graph
 that contains our ops is looked up in a cache or lowered.
 """

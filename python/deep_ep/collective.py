@@ -96,7 +96,8 @@ def _fail(where: Any, ops_of: Ops, given: dict[str, Any], entered: int, reason: 
     with contextlib.suppress(Exception):  # which is what peers raise
         info: GroupInfo = where._live() if "self" in given else info_of(where)
         strategy = (info.low_latency if op.startswith("low_latency") else info.normal).value
-        if strategy == "alltoall":
+        # Collectives do not end within torch.func's transforms, which are the same on all ranks.
+        if strategy == "alltoall" and not torch._C._are_functorch_transforms_active():
             alltoall.reject(op, info.name, reason)
         elif strategy == "default" and has_native_cpu_only(info):
             windows.agree(op, info.name, reason, torch.float32, ())
