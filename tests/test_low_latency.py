@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from meeting import prepare
 from op_calls import error_of
-from ranks import ALLTOALL_IS_SLOW, STRATEGIES, RankContext, RankPool
+from ranks import ALLTOALL_IS_SLOW, STRATEGIES, WINDOW_BYTES, RankContext, RankPool
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -657,13 +657,15 @@ def test_ops_traces_without_a_device_and_says_what_is_missing(comm_alg: str) -> 
 
 def mode_ops(ctx: RankContext) -> tuple[str, str]:
     group = ctx.prepared_group("default")
-    info = deep_ep.init(group, strategy="ops", comm_alg="fullmesh_v2")
+    deep_ep.destroy(group)
+    info = deep_ep.init(group, strategy="ops", comm_alg="fullmesh_v2", num_bytes=WINDOW_BYTES)
     try:
         assert (info.low_latency.value, info.comm_alg) == ("ops", "fullmesh_v2")
         ids = torch.zeros(2, 1, dtype=torch.int64)
         return error_of(deep_ep.low_latency_dispatch, torch.ones(2, 8), ids, 2, ctx.size, group=group)
     finally:
-        deep_ep.init(group, strategy="default")
+        deep_ep.destroy(group)
+        deep_ep.init(group, strategy="default", num_bytes=WINDOW_BYTES)
 
 
 def test_the_strategy_ops_takes_the_overload_ops(pool: RankPool) -> None:

@@ -30,7 +30,7 @@ MCL_CURRENT_AND_FUTURE = 3
 
 def reserved(group: dist.ProcessGroup) -> int:
     """Bytes of memory that this rank's window has."""
-    windows = groups._windows[group.group_name]["cpu"]
+    windows = groups._parts[group.group_name]["cpu"]
     return os.fstat(library.deep_ep_group_fd(windows._handle)).st_blocks * 512
 
 
