@@ -50,6 +50,7 @@ def _load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
         "deep_ep_group_agree": (i32, [text, ctypes.c_uint32, pointer, text, text]),
         "deep_ep_call_begin": (u64, []),
         "deep_ep_call_form": (None, [text]),
+        "deep_ep_call_gradient": (None, [i64]),
         "deep_ep_call_end": (u64, []),
         "deep_ep_group_destroy": (None, [pointer, text]),
         "deep_ep_fused_tile": (i64, []),
