@@ -154,6 +154,9 @@ DEEP_EP_API uint64_t deep_ep_call_entered() {
 // What ranks must have in common in the call that this thread makes, in words.
 DEEP_EP_API void deep_ep_call_form(const char* form) { deep_ep::ThreadCalls::mine().form = form; }
 
+// ThreadCalls::gradient.
+DEEP_EP_API void deep_ep_call_gradient(int64_t gradient) { deep_ep::ThreadCalls::mine().gradient = gradient; }
+
 // Frees the handle; the group goes with the last operation and the registry entry under `name`, if it is its own.
 DEEP_EP_API void deep_ep_group_destroy(void* handle, const char* name) {
   auto* group = static_cast<Handle*>(handle);

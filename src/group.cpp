@@ -246,6 +246,7 @@ void Operation::enter(const Contribution& mine, const std::function<std::string(
   post = mine.post;
   post.rejected = !mine.rejected.empty();
   copy_text(post.text, post.rejected ? mine.rejected : ThreadCalls::mine().form);
+  post.gradient = std::exchange(ThreadCalls::mine().gradient, 0);
   const Block block = mine.reserved.value_or(offered_);
   post.pool_offset = block.offset;
   post.pool_bytes = block.bytes;
@@ -357,6 +358,12 @@ std::string Operation::verdict(const std::function<std::string(const Operation&)
       if (post(a).text[0] && post(b).text[0] && std::strcmp(post(a).text, post(b).text) != 0)
         return str("the calls differ: rank ", a, " has ", post(a).text, ", rank ", b, " has ", post(b).text,
                    "; it must be the same on all ranks");
+
+  for (int b = 0; b < size(); ++b)
+    for (int a = 0; a < size(); ++a)
+      if (post(a).gradient == 1 && post(b).gradient == 2)
+        return str("rank ", b, " needs a gradient of what it sends, rank ", a,
+                   " does not, and would not take part in backward; it must be the same on all ranks");
 
   const auto number = [](int64_t value) { return value; };
   std::string text = differ("the dtype", &Post::dtype, [](int64_t dtype) { return name_of(DType{dtype}); });

@@ -202,6 +202,9 @@ struct ThreadCalls {
   std::shared_ptr<std::string> failed;
   // What ranks must have in common in this call, in words, where an operation's post does not say it; or nothing.
   std::string form;
+  // Of the operation that it enters next: 1 if nothing that it sends needs a gradient, 2 if something does; 0 where
+  // that is not known: without grad mode, and in compiled code.
+  int64_t gradient = 0;
 
   static ThreadCalls& mine();
 };

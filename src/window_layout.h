@@ -40,6 +40,7 @@ struct Post {
   int64_t top_k;      // K
   int64_t experts;    // E
   int64_t dtype;
+  int64_t gradient;      // ThreadCalls::gradient
   int64_t rows;          // of the tensor that receives expert rows; dispatch: W, 0 in exact mode
   uint64_t pool_offset;  // the pool block that this rank offers for rows of this operation
   uint64_t pool_bytes;

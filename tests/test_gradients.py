@@ -254,3 +254,46 @@ def normalising_experts(ctx: RankContext, strategy: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["capacity", "low latency"])
 def test_experts_that_normalise_rows(pool: RankPool, strategy: str, mode: str) -> None:
     pool.run(3, normalising_experts, strategy, mode)
+
+
+def check_gradients_on_some_ranks(ctx: RankContext, strategy: str) -> list[tuple[str, str]]:
+    """Rank 1 needs a gradient, the others do not. Returns what calls say."""
+    case = Case(tokens=(3,) * ctx.size)
+    group = ctx.prepared_group(strategy).group_name
+    x, ids = torch.ones(3, 8), torch.arange(6).view(3, 2) % case.E
+    needy, weights = x.clone().requires_grad_(ctx.rank == 1), torch.ones(3, 2).requires_grad_(ctx.rank == 1)
+    sizes: dict[str, Any] = {"num_experts": case.E, "group": group}
+    out = deep_ep.dispatch(x, ids, **sizes)
+    rows = out.recv_x.clone().requires_grad_(ctx.rank == 1)
+    low = deep_ep.low_latency_dispatch(x, ids, 4, case.E, group=group)
+    errors = [
+        error_of(deep_ep.dispatch, needy, ids, **sizes),
+        error_of(deep_ep.dispatch, x, ids, weights, **sizes),
+        error_of(lambda: deep_ep.wait(deep_ep.dispatch_start(needy, ids, **sizes))),
+        error_of(deep_ep.combine, rows, out.handle, group=group),
+        error_of(deep_ep.low_latency_dispatch, needy, ids, 4, case.E, group=group),
+        error_of(deep_ep.low_latency_combine, low.recv_x, ids, weights, low.handle, group=group),
+    ]
+
+    # Without grad mode nobody needs one; and where all do, what does not need it beside x makes no difference.
+    with torch.no_grad():
+        deep_ep.dispatch(needy, ids, **sizes)
+    y = x.clone().requires_grad_()
+    received = deep_ep.dispatch(y, ids, weights, **sizes)
+    deep_ep.combine(received.recv_x, received.handle, group=group).backward(x)
+    assert torch.equal(y.grad, 2 * x)
+    # What compiled code needs is known when it is compiled: it goes with either.
+    compiled = torch.compile(lambda x: deep_ep.dispatch(x, ids, **sizes).recv_x, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(y) if ctx.rank == 1 else deep_ep.dispatch(y, ids, **sizes).recv_x, out.recv_x)
+    check_ops(case, ctx.rank, group, strategy)
+    return errors
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradients_on_some_ranks(pool: RankPool, strategy: str) -> None:
+    ops = ("dispatch",) * 3 + ("combine", "low_latency_dispatch", "low_latency_combine")
+    for errors in pool.run(3, check_gradients_on_some_ranks, strategy):
+        for op, (kind, message) in zip(ops, errors, strict=True):
+            assert kind == "RuntimeError"
+            assert message.startswith(f"deep_ep.{op}: ")
+            assert "rank 1 needs a gradient of what it sends, rank 0 does not" in message

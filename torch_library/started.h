@@ -27,8 +27,10 @@ void spoil(const Results& results);
 template <typename Body>
 Tensor start(Op op, Turn turn, Results early, Body body) {
   ThreadCalls& calls = ThreadCalls::mine();
-  auto of_call = [early, failed = calls.failed, form = calls.form, body = std::move(body)](Turn turn) mutable {
+  auto of_call = [early, failed = calls.failed, form = calls.form, gradient = std::exchange(calls.gradient, 0),
+                  body = std::move(body)](Turn turn) mutable {
     ThreadCalls::mine().form = form;
+    ThreadCalls::mine().gradient = gradient;
     try {
       if (failed && !failed->empty()) throw Error(*failed);
       return body(std::move(turn));

@@ -52,6 +52,7 @@ def _load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
         "deep_ep_call_entered": (u64, []),
         "deep_ep_call_form": (None, [text]),
         "deep_ep_call_end": (None, []),
+        "deep_ep_call_gradient": (None, [i64]),
         "deep_ep_group_destroy": (None, [pointer, text]),
         "deep_ep_fused_tile": (i64, []),
         "deep_ep_fused_places": (None, [i64, pointer]),

@@ -90,6 +90,7 @@ class _Header(NamedTuple):
     op: int
     failed: int
     form: int  # a hash of that of the call, 0 for none
+    gradient: int  # ThreadCalls::gradient, src/group.h
     T: int
     W: int
     common: list[int]  # the values of _COMMON
@@ -162,24 +163,27 @@ class _Call:
         calls.mine.enter()
         R = self.size
         form = "" if error else calls.mine.form
-        header = [_OPS.index(self.op), 1] + [0] * (3 + len(_COMMON) + 4 * R)
+        gradient, calls.mine.gradient = calls.mine.gradient, 0
+        header = [_OPS.index(self.op), 1] + [0] * (4 + len(_COMMON) + 4 * R)
         if not error:
             device_type = int.from_bytes(x.device.type.encode()[:7], "big")
             common = [x.shape[1], topk_idx.shape[1], num_experts, checks.FLOATS.index(x.dtype), device_type]
-            header[1 : 5 + len(common)] = [0, zlib.crc32(form.encode()), topk_idx.shape[0], num_worst_tokens, *common]
+            own = [zlib.crc32(form.encode()), gradient, topk_idx.shape[0], num_worst_tokens]
+            header[1 : 6 + len(common)] = [0, *own, *common]
         if routes:
             header[-4 * R :] = [value for per_rank in routes[2:] for value in per_rank]
         gathered = self.all_gather("headers", torch.tensor(header, dtype=torch.int64))
         headers = []
-        for op, failed, form_hash, T, W, *values in gathered.tolist():
+        for op, failed, form_hash, needed, T, W, *values in gathered.tolist():
             per_rank = [values[i : i + R] for i in range(len(_COMMON), len(values), R)]
-            headers.append(_Header(op, failed, form_hash, T, W, values[: len(_COMMON)], *per_rank))
+            headers.append(_Header(op, failed, form_hash, needed, T, W, values[: len(_COMMON)], *per_rank))
         # A rank that failed before it knew its op may name another one than its peers: its reason counts.
         if any(h.failed for h in headers):
             self._raise_reasons(error)
         self._check_ops(headers)
         if len({h.form for h in headers} - {0}) > 1:
             self._raise_forms(form)
+        self._check_gradients([h.gradient for h in headers])
         self._check_common(headers)
         self._check_routes(headers)
         return headers
@@ -203,6 +207,13 @@ class _Call:
     def _raise_forms(self, form: str) -> None:
         told = ", ".join(f"rank {rank} has {text}" for rank, text in enumerate(self._texts(form)) if text)
         raise self.rejected(f"deep_ep.{self.op}: the calls differ: {told}; it must be the same on all ranks")
+
+    def _check_gradients(self, gradients: list[int]) -> None:
+        if 1 in gradients and 2 in gradients:
+            raise self.rejected(
+                f"deep_ep.{self.op}: rank {gradients.index(2)} needs a gradient of what it sends, rank "
+                f"{gradients.index(1)} does not, and would not take part in backward; it must be the same on all ranks"
+            )
 
     def _texts(self, text: str) -> list[str]:
         """Every rank's."""

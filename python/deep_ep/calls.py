@@ -30,6 +30,9 @@ class _Mine(threading.local):
     form = ""
     """What ranks must have in common in this call, in words, where an operation's header does not say it."""
 
+    gradient = 0
+    """ThreadCalls::gradient."""
+
     def enter(self) -> None:
         self.entered += 1
         self.completed = False
@@ -59,6 +62,12 @@ def form(text: str) -> None:
     if not torch.compiler.is_compiling():
         mine.form = text
         library.deep_ep_call_form(text.encode())
+
+
+def gradient(value: int) -> None:
+    """ThreadCalls::gradient of the operation that this thread enters next."""
+    mine.gradient = value
+    library.deep_ep_call_gradient(value)
 
 
 def begin() -> tuple[int, int]:

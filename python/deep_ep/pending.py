@@ -49,8 +49,10 @@ class _Call(Future):
         with contextlib.nullcontext() if self._group is None else self._group.giving_up_if_interrupted():
             return self.result()
 
-    def run(self, kernel: Callable[..., Any], arguments: list[Any], failed: Failed | None, form: str) -> None:
-        mine.form = form
+    def run(
+        self, kernel: Callable[..., Any], arguments: list[Any], failed: Failed | None, form: str, gradient: int
+    ) -> None:
+        mine.form, mine.gradient = form, gradient
         try:
             if failed is not None and failed.error is not None:
                 raise failed.error
@@ -99,8 +101,8 @@ def starting(op: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
     def start(*arguments: Any) -> Tensor:
         kept = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
         group = communicator.of(f"{op}_start", arguments[place])
-        call, failed, form = _Call(op, group), mine.failed, mine.form
-        group.start(lambda: call.run(kernel, kept, failed, form))
+        call, failed, form, gradient = _Call(op, group), mine.failed, mine.form, mine.gradient
+        group.start(lambda: call.run(kernel, kept, failed, form, gradient))
         mine.leave_to_thread()
         return _ticket(call)
 
@@ -112,7 +114,7 @@ def holding(op: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
 
     def start(*arguments: Any) -> Tensor:
         call = _Call(op)
-        call.run(kernel, list(arguments), mine.failed, mine.form)
+        call.run(kernel, list(arguments), mine.failed, mine.form, mine.gradient)
         return _ticket(call)
 
     return start

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-from .. import _compile, _library, pending  # noqa: F401  (_library defines the ops)
+from .. import _compile, _library, calls, pending  # noqa: F401  (_library defines the ops)
 from ..calls import completing
 from ..npu import ge
 
@@ -36,7 +36,14 @@ def _only_backward(overload: str, formula: Callable[..., Any]) -> Callable[..., 
                     raise RuntimeError(f"{name}: forward-mode derivatives are not supported; use torch.autograd.grad")
                 if is_transformed and arg.requires_grad and torch.is_grad_enabled():
                     raise RuntimeError(f"{name}: torch.func's derivatives are not supported; use torch.autograd.grad")
-        return formula(keyset, *args)
+        # While torch traces, and without grad mode as in compiled code, it is not known.
+        if not torch.is_grad_enabled() or type(args[0]) not in (Tensor, torch.nn.Parameter):
+            return formula(keyset, *args)
+        calls.gradient(2 if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args) else 1)
+        try:
+            return formula(keyset, *args)
+        finally:
+            calls.gradient(0)
 
     return checked
 
