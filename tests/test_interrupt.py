@@ -92,7 +92,7 @@ def interrupted(ctx: RankContext, how: str) -> tuple[str, str, float]:
             ctx.store.set("left", "")
     else:
         pid = int(ctx.store.get("pid"))
-        entries = Entries()
+        entries = Entries(group)
         ctx.store.set("watched", "")
         entries.wait_for(last)
         ctx.store.set("sent at", str(time.monotonic()))

@@ -83,8 +83,10 @@ class Entries:
     rings those who sleep; this rank says that it does.
     """
 
-    def __init__(self) -> None:
-        first, _ = window_mappings()[0]
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        own = os.fstat(library.deep_ep_group_fd(groups._parts[group.group_name]["cpu"]._handle)).st_ino
+        with open("/proc/self/maps") as maps:
+            (first,) = (int(line.split("-")[0], 16) for line in maps if line.split()[4] == str(own))
         self._rings = ctypes.c_uint32.from_address(first)
         self._before = self._rings.value
         ctypes.c_uint32.from_address(first + 4).value = 1
@@ -187,7 +189,7 @@ def wait_in_dispatch(ctx: RankContext, strategy: str, victim: int) -> Raised:
     check_ops(CASES[ctx.size], ctx.rank, group.group_name, strategy)
     dist.barrier()
     if ctx.rank == 1:
-        entries = Entries() if strategy == "default" else None
+        entries = Entries(group) if strategy == "default" else None
         ctx.store.set("enter", "")
         ctx.store.wait([f"rank {rank} enters" for rank in range(ctx.size) if rank != 1])
         if entries:
@@ -270,7 +272,7 @@ def others_wait(ctx: RankContext, leave: str) -> Raised | None:
     dist.barrier()
     last = ctx.size - 1
     if ctx.rank == last:
-        entries = Entries()
+        entries = Entries(group)
         ctx.store.set("enter", "")
         entries.wait_for(last)
         if leave == "exits":
