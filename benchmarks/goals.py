@@ -96,6 +96,8 @@ GOALS = (
     Goal("  better MPI variant / deep_ep", 4, 2, _times(MPI, MPI_MERGED, where=_low_latency)),
     Goal("with backward: gloo as written / deep_ep", 15, 8, _times(GLOO, where=_backward, backward=True)),
     Goal("in a compiled graph / eager", 1.02, 1.05, _named(overhead.GRAPH_ADDS)),
+    Goal("dispatch_start and wait, nothing between / dispatch", 1, 1.1, _named(overhead.TWO_STEPS)),
+    Goal("  hidden of the shorter, with computation between", 1, 0.8, _named(overhead.HIDDEN)),
     Goal("eager call of dispatch, R=1, T=1", 25, 40, _named(overhead.EAGER_CALL), "µs"),
     Goal("memory of windows / live recv_x", 1.1, 1.25, _named(overhead.WINDOWS)),
     Goal("time per token, T=32768 / T=1024", 1, 1.15, _growth),

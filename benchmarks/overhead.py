@@ -32,7 +32,8 @@ LAYERS = 16
 EAGER_CALL = "eager call, µs"
 GRAPH_CALL = "call in a graph, µs"
 GRAPH_ADDS = "dispatch+combine in a graph / eager"
-OVERLAP = "dispatch beside computation / one after the other"
+TWO_STEPS = "dispatch_start and wait / dispatch"
+HIDDEN = "of the shorter of dispatch and computation, hidden"
 WINDOWS = "memory of windows / live recv_x"
 COMPILE = "compile time of examples/train_moe.py, s"
 
@@ -93,47 +94,54 @@ def graph(group: dist.ProcessGroup) -> list[Value]:
 
 
 def overlap(group: dist.ProcessGroup) -> list[Value]:
-    """Time of (start; compute; wait) over that of (dispatch; compute), paired, where a thread computes about as long as
-    dispatch takes. For one rank: nobody is waited for, so 0.5 would be a perfect overlap, less what start copies.
+    """What it costs to make a dispatch in two steps, with nothing between them, over a plain one; and how much of the
+    shorter of the two is hidden where a thread computes about as long between them. All paired.
     """
-    point = Point(1, hidden=7168)
-    inputs = make_inputs(point, 0)
+    point = Point(group.size(), hidden=2048)
+    inputs = make_inputs(point, group.rank())
     sizes = {"num_experts": point.experts, "group": group}
     given = inputs.x, inputs.topk_idx, inputs.topk_weights
     matrix = torch.randn(512, 512)
     times = 1
 
-    def compute() -> Tensor:
+    def compute() -> None:
         result = matrix
         for _ in range(times):
             result = torch.tanh(result @ matrix)
-        return result
 
-    def beside() -> deep_ep.DispatchOutput:
+    def plain() -> deep_ep.DispatchOutput:
+        return deep_ep.dispatch(*given, **sizes)
+
+    def in_two_steps(between: Callable[[], None] = lambda: None) -> deep_ep.DispatchOutput:
         started = deep_ep.dispatch_start(*given, **sizes)
-        compute()
+        between()
         return deep_ep.wait(started)
-
-    def one_after_the_other() -> deep_ep.DispatchOutput:
-        out = deep_ep.dispatch(*given, **sizes)
-        compute()
-        return out
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    ways = one_after_the_other, beside
-    if not torch.equal(ways[0]().recv_x, ways[1]().recv_x):
+    if not torch.equal(plain().recv_x, in_two_steps().recv_x):
         raise AssertionError("a dispatch that was started gives another result")
-    alone = [
-        median(_seconds(fn) for _ in range(REPEATS)) for fn in (partial(deep_ep.dispatch, *given, **sizes), compute)
-    ]
-    times = max(1, round(alone[0] / alone[1]))
-    ratios = []
-    for repetition in range(REPEATS):
-        seconds = {way: _seconds(way) for way in (ways if repetition % 2 else ways[::-1])}
-        ratios.append(seconds[beside] / seconds[one_after_the_other])
+
+    def measured(*ways: Callable[[], Any]) -> Tensor:
+        """[REPEATS, ways], of the slowest rank."""
+        seconds = torch.zeros(REPEATS, len(ways), dtype=torch.float64)
+        for repetition in range(REPEATS):
+            for turn in range(len(ways)):
+                way = (repetition + turn) % len(ways)
+                seconds[repetition, way] = _seconds(ways[way])
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return seconds
+
+    alone = measured(plain, compute).median(0).values
+    times = max(1, round(float(alone[0] / alone[1])))
+    seconds = measured(plain, in_two_steps, compute, partial(in_two_steps, compute))
     torch.set_num_threads(threads)
-    return [Value(OVERLAP, 1, str(point), median(ratios))]
+    of_plain, in_two, of_compute, beside = seconds.unbind(1)
+    hidden = (of_plain + of_compute - beside) / torch.minimum(of_plain, of_compute)
+    return [
+        Value(TWO_STEPS, point.ranks, str(point), (in_two / of_plain).median().item()),
+        Value(HIDDEN, point.ranks, str(point), max(hidden.median().item(), 0.01)),
+    ]
 
 
 def _windows() -> dict[Path, list[int]]:
@@ -192,6 +200,6 @@ def measure(group: dist.ProcessGroup, full: bool) -> list[Value]:
     """What there is to measure on this number of ranks; if not full, nothing that compiles for long. Collective."""
     R = group.size()
     if R == 1:
-        return calls(group) + overlap(group) + (compilation(group) if full else [])
-    values = graph(group) if full or R == 2 else []
+        return calls(group) + (compilation(group) if full else [])
+    values = (graph(group) if full or R == 2 else []) + (overlap(group) if R in (2, 4) else [])
     return values + [value for H in (2048, 7168) for value in memory(group, Point(R, hidden=H))]
