@@ -125,6 +125,7 @@ def leaves_no_trace(ctx: RankContext) -> None:
         assert comes_down_to(before)
 
 
+@pytest.mark.slow
 def test_a_communicator_goes_with_destroy(pool: RankPool) -> None:
     pool.run(3, leaves_no_trace)
 
@@ -204,6 +205,7 @@ SAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "phase, how, victim",
     [
@@ -290,6 +292,7 @@ def interrupted(ctx: RankContext, where: str) -> tuple[float, str]:
     return took, ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where", ["op", "wait", "init", *(pytest.param(w, marks=pytest.mark.slow) for w in ("compiled", "destroy"))]
 )
@@ -511,6 +514,7 @@ def gone(ctx: RankContext, form: str, strategy: str, backend: str) -> dict[str, 
     return messages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form, strategy, backend",
     [
@@ -561,6 +565,7 @@ def forked(ctx: RankContext) -> tuple[int, str]:
     return status, message
 
 
+@pytest.mark.slow
 def test_a_forked_child_is_not_in_the_group() -> None:
     with spawn_ranks(2, forked, init=False) as ranks:
         outcomes = ranks.outcomes()
@@ -611,6 +616,7 @@ def comes_late(ctx: RankContext, how: str) -> tuple[float, str]:
     return at, message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "late"])
 def test_who_does_not_come_to_init_is_named(how: str) -> None:
     with spawn_ranks(2, comes_late, how, init=False) as ranks:

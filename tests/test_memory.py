@@ -72,6 +72,7 @@ def with_locked_memory(ctx: RankContext) -> None:
     deep_ep.destroy(ctx.group)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may lock so much")
 def test_rows_behind_are_zeros_in_locked_memory() -> None:
     with spawn_ranks(2, with_locked_memory) as ranks:
@@ -106,6 +107,7 @@ def vary(ctx: RankContext) -> None:
     deep_ep.destroy(group)
 
 
+@pytest.mark.slow
 def test_memory_that_is_not_used_goes_back() -> None:
     with spawn_ranks(2, vary) as ranks:
         raise_failures(ranks.outcomes())
@@ -135,6 +137,7 @@ def keep_some(ctx: RankContext) -> None:
     deep_ep.destroy(group)
 
 
+@pytest.mark.slow
 def test_memory_between_rows_goes_back(pool: RankPool) -> None:
     pool.run(2, keep_some)
 
@@ -208,6 +211,7 @@ def with_little_address_space(ctx: RankContext) -> tuple[str, str]:
     return error_of(deep_ep.dispatch, x, ids, num_experts=2, group=ctx.group)
 
 
+@pytest.mark.slow
 def test_peers_hear_that_there_was_no_memory() -> None:
     with spawn_ranks(2, with_little_address_space) as ranks:
         outcomes = ranks.outcomes()

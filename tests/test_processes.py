@@ -139,6 +139,7 @@ def as_others(ctx: RankContext, ranks: list[int]) -> tuple[str, str]:
     return error_of(deep_ep.init, ctx.group, num_bytes=SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize(
     "ranks, says",

@@ -549,6 +549,7 @@ def count_threads(ctx: RankContext, strategy: str) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ALLTOALL_IS_SLOW)
 def test_a_group_has_one_thread_as_long_as_it_lives(strategy: str) -> None:
     with spawn_ranks(2, count_threads, strategy) as ranks:
