@@ -3,9 +3,10 @@
 import functools
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,15 @@ from .npu.platform import platform
 from .npu_ops import check_comm_alg
 from .strategies import MODES, LowLatencyStrategy, NormalStrategy, one_of
 from .windows import Windows
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def _untraced(function: F) -> F:
+    """As torch.compiler.assume_constant_result, which would load Dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 Group = dist.ProcessGroup | DeviceMesh | str | None
 """How a group is given: a ProcessGroup, a DeviceMesh of one dimension, a name, or None for the default group."""
@@ -91,7 +101,7 @@ def process_group(group: Group) -> dist.ProcessGroup:
     return _refuse(group)
 
 
-@torch.compiler.assume_constant_result
+@_untraced
 def _refuse(group: object) -> NoReturn:
     """Says why it is no group of this rank. Not traced, since Dynamo does not say what traced code raises."""
     if group is None:
@@ -338,7 +348,7 @@ def has_native_cpu_only(info: GroupInfo) -> bool:
     return [kind for kind in _parts.get(info.name, ()) if kind != "alltoall"] == ["cpu"]
 
 
-@torch.compiler.assume_constant_result
+@_untraced
 def _refuse_unprepared(name: str) -> NoReturn:
     """Not traced, since Dynamo does not say what traced code raises."""
     raise RuntimeError(
