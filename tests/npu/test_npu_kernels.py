@@ -377,10 +377,17 @@ from deep_ep.env.__main__ import main
 
 torch.npu.set_device(0)
 dist.init_process_group("cpu:gloo,npu:hccl", rank=0, world_size=1, store=dist.HashStore())
-out = [deep_ep.init().comm_alg, deep_ep.init(comm_alg="fullmesh_v1").comm_alg]
+
+
+def chosen(**wishes):
+    deep_ep.destroy()
+    return deep_ep.init(**wishes).comm_alg
+
+
+out = [chosen(), chosen(comm_alg="fullmesh_v1")]
 os.environ["HCCL_OP_EXPANSION_MODE"] = "AIV"
 try:
-    out.append(deep_ep.init().comm_alg)
+    out.append(chosen())
 except ValueError as error:
     out.append(str(error))
 with contextlib.redirect_stdout(io.StringIO()) as report:
