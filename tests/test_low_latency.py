@@ -715,4 +715,4 @@ def alternate(ctx: RankContext, strategy: str, num_calls: int) -> tuple[int, int
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_thousand_alternating_calls(pool: RankPool, strategy: str) -> None:
     for growth, files in pool.run(4, alternate, strategy, 1000, timeout=240.0):
-        assert growth < 16 << 20 and files == 0
+        assert growth < 16 << 20 and files <= 0  # other processes may have had some
