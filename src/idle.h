@@ -6,7 +6,8 @@
 
 namespace deep_ep {
 
-constexpr std::chrono::seconds kIdle{2};
+// Longer than a training step: what the next one needs stays.
+constexpr std::chrono::seconds kIdle{10};
 
 // Calls `sweep` about every kIdle, until it returns false. It must not throw, and may run on another thread, which
 // there is as long as there is something to call.
