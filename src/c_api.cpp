@@ -11,6 +11,7 @@
 #include "error.h"
 #include "fused_layout.h"
 #include "group.h"
+#include "idle.h"
 #include "interrupt.h"
 
 #define DEEP_EP_API extern "C" __attribute__((visibility("default")))
@@ -79,6 +80,9 @@ DEEP_EP_API void deep_ep_group_publish(void* handle, const char* name) {
   const Handle& group = *static_cast<Handle*>(handle);
   deep_ep::groups::put(name, group);
 }
+
+// Gives back what memory is due to go back to the system, now and not when the time has come.
+DEEP_EP_API void deep_ep_sweep() { deep_ep::sweep(); }
 
 // From here on, results of calls that go on look like none until they have come.
 DEEP_EP_API void deep_ep_group_spoil(void* handle) { (*static_cast<Handle*>(handle))->set_spoils(); }

@@ -23,19 +23,24 @@ class Sweeper {
     runs_ = true;
   }
 
+  void sweep() {
+    std::vector<std::function<bool()>> due;
+    {
+      std::lock_guard lock(mutex_);
+      due.swap(sweeps_);
+    }
+    std::erase_if(due, [](const auto& sweep) { return !sweep(); });
+    std::lock_guard lock(mutex_);
+    sweeps_.insert(sweeps_.end(), due.begin(), due.end());
+  }
+
  private:
   void run() {
     pthread_setname_np(pthread_self(), "deep_ep_idle");
     while (true) {
       std::this_thread::sleep_for(kIdle);
-      std::vector<std::function<bool()>> due;
-      {
-        std::lock_guard lock(mutex_);
-        due.swap(sweeps_);
-      }
-      std::erase_if(due, [](const auto& sweep) { return !sweep(); });
+      sweep();
       std::lock_guard lock(mutex_);
-      sweeps_.insert(sweeps_.end(), due.begin(), due.end());
       if (!sweeps_.empty()) continue;
       runs_ = false;
       return;
@@ -48,6 +53,8 @@ class Sweeper {
 };
 
 }  // namespace
+
+void sweep() { PerProcess<Sweeper>::get().sweep(); }
 
 void sweep_when_idle(std::function<bool()> sweep) noexcept {
   try {

@@ -8,15 +8,13 @@ import gc
 import os
 import re
 import resource
-import time
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import Case
 from op_calls import check_ops, error_of
-from ranks import RUN_TIMEOUT, RankContext, RankPool, raise_failures, spawn_ranks
+from ranks import RankContext, RankPool, raise_failures, spawn_ranks
 
 import deep_ep
 from deep_ep import groups
@@ -42,11 +40,10 @@ def private() -> int:
     return anonymous
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 2 * RUN_TIMEOUT
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def sweep() -> None:
+    """As if nobody had called anything for a long time."""
+    for _ in range(3):
+        library.deep_ep_sweep()
 
 
 # Rows that hold nothing
@@ -100,7 +97,8 @@ def vary(ctx: RankContext) -> None:
     window = reserved(group) - empty
     assert window < 4 * x.nbytes, f"{window >> 20} MiB"
     del received, out
-    wait_until(lambda: reserved(group) <= empty and private() - before < x.nbytes // 4)
+    sweep()
+    assert reserved(group) <= empty and private() - before < x.nbytes // 4
     # Both come again.
     received = deep_ep.dispatch(x, ids, num_experts=ctx.size, group=group)
     assert deep_ep.combine(received.recv_x, received.handle, group=group).eq(1.0).all()
@@ -110,7 +108,7 @@ def vary(ctx: RankContext) -> None:
 @pytest.mark.slow
 def test_memory_that_is_not_used_goes_back() -> None:
     with spawn_ranks(2, vary) as ranks:
-        raise_failures(ranks.outcomes(timeout=4 * RUN_TIMEOUT))
+        raise_failures(ranks.outcomes())
 
 
 def keep_some(ctx: RankContext) -> None:
@@ -125,7 +123,8 @@ def keep_some(ctx: RankContext) -> None:
     kept = {i: received[i] for i in (2, 7, 11)}
     size = received[0].nbytes
     del received
-    wait_until(lambda: reserved(group) < full - 6 * size)
+    sweep()
+    assert reserved(group) < full - 6 * size
     for i, recv_x in kept.items():
         assert recv_x.shape == (T, H) and recv_x.eq(float(i)).all()
     more = [
@@ -139,7 +138,7 @@ def keep_some(ctx: RankContext) -> None:
 
 @pytest.mark.slow
 def test_memory_between_rows_goes_back(pool: RankPool) -> None:
-    pool.run(2, keep_some, timeout=4 * RUN_TIMEOUT)
+    pool.run(2, keep_some)
 
 
 # Calls that are refused

@@ -44,6 +44,7 @@ def _load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
         "deep_ep_group_bytes": (u64, [pointer]),
         "deep_ep_group_connect": (i32, [pointer, pointer, pointer, pointer, text]),
         "deep_ep_group_publish": (None, [pointer, text]),
+        "deep_ep_sweep": (None, []),
         "deep_ep_group_spoil": (None, [pointer]),
         "deep_ep_group_log": (u64, [pointer, pointer, u64]),
         "deep_ep_group_phases": (u64, [pointer, ctypes.c_uint32, pointer]),
