@@ -319,6 +319,25 @@ def test_who_does_not_wait_reads_nan_when_debugging(pool: RankPool, strategy: st
     assert pool.run(2, too_early, strategy, next(_reads))[0]
 
 
+def without_memory(ctx: RankContext) -> list[tuple[str, str]]:
+    """Rank 1 asks for rows that no memory holds, in a call that goes on; a plain call is right thereafter."""
+    group, (x, ids) = ctx.prepared_group("default"), inputs(ctx)
+    x = x.repeat(1, 4096)
+    rows = 2**31 - 1 if ctx.rank == 1 else 12
+    op, arguments = torch.ops.deep_ep, (x, ids, torch.ones(3, K))
+    sizes = E, ctx.size, rows, group.group_name
+    ticket = op.dispatch_start(*arguments, *sizes)
+    errors = [error_of(op.wait, ticket, "dispatch", list(arguments), *sizes)]
+    out = deep_ep.dispatch(x, ids, num_experts=E, group=group)
+    assert_same("combined", deep_ep.combine(out.recv_x, out.handle, group=group), 2 * x)
+    return errors
+
+
+def test_a_call_that_goes_on_without_memory_fails_on_all_ranks(pool: RankPool) -> None:
+    for ((kind, message),) in pool.run(2, without_memory):
+        assert kind == "RuntimeError" and "rank 1: cannot allocate" in message, message
+
+
 # Random programs
 
 

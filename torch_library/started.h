@@ -5,7 +5,9 @@
 // while the call still writes to their memory, behind torch's back. Results that nobody asks for go with the ticket.
 #pragma once
 
+#include <exception>
 #include <future>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,6 +22,18 @@ using Results = std::vector<Tensor>;
 // the caller must not write to them before the wait. `early`: the tensors that `body` returns, where they can be made
 // before the call; until it has ended, what they hold is undefined, and if it fails it stays so.
 Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> body);
+
+// What `make` gives, if the arguments are right; where there is no memory for it they are not, and no rank takes part.
+template <typename Make>
+auto make_early(Checks& checks, Make&& make) -> std::optional<decltype(make())> {
+  if (!checks.passed()) return std::nullopt;
+  try {
+    return make();
+  } catch (const std::exception& error) {
+    checks.require(false, error.what());
+    return std::nullopt;
+  }
+}
 
 // Makes values out of nothing: all bytes are 0xFF, a NaN in every format.
 void spoil(const Results& results);

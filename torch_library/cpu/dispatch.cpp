@@ -94,8 +94,8 @@ std::string too_much_memory(const Operation& op, const Routing& routing, int64_t
 
 }  // namespace
 
-EarlyDispatched make_early(const Group& group, const Tensor& x, const Tensor& topk_idx, bool low_latency,
-                           int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens) {
+EarlyDispatched early_results(const Group& group, const Tensor& x, const Tensor& topk_idx, bool low_latency,
+                              int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens) {
   EarlyDispatched early{.out = make_results(x, topk_idx, low_latency, num_experts, num_ranks, num_worst_tokens)};
   early.out.recv_x = early.recv.make_early(group, x, num_worst_tokens, sizeof(RowMeta), low_latency);
   return early;
@@ -308,8 +308,10 @@ Tensor dispatch_start(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t nu
   Checks checks =
       check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, turn.group().size());
   std::optional<EarlyDispatched> early;
-  if (checks.passed() && num_worst_tokens > 0)
-    early = make_early(turn.group(), x, topk_idx, false, num_experts, num_ranks, num_worst_tokens);
+  if (num_worst_tokens > 0)
+    early = make_early(checks, [&] {
+      return early_results(turn.group(), x, topk_idx, false, num_experts, num_ranks, num_worst_tokens);
+    });
   return start(kOp, std::move(turn), early ? in_order<Results>(early->out) : Results{}, [=](Turn turn) {
     return in_order<Results>(dispatch_rows(std::move(turn), checks, x, topk_idx, topk_weights, num_experts, num_ranks,
                                            num_worst_tokens, early));

@@ -29,7 +29,7 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
                          int64_t num_worst_tokens, std::optional<EarlyDispatched> early = std::nullopt);
 
 // For right arguments, with num_worst_tokens rows.
-EarlyDispatched make_early(const Group& group, const Tensor& x, const Tensor& topk_idx, bool low_latency,
-                           int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens);
+EarlyDispatched early_results(const Group& group, const Tensor& x, const Tensor& topk_idx, bool low_latency,
+                              int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens);
 
 }  // namespace deep_ep

@@ -31,9 +31,9 @@ struct Call {
 Tensor low_latency_dispatch_start(Tensor x, Tensor topk_idx, int64_t num_max, int64_t num_experts, int64_t num_ranks,
                                   GroupName group, GroupName /* comm_alg */) {
   Call call(group.value.c_str(), x, topk_idx, num_max, num_experts, num_ranks);
-  std::optional<EarlyDispatched> early;
-  if (call.checks.passed())
-    early = make_early(call.turn.group(), x, topk_idx, true, num_experts, num_ranks, call.num_rows);
+  const auto early = make_early(call.checks, [&] {
+    return early_results(call.turn.group(), x, topk_idx, true, num_experts, num_ranks, call.num_rows);
+  });
   const auto body = [=, checks = call.checks, num_rows = call.num_rows](Turn turn) {
     return in_order(
         dispatch_rows(std::move(turn), checks, x, topk_idx, std::nullopt, num_experts, num_ranks, num_rows, early));

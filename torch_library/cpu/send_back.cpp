@@ -142,11 +142,10 @@ Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const
   return combined;
 }
 
-Tensor start_combine(Op op, Turn turn, const Checks& checks, const Tensor& x, const Tensor& topk_idx,
+Tensor start_combine(Op op, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                      const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
                      int64_t num_experts, int64_t num_ranks, std::optional<Tensor> layout_range) {
-  std::optional<Tensor> early;
-  if (checks.passed()) early = empty_tensor(x, {topk_idx.size(0), x.size(1)});
+  const auto early = make_early(checks, [&] { return empty_tensor(x, {topk_idx.size(0), x.size(1)}); });
   return start(op, std::move(turn), early ? Results{*early} : Results{}, [=](Turn turn) {
     return Results{combine_rows(op, std::move(turn), checks, x, topk_idx, topk_weights, recv_src_idx, send_head,
                                 num_experts, num_ranks, layout_range ? &*layout_range : nullptr, early)};

@@ -56,7 +56,7 @@ Tensor combine_rows(Op op, Turn turn, Checks checks, const Tensor& x, const Tens
                     std::optional<Tensor> early = std::nullopt);
 
 // Begins the same.
-Tensor start_combine(Op op, Turn turn, const Checks& checks, const Tensor& x, const Tensor& topk_idx,
+Tensor start_combine(Op op, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                      const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
                      int64_t num_experts, int64_t num_ranks, std::optional<Tensor> layout_range = std::nullopt);
 

@@ -42,12 +42,11 @@ class Started(NamedTuple):
 
     def results(self) -> list[Tensor]:
         """Those of the op. They are there once."""
-        inference = not torch.compiler.is_compiling() and self.ticket.is_inference()
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() != inference:
-            with torch.inference_mode(inference), torch.set_grad_enabled(self.grad):
+        if torch.compiler.is_compiling() or self.ticket.is_inference() == torch.is_inference_mode_enabled():
+            with torch.set_grad_enabled(self.grad):
                 results = self._call(torch.ops.deep_ep.wait)
         else:
-            with torch.set_grad_enabled(self.grad):
+            with torch.inference_mode(self.ticket.is_inference()), torch.set_grad_enabled(self.grad):
                 results = self._call(torch.ops.deep_ep.wait)
         self._check_versions()
         return results
