@@ -104,17 +104,24 @@ class World:
 
     def routing_of(self, handles: list[Any], kind: str) -> Routing:
         """That of which all ranks have the handles, as far as tensors in them tell."""
+        found = []
         for routing in (self.main, self.other):
             of = {"expert": routing.expert, "rank": routing.rank}.get(kind, routing.low_latency)
             if all(self._is_of(handle, one) for handle, one in zip(handles, of, strict=True)):
-                return routing
-        raise Invalid("handle")
+                found.append(routing)
+        demand(bool(found), "handle")
+        # Both send the same rows to the same ranks if both are found. Then the weights tell.
+        return max(found, key=lambda routing: sum(map(has, handles, routing.weights)))
 
     def _is_of(self, handle: Any, of: reference.DispatchResult) -> bool:
         packed = getattr(handle, "packed", None)
         given = [one for one in handle if isinstance(one, Tensor)] if packed is None else [packed.send_head]
         given = [one.clamp(min=-1) for one in given if one.dtype == torch.int32 and not one.is_meta]
         return any(same(one, of.send_head) for one in given)
+
+
+def has(handle: Any, tensor: Tensor) -> bool:
+    return any(same(one, tensor) for one in handle)
 
 
 def same(a: Any, b: Any) -> bool:
