@@ -231,6 +231,13 @@ def weighted(of: list[Any], given: list[Arguments], weights: list[Tensor]) -> li
     return reference.combine(xs, weights, [one.recv_src_idx for one in of])
 
 
+def with_empty(recv_src_idx: Tensor, handle: Any) -> Tensor:
+    """Of the handle where that has more rows, all of them empty, else as it is."""
+    N = len(recv_src_idx)
+    of_handle = [one for one in handle if isinstance(one, Tensor) and not one.is_meta and one.dim() == 2]
+    return next((one for one in of_handle if same(one[:N], recv_src_idx) and bool((one[N:] < 0).all())), recv_src_idx)
+
+
 def buffer_dispatch_model(world: World, given: list[Arguments]) -> list[Any]:
     rows, cached = world.rows, equal([one.get("handle") is not None for one in given], "handle")
     parts = [parts_of(one["x"], one.get("quant_mode") or "none", False) for one in given]
@@ -239,7 +246,10 @@ def buffer_dispatch_model(world: World, given: list[Arguments]) -> list[Any]:
         for of_x, ids in zip(parts, routing.ids, strict=True):
             demand(len(of_x[0]) == len(ids), "x")
         results = routing.expert if rows == "expert" else routing.rank
-        return [[*routed_parts(of.recv_src_idx, parts)] for of in results]
+        return [
+            [*routed_parts(with_empty(of.recv_src_idx, one["handle"]), parts)]
+            for of, one in zip(results, given, strict=True)
+        ]
     if rows == "expert":
         out = expert_rows(given, parts, [len(one["num_tokens_per_expert"]) for one in given])
     else:
