@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from ranks import RankContext, RankPool
+from ranks import STRATEGIES, RankContext, RankPool
 from test_bad_input import error_of
 from test_buffer import make_buffer, send
 
@@ -26,10 +26,16 @@ WRONG = {
     "DEEP_NORMAL_MODE_USE_INT8_QUANT": ("2", "one of 0, 1"),
     "SGLANG_DEEPEP_BF16_DISPATCH": ("on", "one of 0, 1, false, true, no, yes, n, y"),
     "MOE_EXPERT_TOKEN_NUMS_TYPE": ("2", "one of 0, 1"),
+    "DEEPEP_NORMAL_LONG_SEQ_ROUND": ("257", "a whole number of at least 1, at most 256"),
+    "DEEPEP_NORMAL_LONG_SEQ_PER_ROUND_TOKENS": ("31", "a whole number of at least 32, at most 8192"),
+    "DEEPEP_NORMAL_COMBINE_ENABLE_LONG_SEQ": ("2", "one of 0, 1"),
+    "MOE_ENABLE_TOPK_NEG_ONE": ("yes", "one of 0, 1"),
     "MOE_SHARED_EXPERT_RANK_NUM": ("1", "0, since experts are spread evenly over all ranks"),
+    "DEEPEP_HCCL_BUFFSIZE": ("-1", "a whole number of at least 1"),
     "HCCL_BUFFSIZE": ("0", "a whole number of at least 1"),
     "HCCL_INTRA_PCIE_ENABLE": ("on", "one of 0, 1"),
     "HCCL_INTRA_ROCE_ENABLE": ("-1", "one of 0, 1"),
+    "MOE_ENABLE_CCU": ("on", "one of 0, 1"),
 }
 """A wrong value of each variable that has one everywhere, and what is allowed."""
 
@@ -129,6 +135,10 @@ def check_window_sizes(ctx: RankContext) -> list[tuple[str, str]]:
     with in_environment(HCCL_BUFFSIZE="3"):
         assert num_bytes(num_nvl_bytes=1 << 20) == 1 << 20
         assert num_bytes() == 3 << 20
+        with in_environment(DEEPEP_HCCL_BUFFSIZE="4"):
+            assert num_bytes() == 4 << 20
+        deep_ep.destroy(ctx.group)
+        assert num_bytes() == 3 << 20
         # 4 MiB for a rank with a window of 3: in rounds.
         x = torch.full((1 << 10, 1 << 11), float(ctx.rank)).bfloat16()
         out = deep_ep.dispatch(x, torch.arange(1 << 10).unsqueeze(1) % 2, num_experts=2, group=ctx.group)
@@ -154,6 +164,62 @@ def test_links_of_a_server(links: tuple[str, str], comm_alg: str) -> None:
     with in_environment(HCCL_INTRA_PCIE_ENABLE=links[0], HCCL_INTRA_ROCE_ENABLE=links[1]):
         assert env.comm_alg("A2") == comm_alg
         assert [env.comm_alg(other) for other in ("A3", "A5", None)] == [""] * 3
+
+
+def test_ccu() -> None:
+    with in_environment(MOE_ENABLE_CCU="1"):
+        assert [env.comm_alg(one) for one in ("A2", "A3", "A5", None)] == ["", "ccu", "ccu", ""]
+    with in_environment(MOE_ENABLE_CCU="0"):
+        assert [env.comm_alg(one) for one in ("A3", "A5")] == [""] * 2
+
+
+ROUNDS = {"DEEPEP_NORMAL_LONG_SEQ_ROUND": "3", "DEEPEP_NORMAL_LONG_SEQ_PER_ROUND_TOKENS": "32"}
+
+
+def check_rounds(ctx: RankContext, strategy: str) -> list[tuple[str, str]]:
+    buffer, plain = make_buffer(ctx, strategy, **ROUNDS), make_buffer(ctx, strategy)
+    E = 6
+
+    def layer(x: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, E)
+        given = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
+        rows, *_, handle, _ = buffer.dispatch(x, topk_idx=ids, **given)
+        return per_expert, buffer.combine(rows, handle)[0]
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for T in (96, 40, 0):  # all rounds, two of them, none
+        ids = (torch.arange(T * K).view(T, K) * (ctx.rank + 1)) % (E + 1) - 1
+        x = torch.ones(T, H)
+        wanted = torch.tensor([int((ids[r * 32 : r * 32 + 32] == e).sum()) for r in range(3) for e in range(E)])
+        for fn in (layer, compiled) if T else (layer,):
+            per_expert, out = fn(x, ids)
+            assert per_expert.dtype == torch.int32 and torch.equal(per_expert, wanted.int())
+            assert torch.equal(out, x * (ids >= 0).sum(1, keepdim=True))
+        assert torch.equal(plain.get_dispatch_layout(ids, E)[2], wanted.view(3, E).sum(0).int())
+    by_rank = make_buffer(ctx, strategy, DEEP_EP_ROWS="rank", **ROUNDS)
+    assert by_rank.get_dispatch_layout(ids, E)[2].shape == (E,)
+    ids = torch.zeros(97, K, dtype=torch.int64)
+    per_rank, _, per_expert, in_rank, _ = plain.get_dispatch_layout(ids, 4)
+    given = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
+    errors = [error_of(buffer.get_dispatch_layout, ids, E)]
+    errors.append(error_of(lambda: buffer.dispatch(torch.ones(97, H), topk_idx=ids, **given)))
+    for variables in ({"DEEPEP_NORMAL_LONG_SEQ_ROUND": "3"}, dict.fromkeys(ROUNDS, "256") | {list(ROUNDS)[1]: "513"}):
+        with in_environment(**variables):
+            errors.append(error_of(deep_ep.Buffer, ctx.group))
+    return errors
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rounds(pool: RankPool, strategy: str) -> None:
+    names = "DEEPEP_NORMAL_LONG_SEQ_ROUND", "DEEPEP_NORMAL_LONG_SEQ_PER_ROUND_TOKENS"
+    for errors in pool.run(2, check_rounds, strategy):
+        assert [kind for kind, _ in errors] == ["ValueError"] * 4
+        assert (
+            errors[0][1].startswith("topk_idx must have at most 96 tokens, 3 rounds of 32") and "got 97" in errors[0][1]
+        )
+        assert errors[1][1].startswith("num_tokens_per_expert must have the shape [rounds·E], with 3 rounds")
+        assert f"{names[0]} and {names[1]} must be set together" in errors[2][1]
+        assert errors[3][1].endswith(f"{names[0]} times {names[1]} must be at most 131072; got 256 times 513")
 
 
 def test_expansion_mode() -> None:
@@ -228,11 +294,11 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
     assert "DEBUG_MODE = 1 (environment)" in capsys.readouterr().out
     for name, (value, _) in WRONG.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MOE_ENABLE_CCU", "1")
+    monkeypatch.setenv("DEEP_NORMAL_MODE", "alltoall")
     assert main() == 1
     printed, wrong = capsys.readouterr()
     assert "DEEP_USE_MODE = error, which is wrong (environment)" in printed
-    assert 'MOE_ENABLE_CCU = 1 (environment)\n    Not read: comm_alg="ccu"' in printed
+    assert "DEEP_NORMAL_MODE = alltoall (environment)\n    Not read: DEEP_USE_MODE chooses" in printed
     assert [line.split()[4] for line in wrong.splitlines()] == list(WRONG)
 
 

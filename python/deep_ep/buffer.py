@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import call_log, calls, cost, env, quantization, rank_rows
+from . import call_log, calls, checks, cost, env, quantization, rank_rows
 from .collective import collective
 from .config import Config
 from .fused import FusedCalls
@@ -150,12 +150,15 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         pg = process_group(group)
         self._rows = env.value("DEEP_EP_ROWS") if rows is None else one_of("rows", rows, env.ROWS)
         self._running_counts = env.value("MOE_EXPERT_TOKEN_NUMS_TYPE") == "0"
+        self._rounds = env.rounds()
         self._quant_mode = "int8" if env.value("DEEP_NORMAL_MODE_USE_INT8_QUANT") == "1" else "none"
         self._bf16_low_latency = env.value("SGLANG_DEEPEP_BF16_DISPATCH") in env.TRUE
         self._straight_through = straight_through
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self._destroyed = False
+        for name in env.WITHOUT_EFFECT:
+            env.value(name)
         is_logged = env.value("DEBUG_MODE").upper() == "ON"
         self.group = pg
         self.rank = pg.rank()
@@ -279,15 +282,18 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
         """As `deep_ep.get_dispatch_layout`, with an event behind its results.
 
-        is_token_in_rank [T, R] is int32 under rows="expert" and bool under rows="rank". Ranks do not communicate: after
-        previous_event has been waited for, the call is finished when it returns.
+        is_token_in_rank [T, R] is int32 under rows="expert" and bool under rows="rank". num_tokens_per_expert is
+        [rounds·E] under rows="expert" with DEEPEP_NORMAL_LONG_SEQ_ROUND. Ranks do not communicate: after previous_event
+        has been waited for, the call is finished when it returns.
 
-        ValueError: allocate_on_comm_stream without previous_event or without async_finish.
+        ValueError: allocate_on_comm_stream without previous_event or without async_finish; T is larger than the rounds.
         """
         begin_after(previous_event, async_finish, allocate_on_comm_stream)
         per_rank, _, per_expert, in_rank = layout_op.call(self._live(), topk_idx, num_experts)
         if self._rows == "rank":
             in_rank = in_rank.to(torch.bool)
+        elif self._rounds.number > 1:
+            per_expert = _per_round(topk_idx, num_experts, self._rounds)
         return per_rank, None, per_expert, in_rank, event_of(async_finish)
 
     @collective(_ops_of_dispatch)
@@ -315,13 +321,16 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         Differentiable in x and topk_weights.
 
         Args:
-            x: [T, H] bf16, fp16 or fp32, contiguous; or (data [T, D], scales [T] or [T, S]) of any dtypes, rows that
-                are quantised already.
+            x: [T, H] bf16, fp16 or fp32, contiguous; or (data [T, D], scales [T], [T, S] or, for MX formats, [T·H/32])
+                of any dtypes, rows that are quantised already; or (x, marker), where x is not quantised and the dtype
+                of marker, whose values and shape do not matter, says to what it is to be: torch.int8, or that of the
+                data of an MX format.
             topk_idx, topk_weights, num_worst_tokens: as in `deep_ep.dispatch`. Under rows="rank", topk_idx=None
                 sends rows without metadata.
             num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: from get_dispatch_layout of the same topk_idx;
-                num_tokens_per_expert's length is E. What travels depends on topk_idx alone under rows="expert", and
-                rows travel by is_token_in_rank under rows="rank".
+                num_tokens_per_expert's length is E, times the rounds of DEEPEP_NORMAL_LONG_SEQ_ROUND under
+                rows="expert". What travels depends on topk_idx alone under rows="expert", and rows travel by
+                is_token_in_rank under rows="rank".
             handle: of an earlier dispatch, one for all ranks: x takes the ways of its tokens, into as many rows.
                 Nothing else that describes the routing may be given.
             expert_alignment: under rows="rank" the counts are rounded up to multiples of it. Under rows="expert" so
@@ -414,7 +423,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             plan = self._cached_dispatch(info, rows, handle)
         else:
             assert topk_idx is not None and num_tokens_per_expert is not None
-            E, exact = num_tokens_per_expert.shape[0], num_worst_tokens == 0
+            E, exact = self._num_experts(num_tokens_per_expert), num_worst_tokens == 0
 
             def expert_rows(out: dispatch_op.DispatchOutput) -> tuple[Any, ...]:
                 return self._expert_rows(out, expert_alignment, exact)
@@ -424,11 +433,24 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
 
         def received(*outs: Any) -> tuple[Any, ...]:
             recv_x, *others = plan.received(*outs)
-            return recv_x if packed is None else quantization.unpack(recv_x, *packed), *others
+            if packed is None:
+                return recv_x, *others
+            data, scales = quantization.unpack(recv_x, *packed)
+            return (data, quantization.in_one_row(scales) if self._rows == "expert" else scales), *others
 
         has_shape = handle is not None or num_worst_tokens != 0
         sends = plan._replace(received=received)
         return self._issue(sends, async_finish, dispatch_wait_recv_cost_stats, has_shape)
+
+    def _num_experts(self, num_tokens_per_expert: Tensor) -> int:
+        """E, of the counts of all rounds."""
+        n, rounds = num_tokens_per_expert.numel(), self._rounds.number
+        if num_tokens_per_expert.dim() != 1 or n % rounds:
+            raise ValueError(
+                f"num_tokens_per_expert must have the shape [rounds·E], with {rounds} rounds (of "
+                f"DEEPEP_NORMAL_LONG_SEQ_ROUND), got {list(num_tokens_per_expert.shape)}"
+            )
+        return n // rounds
 
     def _check_handles(self, info: GroupInfo, handle: Handle, overlaps: bool) -> None:
         """All ranks must have handles of one dispatch, which combine finds out, of rows of the least size that an NPU
@@ -454,14 +476,22 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         if quant_mode is not None:
             quant_mode = quantization.check_mode(quant_mode)
         if isinstance(x, tuple):
-            if quant_mode not in (None, "none"):
-                raise ValueError(f"quant_mode must be None for x that is quantised already, got {quant_mode!r}")
             data, scales = x
-            if torch.is_grad_enabled() and (data.requires_grad or scales.requires_grad):
-                raise RuntimeError(
-                    "deep_ep: quantised x has no gradient; give x itself to a Buffer made with straight_through=True"
+            named = quantization.named_by(scales, data)
+            if quant_mode is not None and (named is not None or quant_mode != "none"):
+                raise ValueError(
+                    "quant_mode must be None for x that is quantised already, or names what it is to be quantised to; "
+                    f"got {quant_mode!r}"
                 )
-            return quantization.pack(data, scales), (data, scales)
+            if named is None:
+                if torch.is_grad_enabled() and (data.requires_grad or scales.requires_grad):
+                    raise RuntimeError(
+                        "deep_ep: quantised x has no gradient; give x itself to a Buffer made with "
+                        "straight_through=True"
+                    )
+                scales = quantization.by_rows(scales, data)
+                return quantization.pack(data, scales), (data, scales)
+            x, quant_mode = data, named
         mode = quant_mode or ("none" if cached else self._quant_mode)
         if mode == "none":
             return x, None
@@ -574,6 +604,21 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             return combined, combined_weights
 
         return self._issue(plan._replace(received=received, inputs=biases), async_finish, combine_send_cost_stats)
+
+
+def _per_round(topk_idx: Tensor, num_experts: int, rounds: env.Rounds) -> Tensor:
+    """int32 [rounds·E]: the counts of each round's tokens, one round after the other."""
+    T, most = topk_idx.shape[0], rounds.number * rounds.tokens
+    if checks.exceeds(T, most):
+        raise ValueError(
+            f"topk_idx must have at most {most} tokens, {rounds.number} rounds of {rounds.tokens} (of "
+            f"DEEPEP_NORMAL_LONG_SEQ_ROUND and DEEPEP_NORMAL_LONG_SEQ_PER_ROUND_TOKENS), got {T}"
+        )
+    first = torch.arange(T, device=topk_idx.device) // rounds.tokens * num_experts
+    # Those of no expert are counted behind the others.
+    places = torch.where(topk_idx < 0, rounds.number * num_experts, topk_idx + first.unsqueeze(1)).view(-1)
+    counts = topk_idx.new_zeros(rounds.number * num_experts + 1, dtype=torch.int32)
+    return counts.scatter_add(0, places, torch.ones_like(places, dtype=torch.int32))[:-1]
 
 
 def _as_aligned(handle: tuple[Tensor, ...]) -> AlignedHandle | None:

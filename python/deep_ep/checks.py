@@ -32,6 +32,15 @@ def differ(a: Any, b: Any) -> bool:
     return guard_or_false(a != b)
 
 
+def exceeds(a: Any, b: Any) -> bool:
+    """a > b, in the same way."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a > b
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(a > b)
+
+
 def _tensor(
     name: str,
     tensor: Tensor,

@@ -194,8 +194,8 @@ class LowLatencyCalls:
         if sent is not None:
             data, scales = quantization.unpack(out.recv_x, *sent)
             hidden = data.shape[1] * (2 if data.dtype == torch.float4_e2m1fn_x2 else 1)
-            if self._rows == "expert" and scales.dtype == torch.float8_e8m0fnu:
-                scales = scales.view(-1)
+            if self._rows == "expert":
+                scales = quantization.in_one_row(scales)
             rows = data, scales
         return self._with_rows(info, out._replace(handle=out.handle._replace(hidden=hidden)), rows)
 

@@ -35,6 +35,8 @@ _MX: dict[str, tuple[torch.dtype, int, float]] = {
     "mx_fp4_e2m1": (torch.float4_e2m1fn_x2, 2, 6.0),
 }
 
+_NAMED: dict[torch.dtype, str] = {torch.int8: "int8"} | {dtype: mode for mode, (dtype, _, _) in _MX.items()}
+
 
 def check_mode(mode: str) -> str:
     """`mode`; ValueError unless it is one of `MODES`, or bf16, which DeepEP-Ascend's clients say for none."""
@@ -42,6 +44,22 @@ def check_mode(mode: str) -> str:
         return "none"
     if mode not in MODES:
         raise ValueError(f"quant_mode must be one of {', '.join(MODES)}, got {mode!r}")
+    return mode
+
+
+def named_by(marker: Tensor, x: Tensor) -> str | None:
+    """The mode that the dtype of `marker` names, if x is not quantised, so that marker cannot be its scales.
+
+    ValueError: marker names nothing, and its shape is not that of scales of x's rows [T, H] either.
+    """
+    if x.dtype not in FLOATS or x.dim() != 2:
+        return None
+    mode = _NAMED.get(marker.dtype)
+    if mode is None and (marker.dim() not in (1, 2) or differ(marker.shape[0], x.shape[0])):
+        raise ValueError(
+            f"x[1] must be scales [T] or [T, S] of x's rows with T = {x.shape[0]}, or have the dtype that x is to be "
+            f"quantised to, one of {', '.join(map(str, _NAMED))}; got {marker.dtype} {list(marker.shape)}"
+        )
     return mode
 
 
@@ -108,8 +126,7 @@ def dequantize(data: Tensor, scales: Tensor) -> Tensor:
     """
     values = _numbers(data)
     N, H = values.shape
-    if scales.dim() == 1 and scales.dtype == torch.float8_e8m0fnu and not differ(MX_BLOCK * scales.shape[0], N * H):
-        scales = scales.view(N, H // MX_BLOCK)
+    scales = by_rows(scales, data)
     if scales.dim() == 1 and scales.dtype == torch.float32 and not differ(scales.shape[0], N):
         return values * scales.unsqueeze(1)
     if scales.dim() == 2 and not differ(scales.shape[0], N):
@@ -124,6 +141,19 @@ def dequantize(data: Tensor, scales: Tensor) -> Tensor:
         f"scales must be float32 [N], float8_e8m0fnu [N, H/{MX_BLOCK}], float32 [N, H/{BLOCK}] or int32 "
         f"[N, H/{4 * BLOCK}] with N = {N} and H = {H}, got {scales.dtype} {list(scales.shape)}"
     )
+
+
+def by_rows(scales: Tensor, data: Tensor) -> Tensor:
+    """Scales of MX formats [T·H/32] as [T, H/32]; others as they are."""
+    if scales.dim() != 1 or scales.dtype != torch.float8_e8m0fnu or data.dim() != 2:
+        return scales
+    T, S = data.shape[0], data.shape[1] * (2 if data.dtype == torch.float4_e2m1fn_x2 else 1) // MX_BLOCK
+    return scales if differ(scales.shape[0], T * S) else scales.view(T, S)
+
+
+def in_one_row(scales: Tensor) -> Tensor:
+    """The other way, which is how DeepEP-Ascend gives them out."""
+    return scales.view(-1) if scales.dtype == torch.float8_e8m0fnu else scales
 
 
 def pack(data: Tensor, scales: Tensor) -> Tensor:
@@ -144,7 +174,9 @@ def pack(data: Tensor, scales: Tensor) -> Tensor:
 
 
 def described(x: Tensor | tuple[Tensor, Tensor]) -> str:
-    """What receivers have to know to understand rows of x, in words."""
+    """What receivers have to know to understand rows of x, in words; nothing in a graph, where sizes may be symbols."""
+    if torch.compiler.is_compiling():
+        return ""
     if isinstance(x, Tensor):
         return "x as it is"
     data, scales = x

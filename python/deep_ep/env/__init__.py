@@ -5,15 +5,21 @@ them. An argument that says the same counts instead. An empty value is no value.
 table as it is in force.
 """
 
+import functools
 import os
+import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..strategies import MODES
 
 _SWITCH = ("0", "1")
+_POSITIVE = range(1, sys.maxsize)
 
 ROWS = ("expert", "rank")
 """The row contracts, as DEEP_EP_ROWS and Buffer's keyword `rows` name them."""
+
+_MAX_TOKENS_IN_ROUNDS = 131072
 
 TRUE = ("1", "true", "yes", "y")
 """Values of SGLANG_DEEPEP_BF16_DISPATCH that switch it on: those that SGLang knows."""
@@ -25,8 +31,8 @@ class Variable(NamedTuple):
     name: str
     default: str
     """"" is none: the variable does nothing then."""
-    allowed: tuple[str, ...] | int | None
-    """The values, in any case; or the least whole number; or None for any text."""
+    allowed: tuple[str, ...] | range | None
+    """The values, in any case; or whole numbers; or None for any text."""
     effect: str
     platforms: tuple[str, ...] = ()
     """Where the effect is: of CPU, A2, A3 and A5; everywhere if empty."""
@@ -38,8 +44,9 @@ class Variable(NamedTuple):
     @property
     def values(self) -> str:
         """What is allowed, in words."""
-        if isinstance(self.allowed, int):
-            return f"a whole number of at least {self.allowed}"
+        if isinstance(self.allowed, range):
+            most = "" if self.allowed == _POSITIVE else f", at most {self.allowed[-1]}"
+            return f"a whole number of at least {self.allowed[0]}{most}"
         if self.allowed is None:
             return "any text"
         return f"one of {', '.join(self.allowed)}" if len(self.allowed) > 1 else f"{self.allowed[0]}{self.reason}"
@@ -83,6 +90,32 @@ VARIABLES = {
             'latency and rows="rank" have counts in either case.',
         ),
         Variable(
+            "DEEPEP_NORMAL_LONG_SEQ_ROUND",
+            "1",
+            range(1, 257),
+            'Under rows="expert", num_tokens_per_expert of Buffer.get_dispatch_layout and dispatch is int32 [rounds * '
+            "E], for so many rounds of DEEPEP_NORMAL_LONG_SEQ_PER_ROUND_TOKENS tokens, which is all that T may be if "
+            "there is more than one. What travels does not depend on it. Both are set, or none.",
+        ),
+        Variable(
+            "DEEPEP_NORMAL_LONG_SEQ_PER_ROUND_TOKENS",
+            "8192",
+            range(32, 8193),
+            "See DEEPEP_NORMAL_LONG_SEQ_ROUND. The product of both must be at most 131072.",
+        ),
+        Variable(
+            "DEEPEP_NORMAL_COMBINE_ENABLE_LONG_SEQ",
+            "0",
+            _SWITCH,
+            "No effect: what is larger than the windows goes in rounds by itself, in combine as in dispatch.",
+        ),
+        Variable(
+            "MOE_ENABLE_TOPK_NEG_ONE",
+            "0",
+            _SWITCH,
+            "No effect: an id of -1 is no expert, with either value.",
+        ),
+        Variable(
             "MOE_SHARED_EXPERT_RANK_NUM",
             "0",
             ("0",),
@@ -91,9 +124,15 @@ VARIABLES = {
             reason=", since experts are spread evenly over all ranks (a shared expert is a module on every rank)",
         ),
         Variable(
+            "DEEPEP_HCCL_BUFFSIZE",
+            "",
+            _POSITIVE,
+            "What HCCL_BUFFSIZE is to this library, if it is set; HCCL reads the other.",
+        ),
+        Variable(
             "HCCL_BUFFSIZE",
             "",
-            1,
+            _POSITIVE,
             "Most MiB of each rank's window where no argument (num_bytes, num_nvl_bytes, num_rdma_bytes) says it. "
             "Messages that are larger go in rounds. If not set: on a CPU windows grow to a rank's share in half of the "
             "host's memory, on NPUs they have 256 MiB. HCCL reads it, too, with a default of 200, for all "
@@ -115,6 +154,14 @@ VARIABLES = {
             "0, with HCCL_INTRA_PCIE_ENABLE=1: see there.",
             ("A2",),
             "HCCL reads it; comm_alg is as given.",
+        ),
+        Variable(
+            "MOE_ENABLE_CCU",
+            "0",
+            _SWITCH,
+            "1: comm_alg of the strategy ops is ccu where it is not given.",
+            ("A3", "A5"),
+            "comm_alg is as given.",
         ),
         Variable(
             "HCCL_OP_EXPANSION_MODE",
@@ -145,15 +192,12 @@ VARIABLES = {
 }
 """Every variable that this library reads for its users, by name."""
 
+WITHOUT_EFFECT = ("DEEPEP_NORMAL_COMBINE_ENABLE_LONG_SEQ", "MOE_ENABLE_TOPK_NEG_ONE")
+"""Those that are checked only."""
+
 NOT_READ = {
     "DEEP_NORMAL_MODE": "DEEP_USE_MODE chooses the strategy",
     "DEEP_LOW_LATENCY_MODE": "DEEP_USE_MODE or Buffer(low_latency_strategy=...) chooses the strategy",
-    "DEEPEP_HCCL_BUFFSIZE": "HCCL_BUFFSIZE or num_bytes is the size of the windows",
-    "DEEPEP_NORMAL_LONG_SEQ_ROUND": "messages that are larger than the windows go in rounds by themselves",
-    "DEEPEP_NORMAL_LONG_SEQ_PER_ROUND_TOKENS": "messages that are larger than the windows go in rounds by themselves",
-    "DEEPEP_NORMAL_COMBINE_ENABLE_LONG_SEQ": "messages that are larger than the windows go in rounds by themselves",
-    "MOE_ENABLE_TOPK_NEG_ONE": "an id of -1 is always no expert",
-    "MOE_ENABLE_CCU": 'comm_alg="ccu" of Buffer or deep_ep.init says so',
 }
 """Variables that other releases of DeepEP-Ascend read, and what there is here instead."""
 
@@ -171,8 +215,8 @@ def value(name: str) -> str:
     variable, text = VARIABLES[name], given(name)
     if text is None:
         return variable.default
-    if isinstance(variable.allowed, int):
-        if text.isdecimal() and int(text) >= variable.allowed:
+    if isinstance(variable.allowed, range):
+        if text.isdecimal() and int(text) in variable.allowed:
             return text
     else:
         for choice in variable.allowed or (text,):
@@ -182,12 +226,35 @@ def value(name: str) -> str:
 
 
 def window_bytes() -> int | None:
-    """HCCL_BUFFSIZE in bytes, if it is set."""
-    return int(value("HCCL_BUFFSIZE") or 0) << 20 or None
+    """DEEPEP_HCCL_BUFFSIZE or HCCL_BUFFSIZE in bytes, if one of them is set."""
+    sizes = [value("DEEPEP_HCCL_BUFFSIZE"), value("HCCL_BUFFSIZE")]
+    return int(sizes[0] or sizes[1] or 0) << 20 or None
+
+
+class Rounds(NamedTuple):
+    """In how many rounds tokens are counted, and how many tokens a round has at most."""
+
+    number: int
+    tokens: int
+
+
+def rounds() -> Rounds:
+    """What DEEPEP_NORMAL_LONG_SEQ_* say. ValueError: one of the two is missing, or their product is too large."""
+    names = "DEEPEP_NORMAL_LONG_SEQ_ROUND", "DEEPEP_NORMAL_LONG_SEQ_PER_ROUND_TOKENS"
+    found = Rounds(*(int(value(name)) for name in names))
+    texts = [given(name) for name in names]
+    if None in texts and texts != [None, None]:
+        raise ValueError(f"the environment variables {' and '.join(names)} must be set together; got {texts}")
+    if found.number * found.tokens > _MAX_TOKENS_IN_ROUNDS:
+        raise ValueError(
+            f"the environment variables {' times '.join(names)} must be at most {_MAX_TOKENS_IN_ROUNDS}; got "
+            f"{found.number} times {found.tokens}"
+        )
+    return found
 
 
 def comm_alg(platform: str | None) -> str:
-    """What HCCL's variables mean for comm_alg on A2, A3, A5 or, if None, where there is no NPU.
+    """What HCCL's variables and MOE_ENABLE_CCU mean for comm_alg on A2, A3, A5 or, if None, where there is no NPU.
 
     ValueError: they contradict each other or may not be set.
     """
@@ -197,6 +264,9 @@ def comm_alg(platform: str | None) -> str:
             "the environment variables HCCL_INTRA_PCIE_ENABLE=1 and HCCL_INTRA_ROCE_ENABLE=1 contradict each other: "
             "HCCL takes one link within a server; set one of them to 0"
         )
+    ccu = value("MOE_ENABLE_CCU") == "1"
+    if platform in ("A3", "A5"):
+        return "ccu" if ccu else ""
     if platform != "A2":
         return ""
     if mode := given("HCCL_OP_EXPANSION_MODE"):
@@ -207,7 +277,9 @@ def comm_alg(platform: str | None) -> str:
 def errors(platform: str | None) -> list[str]:
     """Everything that is wrong with the environment on that platform."""
     found = []
-    for check in (*(lambda name=name: value(name) for name in VARIABLES), lambda: comm_alg(platform)):
+    checks: list[Callable[[], object]] = [functools.partial(value, name) for name in VARIABLES]
+    checks += [rounds, functools.partial(comm_alg, platform)]
+    for check in checks:
         try:
             check()
         except ValueError as error:
