@@ -21,7 +21,7 @@ from ranks import STRATEGIES, RankContext, RankPool
 from torch import Tensor
 
 import deep_ep
-from deep_ep import quantization, reference
+from deep_ep import arguments, quantization, reference
 from deep_ep.low_latency import PaddedHandle, _padded
 from deep_ep.ops.dispatch import DispatchHandle
 from deep_ep.ops.low_latency_dispatch import LowLatencyHandle
@@ -378,7 +378,7 @@ def low_latency_combine_model(world: World, given: list[Arguments]) -> list[Any]
 def fused_model(world: World, given: list[Arguments]) -> list[Any]:
     for rank, one in enumerate(given):
         demand(same(one["gmm2_weight"], world.downs[rank]), "weights")
-        demand(one["topk_idx"].dtype in (torch.int64, torch.int32), "topk_idx")
+        demand(one["topk_idx"].dtype == torch.int64, "topk_idx")
         demand(bool(((one["topk_idx"] >= -1) & (one["topk_idx"] < E)).all()), "topk_idx")
         demand(one["topk_weights"].dtype == torch.float32, "topk_weights")
     for what in ("num_max_dispatch_tokens_per_rank", "num_experts"):
@@ -813,7 +813,7 @@ class Plan:
     def expected(self) -> list[Any]:
         for one, full in zip(self.given, [self.call.arguments(self.world, rank) for rank in range(R)], strict=True):
             demand(not set(full) - set(one) - {"num_worst_tokens", "quant_mode", *OPTIONAL}, "missing")
-        return self.call.model(self.world, self.given)
+        return self.call.model(self.world, [as_ops_take(one) for one in self.given])
 
     def __str__(self) -> str:
         faults = "; ".join(
@@ -824,6 +824,16 @@ class Plan:
         how = ", ".join(name for name, chosen in self.world.choices.items() if chosen)
         sizes = f"T={self.world.tokens} H={self.world.H} W={self.world.worst} {self.world.dtype}"
         return f"seed {self.seed}: {self.name} (rows={self.rows}; {how}; {sizes}) with {faults}"
+
+
+def as_ops_take(given: Arguments) -> Arguments:
+    given = dict(given)
+    ids, weights = given.get("topk_idx"), given.get("topk_weights")
+    if isinstance(ids, Tensor) and ids.dtype in arguments.INTEGERS:
+        given["topk_idx"] = ids.long()
+    if isinstance(weights, Tensor) and weights.dtype in (torch.float16, torch.bfloat16):
+        given["topk_weights"] = weights.float()
+    return given
 
 
 OPTIONAL = (

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import call_log, calls, checks, cost, env, quantization, rank_rows
+from .arguments import adapted
 from .collective import collective
 from .config import Config
 from .fused import FusedCalls
@@ -272,6 +273,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | str | Enum)}
         return plain | {"group": None, "_info": None, "explicitly_destroy": False}
 
+    @adapted
     def get_dispatch_layout(
         self,
         topk_idx: Tensor,
@@ -321,7 +323,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         Differentiable in x and topk_weights.
 
         Args:
-            x: [T, H] bf16, fp16 or fp32, contiguous; or (data [T, D], scales [T], [T, S] or, for MX formats, [T·H/32])
+            x: [T, H] bf16, fp16 or fp32; or (data [T, D], scales [T], [T, S] or, for MX formats, [T·H/32])
                 of any dtypes, rows that are quantised already; or (x, marker), where x is not quantised and the dtype
                 of marker, whose values and shape do not matter, says to what it is to be: torch.int8, or that of the
                 data of an MX format.
@@ -581,7 +583,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         cost.check("combine_send_cost_stats", combine_send_cost_stats, self.group_size)
         known = rank_rows.check_handle(handle) if self._rows == "rank" else _expert_handle(handle)
         biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
-        _check_biases(biases, x, known.is_token_in_rank.shape[0])
+        of_tokens = known.is_token_in_rank if isinstance(known, RankHandle) else known.topk_idx
+        _check_biases(biases, x, of_tokens.shape[:-1])
         summed = ", with topk_weights" if topk_weights is not None and self._rows == "rank" else ""
         calls.form(f'rows="{self._rows}"{summed}')
         if isinstance(known, RankHandle):
@@ -698,13 +701,13 @@ def _check_positive(**numbers: int) -> None:
             raise ValueError(f"{name} must be positive, got {number}")
 
 
-def _check_biases(biases: tuple[Tensor, ...], x: Tensor, T: int) -> None:
+def _check_biases(biases: tuple[Tensor, ...], x: Tensor, tokens: torch.Size) -> None:
     if len(biases) > 2:
         raise ValueError(f"bias must be a tensor or two of them, got {len(biases)}")
     for one in biases:
-        if one.dtype != x.dtype or one.dim() != 2 or one.shape[0] != T or one.shape[1] != x.shape[1]:
+        if one.dtype != x.dtype or one.shape != (*tokens, x.shape[1]):
             raise ValueError(
-                f"bias must be {x.dtype} [T, H] with T = {T} and H = {x.shape[1]}, got {one.dtype} {list(one.shape)}"
+                f"bias must be {x.dtype} [T, H] = {[*tokens, x.shape[1]]}, got {one.dtype} {list(one.shape)}"
             )
 
 

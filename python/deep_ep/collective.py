@@ -18,6 +18,7 @@ from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_leaves
 
 from . import alltoall, calls, windows
+from .arguments import adapted
 from .groups import GroupInfo, has_native_cpu_only, info_of
 from .utils import EventOverlap
 
@@ -36,8 +37,8 @@ Ops = Callable[[dict[str, Any]], Sequence[str]]
 def collective(ops: str | Ops) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a function, whose `group` is an argument, or a method of Buffer one that fails on all ranks.
 
-    Arguments of another type than annotated raise ValueError, by name. While torch.compile traces, the function is
-    all there is.
+    Arguments of another type than annotated raise ValueError, by name; those of the right type are `adapted`. While
+    torch.compile traces, the adapted function is all there is.
     """
     ops_of: Ops = (lambda _: (ops,)) if isinstance(ops, str) else ops
 
@@ -47,11 +48,12 @@ def collective(ops: str | Ops) -> Callable[[Callable[P, T]], Callable[P, T]]:
         kinds = {name: kind for name, one in parameters.items() if (kind := _kind(one.annotation)) is not None}
         by_place = [(name, kinds.get(name)) for name in names]
         is_method = names[0] == "self"
+        adapting = adapted(function)
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             if torch.compiler.is_compiling():
-                return function(*args, **kwargs)
+                return adapting(*args, **kwargs)
             begun = calls.begin()
             try:
                 for (name, kind), value in zip(by_place, args, strict=False):
@@ -61,7 +63,7 @@ def collective(ops: str | Ops) -> Callable[[Callable[P, T]], Callable[P, T]]:
                     kind = kinds.get(name)
                     if kind is not None and (wrong := kind(name, value)):
                         raise ValueError(wrong)
-                return function(*args, **kwargs)
+                return adapting(*args, **kwargs)
             except Exception as error:
                 entered, completed = calls.entered(begun)
                 # An op that has been entered has told the others.

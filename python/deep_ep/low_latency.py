@@ -74,8 +74,8 @@ class LowLatencyCalls:
         """Sends every token once to each of its experts, with static shapes.
 
         Args:
-            x: [T, H] bf16, fp16 or fp32, contiguous, 0 <= T <= M.
-            topk_idx: int64 [T, K], expert ids 0..E-1, or -1 for none; a token's ids must be distinct.
+            x: [T, H] bf16, fp16 or fp32, 0 <= T <= M.
+            topk_idx: [T, K] of any integer dtype, expert ids 0..E-1, or -1 for none; a token's ids must be distinct.
             num_max_dispatch_tokens_per_rank: M, the same on all ranks.
             num_experts: E, a multiple of R.
             cumulative_local_expert_recv_stats: int32 [L]; the rows of each local expert are added to it.
@@ -226,8 +226,8 @@ class LowLatencyCalls:
 
         Args:
             x: the experts' results in the shape and row order of low_latency_dispatch's recv_x; bf16, fp16 or fp32.
-            topk_idx: int64 [T, K], as given to low_latency_dispatch.
-            topk_weights: fp32 [T, K].
+            topk_idx: [T, K], as given to low_latency_dispatch.
+            topk_weights: [T, K] fp32, bf16 or fp16, which becomes fp32.
             handle: of that low_latency_dispatch.
             zero_copy: x is, or equals, what get_next_low_latency_combine_buffer gave. On CPU rows go from any x
                 straight into the windows of their tokens' ranks, so that there is no copy to be saved.
@@ -260,9 +260,9 @@ class LowLatencyCalls:
         stats = combine_wait_recv_cost_stats
         cost.check("combine_wait_recv_cost_stats", stats, self.group_size)
         if out is not None:
-            T, H = topk_idx.shape[0], x.shape[-1]
-            if out.dim() != 2 or out.shape[0] < T or out.shape[1] != H or out.dtype != x.dtype:
-                raise ValueError(f"out must be {x.dtype} {[T, H]}, got {out.dtype} {list(out.shape)}")
+            T, *others = *topk_idx.shape[:-1], x.shape[-1]
+            if out.dim() == 0 or out.shape[0] < T or list(out.shape[1:]) != others or out.dtype != x.dtype:
+                raise ValueError(f"out must be {x.dtype} {[T, *others]}, got {out.dtype} {list(out.shape)}")
             if out.requires_grad and out.is_leaf and torch.is_grad_enabled():
                 raise ValueError("out must not be a leaf that requires a gradient: it is written to")
         overlaps = self._overlaps(async_finish or return_recv_hook)

@@ -115,7 +115,7 @@ def dispatch(
     """Sends every token once to each of its ranks. Differentiable in x and topk_weights.
 
     Args:
-        x: [T, H] bf16, fp16 or fp32, contiguous.
+        x: [T, H] bf16, fp16 or fp32.
         is_token_in_rank: bool [T, R].
         num_tokens_per_expert: int32 [E].
         topk_idx: int64 [T, K] with ids of 0..E-1 or -1, or None for no metadata.
@@ -229,7 +229,7 @@ def combine(info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...], topk_weights
     """Sums up each token's rows, and what the ranks have for its weights. Differentiable in both.
 
     Args:
-        x: [N, H] bf16, fp16 or fp32, contiguous, in the row order of recv_x.
+        x: [N, H] bf16, fp16 or fp32, in the row order of recv_x.
         handle: of that dispatch.
         topk_weights: fp32 [N, K], or None.
 
