@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import call_log, calls, cost, env, quantization, rank_rows
+from . import call_log, calls, checks, cost, env, quantization, rank_rows
 from .collective import collective
 from .config import Config
 from .fused import FusedCalls
 from .fused_weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
 from .groups import Group, GroupInfo, prepare, process_group, spoil
+from .handles import copy_in_graph, readable_by_name
 from .low_latency import LowLatencyCalls, Rows
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
 from .ops import get_dispatch_layout as layout_op
-from .ops.dispatch import DispatchHandle, copy_in_graph
+from .ops.dispatch import DispatchHandle
 from .other_calls import OtherCalls
 from .overlap import Plan, begin_after, event_of, issue
 from .rank_rows import RankHandle
@@ -32,6 +33,7 @@ from .utils import EventHandle, EventOverlap
 from .windows import finalize_here
 
 
+@readable_by_name
 class AlignedHandle(NamedTuple):
     """A DispatchHandle of a dispatch with expert_alignment: N counts the padding rows, too."""
 
@@ -530,8 +532,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         Args:
             x: [N, H], the experts' results in the row order of recv_x.
             handle: of that dispatch.
-            topk_weights: rows="expert": None, or the weights in the handle. rows="rank": None, or fp32 [N, K], which
-                are summed up as well.
+            topk_weights: rows="expert": None, or fp32 [T, K] equal to those given to dispatch, which then get the
+                gradient. rows="rank": None, or fp32 [N, K], which are summed up as well.
             bias: [T, H] in x's dtype, or two of them, added to the result in fp32. Unlike upstream, which rounds
                 once, the sum of rows is rounded before. With async_finish it is read when the event is waited for.
             previous_event, async_finish, allocate_on_comm_stream: as in dispatch; the call never waits for peers.
@@ -543,7 +545,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             event.
 
         Raises:
-            ValueError: topk_weights are not those in the handle, or an argument of another dtype or shape.
+            ValueError: topk_weights differ from those given to dispatch (in compiled code and on NPUs they count as
+                they are), or an argument of another dtype or shape.
             RuntimeError: as `deep_ep.combine`; after `destroy`.
         """
         info = self._live()
@@ -557,8 +560,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         if isinstance(known, RankHandle):
             plan = rank_rows.combine(info, x, known, topk_weights)
         else:
-            if topk_weights is not None and topk_weights is not known.topk_weights:
-                raise ValueError("topk_weights must be None or the weights in the handle, handle[7]")
+            known = _with_weights(known, topk_weights)
             aligned = _as_aligned(handle)
             if aligned is not None:
                 x = x.index_select(0, aligned.position)
@@ -591,6 +593,25 @@ def _expert_handle(handle: tuple[Tensor, ...]) -> DispatchHandle:
             f"got {len(handle)}"
         )
     return DispatchHandle(*aligned[:8])._replace(recv_src_idx=aligned.recv_src_idx.index_select(0, aligned.position))
+
+
+def _with_weights(handle: DispatchHandle, topk_weights: Tensor | None) -> DispatchHandle:
+    """The handle with the weights that are given for combine, which get their gradients; they must equal its own."""
+    own = handle.topk_weights
+    if topk_weights is None or topk_weights is own:
+        return handle
+    sizes = zip(topk_weights.shape, own.shape, strict=False)
+    if topk_weights.dtype != own.dtype or topk_weights.dim() != 2 or any(checks.differ(a, b) for a, b in sizes):
+        raise ValueError(
+            f"topk_weights must be None or those given to dispatch, {own.dtype} {list(own.shape)}; "
+            f"got {topk_weights.dtype} {list(topk_weights.shape)}"
+        )
+    # In graphs their values are not known; those that are given count.
+    if checks.has_values(own):
+        is_same = torch.isclose(topk_weights.detach(), own.detach(), rtol=0, atol=0, equal_nan=True)
+        if not is_same.all():
+            raise ValueError("topk_weights must be None or those given to dispatch, handle.topk_weights; got others")
+    return handle._replace(topk_weights=topk_weights)
 
 
 def _align(

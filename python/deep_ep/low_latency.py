@@ -14,14 +14,16 @@ from . import calls, cost, quantization
 from .checks import differ
 from .collective import collective
 from .groups import GroupInfo
+from .handles import readable_by_name
 from .ops import low_latency_combine as combine_op
 from .ops import low_latency_dispatch as dispatch_op
 from .ops import low_latency_dispatch_int8 as dispatch_int8_op
 from .ops.low_latency_dispatch import LowLatencyHandle
-from .overlap import Plan, event_of, issue
+from .overlap import Plan, issue
 from .utils import EventHandle, EventOverlap
 
 
+@readable_by_name
 class PaddedHandle(NamedTuple):
     """The handle under rows="rank", where every expert has R·M rows. The first five are upstream DeepEP's."""
 
@@ -70,7 +72,7 @@ class LowLatencyCalls:
         topk_weights: Tensor | None = None,
         quant_mode: str | None = None,
         dispatch_wait_recv_cost_stats: Tensor | None = None,
-    ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle, EventOverlap, Callable[[], None] | None]:
+    ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle, EventOverlap, Callable[[], None]]:
         """Sends every token once to each of its experts, with static shapes.
 
         Args:
@@ -103,7 +105,7 @@ class LowLatencyCalls:
                 [N·H/32] (MX) or [N, H/128]; rows="rank": [L, R·M], [L, R·M, H/32] or [L, R·M, H/128].
             recv_count: int64 [L] (rows="rank": int32 [L]).
             handle: for low_latency_combine.
-            event, hook (None without return_recv_hook).
+            event, and hook, which waits for the same and may always be called.
 
         Raises:
             RuntimeError: as `deep_ep.low_latency_dispatch`; x requires a gradient, rows are quantised and the Buffer
@@ -165,7 +167,7 @@ class LowLatencyCalls:
 
         if wait is None:
             complete()
-        return *results, *_event_and_hook(async_finish, return_recv_hook, None if wait is None else complete)
+        return *results, *_event_and_hook(async_finish, None if wait is None else complete)
 
     def _dispatch_int8(
         self,
@@ -177,13 +179,13 @@ class LowLatencyCalls:
         stats: Tensor | None,
         async_finish: bool,
         return_recv_hook: bool,
-    ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle, EventOverlap, Callable[[], None] | None]:
+    ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle, EventOverlap, Callable[[], None]]:
         """Where the kernel quantises. The host waits for nothing, so that a hook has nothing left to receive."""
         out, scales = dispatch_int8_op.call(info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
         if stats is not None:
             stats.add_(out.recv_count.to(torch.int32))
         results = self._with_rows(info, out, (out.recv_x, scales))
-        return *results, *_event_and_hook(async_finish, return_recv_hook, None)
+        return *results, *_event_and_hook(async_finish, None)
 
     def _received(
         self, info: GroupInfo, out: dispatch_op.LowLatencyOutput, sent: tuple[Tensor, Tensor] | None
@@ -221,7 +223,7 @@ class LowLatencyCalls:
         out: Tensor | None = None,
         use_logfmt: bool = False,
         combine_wait_recv_cost_stats: Tensor | None = None,
-    ) -> tuple[Tensor, EventOverlap, Callable[[], None] | None]:
+    ) -> tuple[Tensor, EventOverlap, Callable[[], None]]:
         """Sums up each token's rows with its weights, in fp32, in the order of k, rounded once.
 
         Args:
@@ -268,7 +270,7 @@ class LowLatencyCalls:
         overlaps = self._overlaps(async_finish or return_recv_hook)
         into = None if out is None else out[: topk_idx.shape[0]]
         combined, wait = issue(Plan(combine_op, [call], lambda result: result), overlaps, into, stats, self.rank)
-        return combined, *_event_and_hook(async_finish, return_recv_hook, wait)
+        return combined, *_event_and_hook(async_finish, wait)
 
     def _overlaps(self, is_asked: bool) -> bool:
         """Whether a call goes on when it returns: under rows="expert" clients need not wait for results."""
@@ -324,8 +326,7 @@ def _check_one_way(async_finish: bool, return_recv_hook: bool) -> None:
         raise ValueError("async_finish and return_recv_hook must not both be True: a call has an event or a hook")
 
 
-def _event_and_hook(
-    async_finish: bool, return_recv_hook: bool, complete: Callable[[], None] | None
-) -> tuple[EventOverlap, Callable[[], None] | None]:
-    """What a call returns for `complete`, which ends it if it goes on. It may be waited for any number of times."""
-    return event_of(async_finish, complete), EventHandle(complete).current_stream_wait if return_recv_hook else None
+def _event_and_hook(async_finish: bool, complete: Callable[[], None] | None) -> tuple[EventOverlap, Callable[[], None]]:
+    """What a call returns for `complete`, which ends it if it goes on. Both may be called any number of times."""
+    handle = EventHandle(complete)
+    return EventOverlap(handle if async_finish else None), handle.current_stream_wait
