@@ -2,6 +2,7 @@
 
 import pickle
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from cases import assert_same
 from ranks import STRATEGIES, RankContext, RankPool
 from test_bad_input import error_of
 from test_buffer import make_buffer, send
+
+from deep_ep import runtime, strategies
 
 T, H, K, E, M, R = 5, 32, 2, 4, 8, 2
 
@@ -88,6 +91,9 @@ def read_handles(ctx: RankContext, strategy: str) -> None:
         for options in ({}, {"expert_alignment": 4}):
             handles.append(send(buffer, x, ids, E, topk_weights=weights, **options)[-2])
         handles.append(buffer.low_latency_dispatch(x, ids, M, E, use_fp8=False)[2])
+    buffer = make_buffer(ctx, strategy)
+    buffer.low_latency_strategy = strategies.AllToAllLowLatencyCommStrategy(buffer.runtime)
+    handles.append(buffer.low_latency_dispatch(x, ids, M, E, use_fp8=False)[2])
     for handle in handles:
         for place, name in enumerate(handle._fields):
             assert handle[name] is handle[place] is getattr(handle, name)
@@ -114,3 +120,42 @@ def read_handles(ctx: RankContext, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_handles_are_read_by_name(pool: RankPool, strategy: str) -> None:
     pool.run(R, read_handles, strategy)
+
+
+def across_servers(ctx: RankContext, strategy: str) -> None:
+    """Servers of one rank each."""
+    torch._dynamo.reset()
+    x, ids, weights = inputs(ctx.rank)
+    plain = make_buffer(ctx, strategy)
+    with mock.patch.object(runtime, "RANKS_OF_A2_SERVER", 1):
+        buffer = make_buffer(ctx, strategy, HCCL_INTRA_PCIE_ENABLE="1", HCCL_INTRA_ROCE_ENABLE="0")
+        assert (buffer.runtime.get_num_rdma_ranks(), buffer.runtime.get_rdma_rank()) == (R, ctx.rank)
+        assert make_buffer(ctx, strategy).runtime.get_num_rdma_ranks() == 1
+    rows, *_, handle, _ = send(buffer, x, ids, E, topk_weights=weights)
+    wanted, _, recv_weights, *_, known, _ = send(plain, x, ids, E, topk_weights=weights)
+    assert_same("rows", rows, wanted)
+    assert len(handle) == 9
+    for place, name in enumerate(("recv_src_idx", "is_token_in_rank", "send_head", "topk_idx", "topk_weights")):
+        assert_same(name, handle[place], known[name])
+    assert_same("expand_scales", handle[8], recv_weights.sum(1))
+    assert_same("num_dropped", handle.num_dropped, known.num_dropped)
+    for given in (handle, tuple(handle), pickle.loads(pickle.dumps(handle))):
+        combined = buffer.combine(rows, given, topk_weights=given[4])[0]
+        assert_same("combined", combined, weighted(x, weights))
+    assert_same("cached", buffer.dispatch(x, handle=handle)[0], rows)
+
+    def layer(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        rows, *_, handle, _ = send(buffer, x, ids, E, topk_weights=weights, num_worst_tokens=R * T * K)
+        return buffer.combine(rows, handle)[0], handle
+
+    leaf = weights.clone().requires_grad_()
+    out, handle = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, leaf)
+    assert_same("compiled", out, weighted(x, weights))
+    assert len(handle) == 9
+    out.sum().backward()
+    torch.testing.assert_close(leaf.grad, x.sum(1, keepdim=True).expand(T, K))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_handle_across_servers(pool: RankPool, strategy: str) -> None:
+    pool.run(R, across_servers, strategy)
