@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import checks
 from .groups import GroupInfo
+from .handles import readable_by_name
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
 from .ops.dispatch import DispatchHandle, DispatchOutput
@@ -23,6 +24,7 @@ MAX_EXPERTS = 1 << 24
 """Ids travel as fp32, which is exact below this."""
 
 
+@readable_by_name
 class RankHandle(NamedTuple):
     """What combine and a cached dispatch need, as tensors only. The order is that of upstream DeepEP's handle.
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..strategies import MODES
+from ..ep_strategy import MODES
 
 _SWITCH = ("0", "1")
 _POSITIVE = range(1, sys.maxsize)
@@ -145,7 +145,8 @@ VARIABLES = {
             "1, with HCCL_INTRA_ROCE_ENABLE=0: the strategy ops sends in two steps, within servers and between them: "
             "comm_alg is hierarchy where it is not given. 1 in both is refused: HCCL takes one link.",
             ("A2",),
-            "HCCL reads it; comm_alg is as given.",
+            "HCCL reads it; comm_alg is as given. On a CPU, 1 with HCCL_INTRA_ROCE_ENABLE=0 counts servers of 8 ranks, "
+            "as on A2: handles have 9 tensors where there are several.",
         ),
         Variable(
             "HCCL_INTRA_ROCE_ENABLE",
@@ -153,7 +154,7 @@ VARIABLES = {
             _SWITCH,
             "0, with HCCL_INTRA_PCIE_ENABLE=1: see there.",
             ("A2",),
-            "HCCL reads it; comm_alg is as given.",
+            "See there.",
         ),
         Variable(
             "MOE_ENABLE_CCU",

@@ -4,7 +4,6 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 W num_worst_tokens.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from .. import alltoall, checks
 from ..arguments import flat, like_tokens
 from ..collective import collective
 from ..groups import Group, GroupInfo, info_of
+from ..handles import copy_in_graph, readable_by_name
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from . import get_dispatch_layout
@@ -22,15 +22,7 @@ from ._registration import Start, refuse, register, reject
 from .wait import Completion, Started, completes, issued, no_rows
 
 
-def copy_in_graph(handle: Any, memo: dict[int, Any]) -> Any:
-    """copy.deepcopy of a handle: the copy of weights that need gradients leads back to where they came from."""
-
-    def copied(field: Any) -> Any:
-        return field.clone() if field.requires_grad and not field.is_leaf else copy.deepcopy(field, memo)
-
-    return type(handle)(*map(copied, handle))
-
-
+@readable_by_name
 class DispatchHandle(NamedTuple):
     """What combine needs to send rows back, as tensors only. The order is that of DeepEP-Ascend's handle.
 

@@ -16,12 +16,14 @@ from .. import alltoall, checks, npu_ops
 from ..arguments import flat
 from ..collective import collective
 from ..groups import Group, GroupInfo, info_of
+from ..handles import readable_by_name
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from ._registration import Start, register, reject
 from .wait import Completion, Started, completes, issued, no_rows
 
 
+@readable_by_name
 class LowLatencyHandle(NamedTuple):
     """What low_latency_combine needs to send rows back. The first six are DeepEP-Ascend's."""
 
