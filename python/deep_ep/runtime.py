@@ -24,7 +24,7 @@ class Runtime:
         group: Group,
         rows: str | None = None,
         straight_through: bool = False,
-        comm_alg: str = "",
+        comm_alg: str | None = None,
         num_bytes: int | None = None,
     ) -> None:
         self.group = process_group(group)
@@ -37,6 +37,7 @@ class Runtime:
         self.bf16_low_latency = env.value("SGLANG_DEEPEP_BF16_DISPATCH") in env.TRUE
         self.straight_through = straight_through
         self.comm_alg = comm_alg
+        """None: that of DeepEP-Ascend's strategy ops, which is hierarchy."""
         self.num_bytes = num_bytes
         self.is_destroyed = False
         self._info: GroupInfo | None = None
@@ -46,7 +47,9 @@ class Runtime:
         has_servers = platform_of(self.group) == "A2" or (platform_of(self.group) is None and links == ("1", "0"))
         self._num_servers = max(1, self.size // RANKS_OF_A2_SERVER) if has_servers else 1
 
-    def prepare(self, normal: NormalStrategy | None, low_latency: LowLatencyStrategy | None) -> GroupInfo:
+    def prepare(
+        self, normal: NormalStrategy | None, low_latency: LowLatencyStrategy | None, comm_alg: str | None = None
+    ) -> GroupInfo:
         """The group with what these strategies communicate with; None: the one that there is, or the other's.
 
         Collective unless the group has been prepared with them here. RuntimeError: as `deep_ep.init`.
@@ -57,9 +60,14 @@ class Runtime:
             low_latency = low_latency or next(other for one, other in MODES.values() if one is normal)
         else:
             normal, low_latency = normal or before.normal, low_latency or before.low_latency
-            if (normal, low_latency) == (before.normal, before.low_latency):
-                return before
-        info = prepare(self.group, self.num_bytes, normal, low_latency, None, self.comm_alg, chooses=False)
+        if comm_alg is None:
+            comm_alg = self.comm_alg
+        if comm_alg is None:
+            comm_alg = "hierarchy" if low_latency is LowLatencyStrategy.OPS else ""
+        same = before is not None and (normal, low_latency) == (before.normal, before.low_latency)
+        if before is not None and same and comm_alg in ("", before.comm_alg):
+            return before
+        info = prepare(self.group, self.num_bytes, normal, low_latency, None, comm_alg, chooses=False)
         if before is None:
             self._info = info
         return info
@@ -115,10 +123,12 @@ class OfOps(EPCommStrategy):
         self._quant_mode = runtime.quant_mode
         self._bf16_low_latency = runtime.bf16_low_latency
         self._straight_through = runtime.straight_through
+        self.info = self._prepare()
+
+    def _prepare(self) -> GroupInfo:
         if isinstance(self.overload, NormalStrategy):
-            self.info = runtime.prepare(self.overload, None)
-        else:
-            self.info = runtime.prepare(None, self.overload)
+            return self.runtime.prepare(self.overload, None)
+        return self.runtime.prepare(None, self.overload)
 
     @classmethod
     def of_buffer(cls, runtime: Runtime, group: Group) -> "OfOps":
