@@ -150,7 +150,9 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         pg = process_group(group)
         self._rows = env.value("DEEP_EP_ROWS") if rows is None else one_of("rows", rows, env.ROWS)
         self._running_counts = env.value("MOE_EXPERT_TOKEN_NUMS_TYPE") == "0"
-        self._rounds = env.rounds()
+        rounds = env.rounds()
+        self._rounds = rounds if self._rows == "expert" else rounds._replace(number=1)
+        self._layout = None
         self._quant_mode = "int8" if env.value("DEEP_NORMAL_MODE_USE_INT8_QUANT") == "1" else "none"
         self._bf16_low_latency = env.value("SGLANG_DEEPEP_BF16_DISPATCH") in env.TRUE
         self._straight_through = straight_through
@@ -292,8 +294,11 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         per_rank, _, per_expert, in_rank = layout_op.call(self._live(), topk_idx, num_experts)
         if self._rows == "rank":
             in_rank = in_rank.to(torch.bool)
-        elif self._rounds.number > 1:
+        if self._rounds.number > 1:
             per_expert = _per_round(topk_idx, num_experts, self._rounds)
+        if not torch.compiler.is_compiling():
+            kept = topk_idx.clone() if topk_idx.is_inference() else topk_idx
+            self._layout = kept, 0 if kept.is_inference() else kept._version, num_experts
         return per_rank, None, per_expert, in_rank, event_of(async_finish)
 
     @collective(_ops_of_dispatch)
