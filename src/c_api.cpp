@@ -104,6 +104,22 @@ DEEP_EP_API uint64_t deep_ep_group_phases(void* handle, uint32_t op, int64_t* na
   return finished;
 }
 
+// From here on the operations that finish are kept, so many at most.
+DEEP_EP_API void deep_ep_group_trace(void* handle, uint64_t limit) { (*static_cast<Handle*>(handle))->trace(limit); }
+
+// Ends that. Of each of them, in the order in which they ran: its code, begin and end in nanoseconds of the steady
+// clock, T, H, K, E and the nanoseconds of each phase, into numbers[limit * (7 + kPhases)]. Returns how many they were.
+DEEP_EP_API uint64_t deep_ep_group_traced(void* handle, int64_t* numbers) {
+  const auto traced = (*static_cast<Handle*>(handle))->traced();
+  for (const auto& one : traced) {
+    for (const int64_t number :
+         {static_cast<int64_t>(one.op), one.begin, one.end, one.tokens, one.hidden, one.top_k, one.experts})
+      *numbers++ = number;
+    numbers = std::copy(one.spent.begin(), one.spent.end(), numbers);
+  }
+  return traced.size();
+}
+
 // An operation in which nothing moves: all ranks of the group `name` agree on `op`, or all fail. `sizes` has H, K, E, a
 // DType, num_max_dispatch_tokens_per_rank and quant_mode; `rejected`, unless empty, says why this rank cannot take
 // part.

@@ -135,6 +135,18 @@ std::vector<Op> Group::log(uint64_t limit, uint64_t* issued) const {
   return ops;
 }
 
+void Group::trace(uint64_t limit) {
+  std::lock_guard lock(log_mutex_);
+  to_trace_ = limit;
+  traced_.clear();
+}
+
+std::vector<Traced> Group::traced() {
+  std::lock_guard lock(log_mutex_);
+  to_trace_ = 0;
+  return std::exchange(traced_, {});
+}
+
 Nanoseconds Group::spent(Op op, uint64_t* finished) const {
   std::lock_guard lock(log_mutex_);
   const auto& [nanoseconds, count] = spent_[static_cast<int>(op)];
@@ -214,6 +226,7 @@ ThreadCalls& ThreadCalls::mine() {
 Operation::Operation(Turn turn, Contribution mine, const std::function<std::string(const Operation&)>& check)
     : turn_(std::move(turn)), group_(turn_.group()), op_(mine.post.op) {
   turn_.wait(op_);
+  begin_ = std::chrono::steady_clock::now();
   const Control& own = group_.control(group_.rank_);
   if (own.state.load() == State::broken)
     throw Error(str(prefix(), "the windows of this group were given up and cannot be used again; make a new group (",
@@ -319,6 +332,13 @@ void Operation::end() {
   auto& [spent, finished] = group_.spent_[static_cast<int>(op_)];
   for (int i = 0; i < kPhases; ++i) spent[i] += stopwatch_.spent()[i];
   ++finished;
+  if (group_.traced_.size() >= group_.to_trace_) return;
+  const auto nanoseconds = [](std::chrono::steady_clock::time_point at) {
+    return std::chrono::nanoseconds(at.time_since_epoch()).count();
+  };
+  const Post& own = post(rank());
+  group_.traced_.push_back({op_, nanoseconds(begin_), nanoseconds(std::chrono::steady_clock::now()), stopwatch_.spent(),
+                            own.tokens, own.hidden, own.top_k, own.experts});
 }
 
 std::string Operation::prefix() const { return str("deep_ep.", name_of(op_), ": "); }

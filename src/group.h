@@ -51,6 +51,15 @@ struct PoolMemory {
   std::shared_ptr<std::byte> memory;
 };
 
+// An operation that has finished, for a trace. Times are nanoseconds of the steady clock.
+struct Traced {
+  Op op;
+  int64_t begin;
+  int64_t end;
+  Nanoseconds spent;
+  int64_t tokens, hidden, top_k, experts;
+};
+
 class Group {
  public:
   static constexpr uint64_t kMaxExperts = 1 << 15;
@@ -94,6 +103,10 @@ class Group {
   // The operations issued so far, oldest first, at most the last `limit` and the last kLogged; and how many there were.
   std::vector<Op> log(uint64_t limit, uint64_t* issued) const;
 
+  // From here on the operations that finish are kept, so many at most, until `traced` takes them.
+  void trace(uint64_t limit);
+  std::vector<Traced> traced();
+
   // The time of all operations of a kind that have finished, and how many they were.
   Nanoseconds spent(Op op, uint64_t* finished) const;
 
@@ -132,6 +145,8 @@ class Group {
   uint64_t sequence_ = 0;
   std::vector<Op> log_;
   std::array<std::pair<Nanoseconds, uint64_t>, kOps> spent_{};  // by Op
+  uint64_t to_trace_ = 0;
+  std::vector<Traced> traced_;
   // Of the operation that runs:
   std::array<uint64_t, kOps> wanted_{};  // bytes of the pool that such operations have needed, by Op
   uint64_t attachable_ = 0;              // bytes of each attachment that are reserved
@@ -285,6 +300,7 @@ class Operation {
   mutable uint64_t needed_ = 0;  // bytes of it
   bool open_ = false;
   bool all_attached_ = false;
+  std::chrono::steady_clock::time_point begin_;
   Stopwatch stopwatch_{Phase::counts};
 };
 

@@ -154,10 +154,6 @@ def check_surface(ctx: RankContext) -> dict[str, tuple[str, str]]:
         "no raw buffer": error_of(buffer.get_local_buffer_tensor, torch.uint8),
         "rank 1 cannot be masked": error_of(buffer.low_latency_update_mask_buffer, 1, True),
         "mask_status must be torch.int32": error_of(buffer.low_latency_query_mask_buffer, mask.long()),
-        "keeps nothing": error_of(buffer.get_notify_send_data),
-        "exchange counts within dispatch": error_of(buffer.notify_verify, x),
-        "use torch.profiler": error_of(buffer.begin_profile, 0, 1),
-        "begin_profile": error_of(buffer.end_profile),
         "enable_shrink must be False": error_of(deep_ep.Buffer, group, enable_shrink=True),
         "group must be a ProcessGroup, and comm None": error_of(deep_ep.Buffer, None, comm=object()),
         "combine_wait_recv_cost_stats must be": error_of(

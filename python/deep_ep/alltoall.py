@@ -14,6 +14,7 @@ and the group is ready for the next call. Collectives after the header, on the g
     combine_backward   weights; each token's gradient once per destination; gradients of the weights
 """
 
+import time
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import calls, checks, communicator, reference
+from . import calls, checks, communicator, profile, reference
 
 _OPS = (
     "dispatch",
@@ -124,11 +125,14 @@ class _Call:
             self.device_error = f"tensors must be on {allowed} as their group, got {tensor.device}"
         self._has_entered = False
         self._is_rejected = False
+        self._begin = time.monotonic_ns()
 
     def __enter__(self) -> "_Call":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if error is None:
+            profile.note(self.group.name, self.op, self._begin)
         if error is None or self._is_rejected:
             return
         if not isinstance(error, Exception):

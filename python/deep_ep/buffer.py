@@ -195,6 +195,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         self.rank = self.runtime.rank
         self.group_size = self.runtime.size
         self._rows = self.runtime.rows
+        self._rounds = self.runtime.rounds
+        self._layout = None
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         is_logged = env.value("DEBUG_MODE").upper() == "ON"
@@ -367,13 +369,17 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
 
         ValueError: allocate_on_comm_stream without previous_event or without async_finish; T is larger than the rounds.
         """
-        return self._begin(self.normal_strategy).get_dispatch_layout(
+        result = self._begin(self.normal_strategy).get_dispatch_layout(
             topk_idx=topk_idx,
             num_experts=num_experts,
             previous_event=previous_event,
             async_finish=async_finish,
             allocate_on_comm_stream=allocate_on_comm_stream,
         )
+        if not torch.compiler.is_compiling():
+            kept = topk_idx.clone() if topk_idx.is_inference() else topk_idx
+            self._layout = kept, 0 if kept.is_inference() else kept._version, num_experts
+        return result
 
     @collective(of_strategy("normal_strategy", _ops_of_dispatch), is_typed=False)
     def dispatch(
@@ -543,7 +549,7 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
         per_rank, _, per_expert, in_rank = layout_op.call(self._live(), topk_idx, num_experts)
         if self._rows == "rank":
             in_rank = in_rank.to(torch.bool)
-        elif self._rounds.number > 1:
+        if self._rounds.number > 1:
             per_expert = _per_round(topk_idx, num_experts, self._rounds)
         return per_rank, None, per_expert, in_rank, event_of(async_finish)
 
@@ -620,7 +626,7 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
             plan = self._cached_dispatch(info, rows, handle)
         else:
             assert topk_idx is not None and num_tokens_per_expert is not None
-            E, exact = self._num_experts(num_tokens_per_expert), num_worst_tokens == 0
+            E, exact = self._rounds.num_experts(num_tokens_per_expert), num_worst_tokens == 0
 
             def expert_rows(out: dispatch_op.DispatchOutput) -> tuple[Any, ...]:
                 return self._expert_rows(out, expert_alignment, exact)
@@ -638,16 +644,6 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
         has_shape = handle is not None or num_worst_tokens != 0
         sends = plan._replace(received=received)
         return self._issue(sends, async_finish, dispatch_wait_recv_cost_stats, has_shape)
-
-    def _num_experts(self, num_tokens_per_expert: Tensor) -> int:
-        """E, of the counts of all rounds."""
-        n, rounds = num_tokens_per_expert.numel(), self._rounds.number
-        if num_tokens_per_expert.dim() != 1 or n % rounds:
-            raise ValueError(
-                f"num_tokens_per_expert must have the shape [rounds·E], with {rounds} rounds (of "
-                f"DEEPEP_NORMAL_LONG_SEQ_ROUND), got {list(num_tokens_per_expert.shape)}"
-            )
-        return n // rounds
 
     def _check_handles(self, info: GroupInfo, handle: Handle, overlaps: bool) -> None:
         """All ranks must have handles of one dispatch, which combine finds out, of rows of the least size that an NPU

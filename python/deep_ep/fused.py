@@ -45,7 +45,7 @@ class FusedCalls:
             gmm1_permuted_weight_scale, gmm2_weight_scale: under FUSED_DEEP_MOE of any float dtype; under
                 DISPATCH_FFN_COMBINE also [L·2I] and [L·H].
             fuse_mode: FuseMode, 1 or 2.
-            profile_enable: accepted for compatibility; torch.profiler shows the op.
+            profile_enable: accepted for compatibility: `begin_profile` traces every call.
 
         Returns:
             output [T, H], and ep_recv_count int32 [L·R] (FUSED_DEEP_MOE) or expert_token_nums int32 [L]

@@ -374,8 +374,8 @@ def op_log(group: Group = None, since: int = 0) -> tuple[list[str], int]:
 def spoil(info: GroupInfo) -> None:
     """From here on, results of calls of the group that go on hold NaN and -1 until they have come."""
     _spoiled.add(info.name)
-    windows = _parts.get(info.name, {}).get("cpu")
-    if isinstance(windows, Windows):
+    windows = cpu_windows(info.name)
+    if windows is not None:
         windows.spoil()
 
 
@@ -398,9 +398,20 @@ def phases(group: Group = None) -> dict[str, dict[str, float]]:
 
 def _cpu_windows(group: Group) -> Windows:
     info = info_of(group)
-    windows = _parts.get(info.name, {}).get("cpu")
-    if not isinstance(windows, Windows):
+    windows = cpu_windows(info.name)
+    if windows is None:
         raise RuntimeError(
             f"deep_ep: the group '{info.name}' has no windows on CPU; alltoall keeps neither log nor times"
         )
     return windows
+
+
+def cpu_windows(name: str) -> Windows | None:
+    """Those of the group of this name, if it has some."""
+    windows = _parts.get(name, {}).get("cpu")
+    return windows if isinstance(windows, Windows) else None
+
+
+def has_npu_windows(name: str) -> bool:
+    """Whether kernels of this library run on NPUs for the group of this name."""
+    return "npu" in _parts.get(name, {})

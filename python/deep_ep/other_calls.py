@@ -5,15 +5,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import calls, notify
+from .collective import collective
 from .config import Config
+from .env import Rounds
 from .groups import GroupInfo
+from .profile import Profiling
 from .utils import EventOverlap
 
 
-class OtherCalls:
+class OtherCalls(Profiling):
     """What Buffer inherits for the rest of the peers' surface."""
 
     group_size: int
+    _rounds: Rounds
+    _layout: tuple[Tensor, int, int] | None
+    """Of the newest get_dispatch_layout: topk_idx, its version, and E."""
 
     def _live(self) -> GroupInfo:
         raise NotImplementedError
@@ -75,7 +82,7 @@ class OtherCalls:
         )
 
     def _has_npu(self) -> bool:
-        return "npu" in {device.type for device in self.group._device_types}  # type: ignore[attr-defined]
+        return "npu" in {device.type for device in self.group._device_types}
 
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
@@ -109,21 +116,52 @@ class OtherCalls:
         """Nothing to do: no rank is masked."""
 
     def get_notify_send_data(self) -> Tensor:
-        """RuntimeError: a Buffer keeps nothing of get_dispatch_layout, which returns all that it knows."""
-        raise RuntimeError("deep_ep: get_notify_send_data: a Buffer keeps nothing of get_dispatch_layout between calls")
+        """What DeepEP-Ascend's kernel for A2 makes of the newest `get_dispatch_layout` outside of compiled code: int32,
+        see `deep_ep.notify.send_data`.
 
-    def notify_verify(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """RuntimeError: ranks tell each other their counts within dispatch; `handle` and its counts are the result."""
-        raise RuntimeError("deep_ep: notify_verify: ranks exchange counts within dispatch, whose results have them")
+        RuntimeError: there was none, or its topk_idx has been written to since. ValueError: more than 4096 tokens.
+        """
+        self._live()
+        if self._layout is None:
+            raise RuntimeError(
+                "deep_ep: get_notify_send_data: call get_dispatch_layout first, outside of compiled code"
+            )
+        topk_idx, version, num_experts = self._layout
+        if not topk_idx.is_inference() and topk_idx._version != version:
+            raise RuntimeError("deep_ep: get_notify_send_data: topk_idx has been written to since get_dispatch_layout")
+        return notify.send_data(topk_idx, num_experts, self.group_size)
 
-    def begin_profile(
-        self, num_profile_skip_launches: int, num_profile_active_launches: int, profile_trace_dir: str | None = ""
-    ) -> None:
-        """RuntimeError: torch.profiler and torch_npu.profiler show these ops as all others."""
-        raise RuntimeError(
-            "deep_ep: begin_profile: use torch.profiler or torch_npu.profiler, or deep_ep.groups.phases(group) on CPU"
-        )
+    @collective("dispatch")
+    def notify_verify(
+        self,
+        x: Any,
+        handle: Any = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        dispatch_wait_recv_cost_stats: Tensor | None = None,
+    ) -> notify.Notified:
+        """What a `dispatch` with these arguments would tell this rank of the rows that it will get. Nothing else moves.
 
-    def end_profile(self) -> None:
-        """As begin_profile."""
-        self.begin_profile(0, 0)
+        Args:
+            num_tokens_per_expert, topk_idx: as in dispatch. The others change nothing.
+
+        ValueError: handle is given, or one of these is not. RuntimeError: as `dispatch`.
+        """
+        info = self._live()
+        if handle is not None or num_tokens_per_expert is None or topk_idx is None:
+            raise ValueError(
+                "handle must be None, and num_tokens_per_expert and topk_idx given, as by get_dispatch_layout"
+            )
+        calls.form("notify_verify")
+        self._rounds.num_experts(num_tokens_per_expert)
+        return notify.verify(info, self.rank, num_tokens_per_expert, topk_idx.shape[0], self._rounds)

@@ -32,7 +32,8 @@ class Runtime:
         self.size = self.group.size()
         self.rows = env.value("DEEP_EP_ROWS") if rows is None else one_of("rows", rows, env.ROWS)
         self.running_counts = env.value("MOE_EXPERT_TOKEN_NUMS_TYPE") == "0"
-        self.rounds = env.rounds()
+        rounds = env.rounds()
+        self.rounds = rounds if self.rows == "expert" else rounds._replace(number=1)
         self.quant_mode = "int8" if env.value("DEEP_NORMAL_MODE_USE_INT8_QUANT") == "1" else "none"
         self.bf16_low_latency = env.value("SGLANG_DEEPEP_BF16_DISPATCH") in env.TRUE
         self.straight_through = straight_through

@@ -95,6 +95,17 @@ def _scattered(places: list[_Place]) -> str | None:
     return None
 
 
+class Traced(NamedTuple):
+    """An op that has finished."""
+
+    name: str
+    begin: int
+    """In nanoseconds of time.monotonic_ns, as `end`."""
+    end: int
+    numbers: dict[str, int | float]
+    """Of its arguments and its phases."""
+
+
 class Windows:
     """The windows of one group, kept until `close()` or until the group is gone.
 
@@ -164,6 +175,29 @@ class Windows:
             if calls:
                 result[op] = {phase: n * 1e-9 for phase, n in zip(PHASES, nanoseconds, strict=True)} | {"calls": calls}
         return result
+
+    def trace(self, limit: int) -> None:
+        """From here on, this rank's ops that finish are kept for `traced`, `limit` of them at most."""
+        self._traces = limit
+        library.deep_ep_group_trace(self._handle, limit)
+
+    def traced(self) -> list[Traced]:
+        """Ends that, and gives them in the order in which they ran."""
+        names = ("tokens", "hidden", "top_k", "experts")
+        width = 3 + len(names) + len(PHASES)
+        numbers = (ctypes.c_int64 * (self._traces * width))()
+        count = library.deep_ep_group_traced(self._handle, numbers)
+        rows = [numbers[i * width : (i + 1) * width] for i in range(count)]
+        return [
+            Traced(
+                _OPS[op],
+                begin,
+                end,
+                dict(zip(names, sizes, strict=False))
+                | {f"{phase} (us)": n * 1e-3 for phase, n in zip(PHASES, sizes[len(names) :], strict=True)},
+            )
+            for op, begin, end, *sizes in rows
+        ]
 
     def close(self) -> None:
         """Leaves the group: peers that still wait for this rank raise. Tensors in the window stay valid."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-from .. import _compile, _library, calls, pending  # noqa: F401  (_library defines the ops)
+from .. import _compile, _library, calls, pending, profile  # noqa: F401  (_library defines the ops)
 from ..calls import completing
 from ..npu import ge
 
@@ -110,7 +110,8 @@ def register(
     for overload in packet.overloads():
         op = getattr(packet, overload)
         if kernel is not None:
-            _fragment.impl(op, functools.partial(kernel, overload=overload), "CompositeExplicitAutograd")
+            noted = profile.noted(name if overload == "default" else f"{name}.{overload}", kernel)
+            _fragment.impl(op, functools.partial(noted, overload=overload), "CompositeExplicitAutograd")
         torch.library.register_fake(op, functools.partial(prepared_fake, overload=overload), lib=_fragment)
         if backward is not None:
             formula = functools.partial(backward, overload=overload)
