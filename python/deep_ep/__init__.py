@@ -13,10 +13,15 @@ from . import ep_strategy, npu, strategies
 from .buffer import AlignedHandle, Buffer, InternodeHandle
 from .config import Config
 from .ep_strategy import LowLatencyStrategy, NormalStrategy
-from .fused_weights import FusedWeights, FuseMode, fused_weights, quantize_weight
+from .fused_weights import FusedWeights, FuseMode, fused_bias, fused_weights, quantize_weight
 from .groups import destroy, init
 from .low_latency import PaddedHandle
-from .ops import combine_backward, dispatch_backward, fused_deep_moe_backward  # noqa: F401  (registers them)
+from .ops import (  # noqa: F401  (registers them)
+    combine_backward,
+    dispatch_backward,
+    fused_deep_moe_backward,
+    fused_deep_moe_options_backward,
+)
 from .ops.combine import combine, combine_start
 from .ops.dispatch import DispatchHandle, DispatchOutput, dispatch, dispatch_start
 from .ops.fused_deep_moe import fused_deep_moe
@@ -74,6 +79,7 @@ __all__ = [
     "dispatch",
     "dispatch_start",
     "ep_strategy",
+    "fused_bias",
     "fused_deep_moe",
     "fused_weights",
     "get_dispatch_layout",

@@ -347,12 +347,12 @@ def agree(
     """
     with _Call(op, group, x) as call:
         # A header has one number to spare, for both.
-        headers = call.agree(call.device_error or error, x, topk_idx, num_experts, 2 * M + quant_mode)
+        headers = call.agree(call.device_error or error, x, topk_idx, num_experts, 8 * M + quant_mode)
         for rank, header in enumerate(headers):
             given = zip(
                 ("num_max_dispatch_tokens_per_rank", "quant_mode"),
-                divmod(headers[0].W, 2),
-                divmod(header.W, 2),
+                divmod(headers[0].W, 8),
+                divmod(header.W, 8),
                 strict=True,
             )
             for what, first, other in given:

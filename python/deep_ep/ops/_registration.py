@@ -110,8 +110,9 @@ def register(
     for overload in packet.overloads():
         op = getattr(packet, overload)
         if kernel is not None:
-            noted = profile.noted(name if overload == "default" else f"{name}.{overload}", kernel)
-            _fragment.impl(op, functools.partial(noted, overload=overload), "CompositeExplicitAutograd")
+            _fragment.impl(
+                op, functools.partial(profile.noted(op, kernel), overload=overload), "CompositeExplicitAutograd"
+            )
         torch.library.register_fake(op, functools.partial(prepared_fake, overload=overload), lib=_fragment)
         if backward is not None:
             formula = functools.partial(backward, overload=overload)
