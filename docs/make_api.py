@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 import deep_ep
-from deep_ep import buffer, env, groups, low_latency, npu, quantization, rank_rows
+from deep_ep import buffer, env, groups, npu, quantization, rank_rows
+from deep_ep.ops import low_latency_dispatch_padded as padded
 
 PAGE = Path(__file__).with_name("api.md")
 
@@ -40,7 +41,7 @@ Results are in the order of the schema; handles are made of them. `deep_ep.init`
 whose name is `group`."""
 
 # Names of functions and classes besides those in deep_ep.__all__, by module.
-BUFFER = (buffer, ("Handle", "AlignedHandle")), (rank_rows, ("RankHandle",)), (low_latency, ("PaddedHandle",))
+BUFFER = (buffer, ("Handle", "AlignedHandle")), (rank_rows, ("RankHandle",)), (padded, ("PaddedHandle",))
 QUANTIZATION = ("quantize", "dequantize", "straight_through", "pack", "unpack")
 DEBUGGING = ("phases", "op_log")
 

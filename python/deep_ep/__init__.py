@@ -14,7 +14,6 @@ from .buffer import AlignedHandle, Buffer
 from .config import Config
 from .fused_weights import FusedWeights, FuseMode, fused_weights, quantize_weight
 from .groups import destroy, init
-from .low_latency import PaddedHandle
 from .ops import combine_backward, dispatch_backward, fused_deep_moe_backward  # noqa: F401  (registers them)
 from .ops.combine import combine, combine_start
 from .ops.dispatch import DispatchHandle, DispatchOutput, dispatch, dispatch_start
@@ -22,6 +21,7 @@ from .ops.fused_deep_moe import fused_deep_moe
 from .ops.get_dispatch_layout import get_dispatch_layout
 from .ops.low_latency_combine import low_latency_combine
 from .ops.low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, low_latency_dispatch
+from .ops.low_latency_dispatch_padded import PaddedHandle
 from .ops.wait import Started, wait
 from .rank_rows import RankHandle
 from .strategies import LowLatencyStrategy, NormalStrategy
