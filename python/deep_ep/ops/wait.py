@@ -129,6 +129,10 @@ class Completion(NamedTuple):
     backward: Callable[..., Tensor] | None = None
     """(overload, saved, gradients of the results, (num_experts, num_ranks, group)) -> the ticket of the backward
     call."""
+    early: Callable[..., list[Tensor]] | None = None
+    """As `fake`, for results that .alltoall will write to, where memory of any values will not do."""
+    write: Callable[[list[Tensor], list[Tensor]], None] | None = None
+    """(those, results): writes them, behind torch's back."""
 
 
 _completions: dict[str, Completion] = {}
@@ -201,9 +205,12 @@ def alltoall_arriving(ticket: Tensor, op: str, arguments: list[Tensor], *sizes: 
     """As .default. Results whose number of rows is not known come when the call has ended."""
     if error := checks.ticket(ticket):
         raise RuntimeError(f"deep_ep.arriving: {error}")
-    is_exact = op == "dispatch" and sizes[2] == 0
-    make = None if is_exact else functools.partial(_completions[op].fake, "alltoall", *arguments, *sizes[:-1])
-    return pending.arriving(op, ticket, make)
+    completion = _completions[op]
+    if op == "dispatch" and sizes[2] == 0:
+        return pending.arriving(op, ticket)
+    make = completion.early or pending.spoiled(completion.fake)
+    make = functools.partial(make, "alltoall", *arguments, *sizes[:-1])
+    return pending.arriving(op, ticket, make, completion.write or pending.write_all)
 
 
 def alltoall(ticket: Tensor, op: str, arguments: list[Tensor], *sizes: Any) -> list[Tensor]:
