@@ -19,7 +19,7 @@ from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from ._registration import Start, register, reject
 from .low_latency_dispatch import LowLatencyHandle
-from .wait import Completion, Started, completes, issued, no_rows
+from .wait import Completion, Started, as_issued, completes, issued, no_rows
 
 
 @collective("low_latency_combine")
@@ -53,10 +53,10 @@ def call(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, han
 
 
 def start(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: LowLatencyHandle) -> Started:
-    """As `call`, for `complete`. The tensors must not be written to before."""
+    """As `call`, for `complete`. The tensors must not be written to before. x is the caller's own, and not copied."""
     overload = info.low_latency.value
     op = getattr(torch.ops.deep_ep.low_latency_combine_start, overload)
-    tensors = x, topk_idx, topk_weights, handle.src_info, handle.layout_range, handle.send_head
+    tensors = x, as_issued(topk_idx), as_issued(topk_weights), handle.src_info, handle.layout_range, handle.send_head
     ticket = op(*tensors, handle.num_experts, info.size, info.name, info.comm_alg)
     return issued(ticket, info, overload, "low_latency_combine", tensors, handle.num_experts, 0)
 

@@ -18,7 +18,7 @@ from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from ._registration import Start, register, reject
-from .wait import Completion, Started, completes, issued, no_rows
+from .wait import Completion, Started, as_issued, completes, issued, no_rows
 
 
 class LowLatencyHandle(NamedTuple):
@@ -88,7 +88,7 @@ def start(
     """As `call`, for `complete`. The tensors must not be written to before."""
     overload = info.low_latency.value
     op = getattr(torch.ops.deep_ep.low_latency_dispatch_start, overload)
-    M = num_max_dispatch_tokens_per_rank
+    x, topk_idx, M = as_issued(x), as_issued(topk_idx), num_max_dispatch_tokens_per_rank
     ticket = op(x, topk_idx, M, num_experts, info.size, info.name, info.comm_alg)
     return issued(ticket, info, overload, "low_latency_dispatch", (x, topk_idx), num_experts, M)
 
