@@ -431,7 +431,11 @@ def check_errors(ctx: RankContext) -> None:
         ("is_token_in_rank", mask.int(), 'must be torch.bool under rows="rank", got torch.int32'),
         ("is_token_in_rank", mask.repeat(1, 2), r"must have the shape \[T, R\] with R = 1, got \[4, 2\]"),
         ("is_token_in_rank", None, "is missing; get_dispatch_layout gives"),
-        ("topk_weights", weights.double(), r"must be torch.float32, torch.bfloat16 or torch.float16, got torch.float64"),
+        (
+            "topk_weights",
+            weights.double(),
+            r"must be torch.float32, torch.bfloat16 or torch.float16, got torch.float64",
+        ),
         ("topk_idx", ids.float(), "must be of an integer dtype, got torch.float32"),
         ("topk_idx", None, "is missing; topk_weights mean nothing without it"),
         ("expert_alignment", 0, "must be at least 1, got 0"),

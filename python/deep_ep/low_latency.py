@@ -76,12 +76,12 @@ class LowLatencyCalls:
             round_scale, use_ue8m0: scales of the latter, see `deep_ep.quantization.quantize`; other modes have their
                 own.
             use_mxfp4: send mx_fp4_e2m1 rows instead.
-            async_finish: under rows="rank" the call does not wait for peers; the event does. What the call returned
-                is undefined until then, in any grad mode and thread; cumulative_local_expert_recv_stats is added to
-                there. x and topk_idx must not be written to before, which is a RuntimeError of the event. What is
-                wrong on other ranks is raised by the event, too. Every rank waits for it before it uses what the
-                call returned; other calls of the group wait for a call that has been started. Under rows="expert"
-                the call is finished when it returns, as programs that never wait expect.
+            async_finish: under rows="rank" the call does not wait for peers; the event does. What the call returned is
+                undefined until then, in any grad mode and thread; cumulative_local_expert_recv_stats is added to there.
+                x and topk_idx must not be written to before, which is a RuntimeError of the event; in inference mode
+                copies are sent. What is wrong on other ranks is raised by the event, too. Every rank waits for it
+                before it uses what the call returned; other calls of the group wait for a call that has been started.
+                Under rows="expert" the call is finished when it returns, as programs that never wait expect.
             return_recv_hook: the same with a hook instead of an event; only one of the two may be asked for.
             topk_weights: accepted for compatibility; low_latency_combine takes them.
             quant_mode: one of deep_ep.quantization.MODES instead of what use_fp8, use_mxfp4 and

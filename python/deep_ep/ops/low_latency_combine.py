@@ -20,7 +20,7 @@ from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from ._registration import Start, register, reject
 from .low_latency_dispatch import LowLatencyHandle, active
-from .wait import Completion, Started, completes, issued, no_rows
+from .wait import Completion, Started, as_issued, completes, issued, no_rows
 
 
 @collective("low_latency_combine")
@@ -67,7 +67,8 @@ def start(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, ha
     """As `call`, for `complete`. The tensors must not be written to before."""
     overload = info.low_latency.value
     op = getattr(torch.ops.deep_ep.low_latency_combine_start, overload)
-    tensors = x, *flat(topk_idx, topk_weights), handle.src_info, handle.layout_range, handle.send_head
+    sent = map(as_issued, (x, *flat(topk_idx, topk_weights)))
+    tensors = *sent, handle.src_info, handle.layout_range, handle.send_head
     ticket = op(*tensors, handle.num_experts, info.size, info.name, info.comm_alg)
     return issued(ticket, info, overload, "low_latency_combine", tensors, handle.num_experts, 0, topk_idx.shape[:-1])
 

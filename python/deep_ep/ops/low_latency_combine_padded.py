@@ -18,8 +18,8 @@ from ..groups import GroupInfo
 from . import low_latency_combine as packed_op
 from ._registration import Start, register, reject
 from .low_latency_dispatch import LowLatencyHandle
-from .low_latency_dispatch_padded import pack, pad
-from .wait import Completion, Started, completes, issued
+from .low_latency_dispatch_padded import as_sent, pack, pad
+from .wait import Completion, Started, as_issued, completes, issued
 
 
 def call(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: LowLatencyHandle) -> Tensor:
@@ -33,7 +33,8 @@ def start(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, ha
     """As `call`, for `complete`. The tensors must not be written to before."""
     overload = info.low_latency.value
     op = getattr(torch.ops.deep_ep.low_latency_combine_padded_start, overload)
-    tensors = _tensors(x, topk_idx, topk_weights, handle)
+    x = as_sent(x, handle.layout_range, handle.src_info, info.size)
+    tensors = _tensors(x, as_issued(topk_idx), as_issued(topk_weights), handle)
     ticket = op(*tensors, handle.num_experts, info.size, info.name)
     tokens = topk_idx.shape[:-1]
     return issued(ticket, info, overload, "low_latency_combine_padded", tensors, handle.num_experts, 0, tokens)

@@ -20,7 +20,7 @@ from ..handles import readable_by_name
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from ._registration import Start, register, reject
-from .wait import Completion, Started, completes, issued, no_rows
+from .wait import Completion, Started, as_issued, completes, issued, no_rows
 
 
 @readable_by_name
@@ -110,7 +110,7 @@ def start(
     """As `call`, for `complete`. The tensors must not be written to before."""
     overload = info.low_latency.value
     op = getattr(torch.ops.deep_ep.low_latency_dispatch_start, overload)
-    M, arguments = num_max_dispatch_tokens_per_rank, flat(x, topk_idx)
+    M, arguments = num_max_dispatch_tokens_per_rank, tuple(map(as_issued, flat(x, topk_idx)))
     ticket = op(*arguments, M, num_experts, info.size, info.name, info.comm_alg)
     return issued(ticket, info, overload, "low_latency_dispatch", arguments, num_experts, M, topk_idx.shape[:-1])
 

@@ -22,7 +22,7 @@ from ..handles import readable_by_name
 from . import low_latency_dispatch as packed_op
 from ._registration import Start, register, reject
 from .low_latency_dispatch import LowLatencyHandle
-from .wait import Completion, Started, completes, issued
+from .wait import Completion, Started, as_issued, completes, issued
 
 Parts = list[Tensor]
 """What rows are made of: (data, scales) as `deep_ep.quantization.pack` takes them, or nothing for rows as they are."""
@@ -80,7 +80,7 @@ def start(
     hidden: int,
 ) -> "_Started":
     """As `call`. The tensors must not be written to before it has been waited for."""
-    M = num_max_dispatch_tokens_per_rank
+    x, topk_idx, M = as_issued(x), as_issued(topk_idx), num_max_dispatch_tokens_per_rank
     ticket = _overload(info, "_start")(x, topk_idx, parts, M, num_experts, info.size, info.name)
     tensors = x, topk_idx, *parts
     name = info.low_latency.value
@@ -209,6 +209,14 @@ def places(layout_range: Tensor, recv_src_idx: Tensor, num_ranks: int, block: in
 def pack(x: Tensor, layout_range: Tensor, recv_src_idx: Tensor, num_ranks: int) -> Tensor:
     """[N, H] of rows [L, R·M, H]; unused rows hold anything."""
     return x.flatten(0, 1).index_select(0, places(layout_range, recv_src_idx, num_ranks, x.shape[1]))
+
+
+def as_sent(x: Tensor, layout_range: Tensor, recv_src_idx: Tensor, num_ranks: int) -> Tensor:
+    """What a call that goes on reads of x [L, R·M, H]: a copy of the rows that are sent where torch counts no writes."""
+    if torch.compiler.is_compiling() or not x.is_inference():
+        return x
+    place = places(layout_range, recv_src_idx, num_ranks, x.shape[1])[: int(layout_range[-1])]
+    return _pad_used(x.flatten(0, 1).index_select(0, place), place, x.shape[1], x.shape[0])
 
 
 def pad(rows: Tensor, layout_range: Tensor, num_ranks: int, block: int, value: int = 0) -> Tensor:

@@ -96,6 +96,11 @@ def issued(
     return Started(ticket, info, overload, op, arguments, *sizes, torch.is_grad_enabled(), versions, is_token_in_rank)
 
 
+def as_issued(tensor: Tensor) -> Tensor:
+    """What a call that goes on reads of an argument: a copy in inference mode, where torch counts no writes."""
+    return tensor.clone() if not torch.compiler.is_compiling() and tensor.is_inference() else tensor
+
+
 def no_rows(like: Tensor, num_rows: int) -> Tensor:
     """[num_rows, H] as `like` [N, H] is, without a value in it, to see what results would look like."""
     if torch.compiler.is_compiling():
