@@ -128,16 +128,11 @@ def wrong(
 def nothing_yet(
     info: GroupInfo, x: Tensor, topk_idx: Tensor, parts: Parts, M: int, num_experts: int, hidden: int
 ) -> PaddedOutput:
-    """What `call` gives when no rank sends anything, but for rows, which mean nothing."""
+    """What `call` gives, without a value in it."""
     results = _results(x, topk_idx, parts, num_experts, info.size, M)
-    recv_x, recv_scales, recv_count, src_info, layout, recv_src_idx, layout_range, send_head = results
     if torch.compiler.is_compiling():
-        for rows in (recv_x, recv_scales):
-            rows.view(torch.uint8).fill_(0xFF)
-    for zeros in (recv_count, layout, layout_range):
-        zeros.zero_()
-    for places in (src_info, recv_src_idx, send_head):
-        places.fill_(-1)
+        for result in results:
+            result.view(torch.uint8).fill_(0xFF)
     return _in_order(results, M, hidden, num_experts)
 
 
