@@ -207,7 +207,7 @@ def pack(x: Tensor, layout_range: Tensor, recv_src_idx: Tensor, num_ranks: int) 
 
 
 def as_sent(x: Tensor, layout_range: Tensor, recv_src_idx: Tensor, num_ranks: int) -> Tensor:
-    """What a call that goes on reads of x [L, R·M, H]: a copy of the rows that are sent where torch counts no writes."""
+    """What a call that goes on reads of x [L, R·M, H]: a copy of the rows sent, where torch counts no writes."""
     if torch.compiler.is_compiling() or not x.is_inference():
         return x
     place = places(layout_range, recv_src_idx, num_ranks, x.shape[1])[: int(layout_range[-1])]
