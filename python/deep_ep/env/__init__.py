@@ -122,7 +122,8 @@ VARIABLES = {
             "0",
             ("0",),
             "Ranks that hold nothing but a shared expert. There are none: experts are spread evenly over all ranks, "
-            "and torch_npu's operators are told so. A shared expert is a module of the model on every rank.",
+            "and torch_npu's operators are told so. A shared expert is a module of the model on every rank, or "
+            "shared_weights of fused_deep_moe.",
             reason=", since experts are spread evenly over all ranks (a shared expert is a module on every rank)",
         ),
         Variable(
