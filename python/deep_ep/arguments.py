@@ -48,7 +48,7 @@ def _rows(x: Any) -> Any:
 
 def _ids(ids: Any) -> Any:
     """int64, contiguous. ValueError: not of an integer dtype."""
-    if not isinstance(ids, Tensor):
+    if not isinstance(ids, Tensor) or (ids.dtype is torch.int64 and ids.is_contiguous()):
         return ids
     if ids.dtype not in INTEGERS:
         raise ValueError(f"topk_idx must be of an integer dtype, got {ids.dtype}")
@@ -60,7 +60,7 @@ def _ids(ids: Any) -> Any:
 
 def _weights(weights: Any) -> Any:
     """fp32, contiguous. ValueError: not bf16, fp16 or fp32."""
-    if not isinstance(weights, Tensor):
+    if not isinstance(weights, Tensor) or (weights.dtype is torch.float32 and weights.is_contiguous()):
         return weights
     if weights.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"topk_weights must be torch.float32, torch.bfloat16 or torch.float16, got {weights.dtype}")

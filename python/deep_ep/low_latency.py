@@ -21,7 +21,7 @@ from .ops import low_latency_dispatch as dispatch_op
 from .ops import low_latency_dispatch_int8 as dispatch_int8_op
 from .ops.low_latency_dispatch import LowLatencyHandle
 from .overlap import Plan, issue
-from .runtime import OfOps, Runtime, of_strategy
+from .runtime import OfOps, Runtime, is_of_ops, of_strategy
 from .utils import EventHandle, EventOverlap
 
 
@@ -47,7 +47,7 @@ Handle = LowLatencyHandle | PaddedHandle
 class LowLatencyCalls:
     """What Buffer inherits for decoding."""
 
-    low_latency_strategy: Any
+    _low_latency: Any
     runtime: Runtime | None
     _rows: str
 
@@ -119,8 +119,8 @@ class LowLatencyCalls:
         more: dict[str, Any] = {}
         if dispatch_wait_recv_cost_stats is not None:
             more["dispatch_wait_recv_cost_stats"] = dispatch_wait_recv_cost_stats
-        strategy = self._begin(self.low_latency_strategy)
-        if not isinstance(strategy, OfOps):
+        strategy = self._begin(self._low_latency)
+        if not is_of_ops(strategy):
             assert self.runtime is not None
             flags = use_fp8, use_ue8m0, use_mxfp4
             quant_mode = mode_of(quant_mode, *flags, rows=self._rows, as_bf16=self.runtime.bf16_low_latency)
@@ -184,7 +184,7 @@ class LowLatencyCalls:
             more["use_logfmt"] = use_logfmt
         if combine_wait_recv_cost_stats is not None:
             more["combine_wait_recv_cost_stats"] = combine_wait_recv_cost_stats
-        return self._begin(self.low_latency_strategy).low_latency_combine(
+        return self._begin(self._low_latency).low_latency_combine(
             x=x,
             topk_idx=topk_idx,
             topk_weights=topk_weights,
