@@ -15,7 +15,6 @@ from .config import Config
 from .ep_strategy import LowLatencyStrategy, NormalStrategy
 from .fused_weights import FusedWeights, FuseMode, fused_bias, fused_weights, quantize_weight
 from .groups import destroy, init
-from .low_latency import PaddedHandle
 from .ops import (  # noqa: F401  (registers them)
     combine_backward,
     dispatch_backward,
@@ -28,6 +27,7 @@ from .ops.fused_deep_moe import fused_deep_moe
 from .ops.get_dispatch_layout import get_dispatch_layout
 from .ops.low_latency_combine import low_latency_combine
 from .ops.low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, low_latency_dispatch
+from .ops.low_latency_dispatch_padded import PaddedHandle
 from .ops.wait import Started, wait
 from .rank_rows import RankHandle
 from .strategies.low_latency_strategy import CapacityHandle, OpsHandle

@@ -208,6 +208,32 @@ def low_latency_combine(
     )
 
 
+def low_latency_combine_padded(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    layout_range: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+) -> str | None:
+    device = x.device
+    if error := _experts(num_experts, num_ranks) or _topk_idx(topk_idx, device):
+        return error
+    if error := _tensor("x", x, FLOATS, device, {"L": num_experts // num_ranks, "R·M": None, "H": None}):
+        return error
+    if not differ(x.shape[2], 0):
+        return "x must have a hidden size of at least 1"
+    T, K = topk_idx.shape
+    return (
+        _tensor("recv_src_idx", recv_src_idx, (torch.int32,), device, {"N": None, "3": 3})
+        or _tensor("send_head", send_head, (torch.int32,), device, {"T": T, "K": K})
+        or _topk_weights(topk_weights, topk_idx)
+        or _tensor("layout_range", layout_range, (torch.int32,), device, {"E": num_experts})
+    )
+
+
 def dispatch_backward(
     grad_recv_x: Tensor,
     grad_recv_topk_weights: Tensor,
@@ -428,6 +454,16 @@ def range_error(name: str, what: str, tensor: Tensor, bound: int) -> str | None:
 
 def ids_error(topk_idx: Tensor, num_experts: int) -> str | None:
     return range_error("topk_idx", "id", topk_idx, num_experts)
+
+
+def repeated_error(topk_idx: Tensor) -> str | None:
+    """Where every expert has room for a token once."""
+    ids = topk_idx.unsqueeze(2)
+    wrong = ((ids == topk_idx.unsqueeze(1)).tril(-1) & (ids >= 0)).nonzero()
+    if not wrong.numel():
+        return None
+    t, k, _ = wrong[0].tolist()
+    return f"topk_idx has the id {int(topk_idx[t, k])} of token {t} twice; a token's ids must be distinct"
 
 
 def crowded_error(topk_idx: Tensor, L: int) -> str | None:
