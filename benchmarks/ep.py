@@ -1,6 +1,6 @@
 """Times dispatch and combine of deep_ep against what else does the same, and against memory, on local processes.
 
-    python -m benchmarks.ep                       what the goals are about, a subset of 7 minutes
+    python -m benchmarks.ep                       what the goals are about, a subset of 8 minutes
     python -m benchmarks.ep --full                every configuration that fits into memory, an hour
     python -m benchmarks.ep --ranks 2 4 --tokens 4096 --hidden 7168 --backward --out FOLDER
 
@@ -57,7 +57,8 @@ def quick() -> list[Point]:
     points = []
     for ranks in RANKS:
         point = Point(ranks, only=(DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED, COPY))
-        points += [point, replace(point, hidden=7168), replace(point, tokens=64), replace(point, backward=True)]
+        points += [point, replace(point, hidden=7168), replace(point, backward=True)]
+        points += [replace(point, tokens=tokens) for tokens in goals.FEW]
         points += [replace(point, tokens=tokens, hidden=7168, mode="low_latency") for tokens in (1, 8)]
     return points + growth((2,), (1024, 32768))
 
@@ -73,7 +74,8 @@ def full() -> list[Point]:
     """Every axis around what the goals are about."""
     points = []
     for point in (Point(ranks) for ranks in RANKS):
-        points += [replace(point, tokens=tokens, hidden=h) for tokens, h in product((64, 1024, 4096), (2048, 7168))]
+        sizes = product((*goals.FEW, 1024, 4096), (2048, 7168))
+        points += [replace(point, tokens=tokens, hidden=hidden) for tokens, hidden in sizes]
         points += [replace(point, topk=topk, experts=experts) for topk, experts in ((1, 64), (2, 8), (8, 256))]
         points += [replace(point, dtype=dtype) for dtype in ("fp16", "fp32")]
         points += [replace(point, rows="rank", hidden=hidden) for hidden in (2048, 7168)]

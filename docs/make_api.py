@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import deep_ep
-from deep_ep import buffer, env, groups, low_latency, npu, quantization, rank_rows
+from deep_ep import buffer, env, groups, low_latency, npu, quantization, rank_rows, strategies
 
 PAGE = Path(__file__).with_name("api.md")
 
@@ -40,7 +40,15 @@ Results are in the order of the schema; handles are made of them. `deep_ep.init`
 whose name is `group`."""
 
 # Names of functions and classes besides those in deep_ep.__all__, by module.
-BUFFER = (buffer, ("Handle", "AlignedHandle")), (rank_rows, ("RankHandle",)), (low_latency, ("PaddedHandle",))
+BUFFER = (
+    (buffer, ("Handle", "AlignedHandle", "InternodeHandle")),
+    (rank_rows, ("RankHandle",)),
+    (low_latency, ("PaddedHandle",)),
+)
+STRATEGIES = (
+    *("register_normal_strategy", "register_low_latency_strategy", "get_normal_strategy", "get_low_latency_strategy"),
+    *("NormalEPCommStrategy", "LowLatencyEPCommStrategy", "AllToAllLowLatencyCommStrategy"),
+)
 QUANTIZATION = ("quantize", "dequantize", "straight_through", "pack", "unpack")
 DEBUGGING = ("phases", "op_log")
 
@@ -63,6 +71,10 @@ def lines() -> Iterator[str]:
         for name in names:
             if inspect.isclass(getattr(module, name)):
                 yield from entry(f"{module.__name__}.{name}", getattr(module, name))
+    yield "## Strategies\n"
+    yield f"`deep_ep.strategies` has {', '.join(f'`{name}`' for name in strategies.__all__)}.\n"
+    for name in STRATEGIES:
+        yield from entry(f"deep_ep.strategies.{name}", getattr(strategies, name))
     yield "## Events, configs and choices\n"
     for name, value in classes.items():
         yield from entry(f"deep_ep.{name}", value)

@@ -59,11 +59,23 @@ def test_goals_take_paired_medians() -> None:
     gloo = by_title["T ≥ 1024, K=8, bf16: gloo as written / deep_ep"]
     assert [(value.ranks, value.value) for value in gloo.values(results)] == [(2, 20.0), (4, 40.0)]
     assert gloo.worst(gloo.values(results)).config == str(point)
-    assert [gloo.verdict(value) for value in (30, 29, 14)] == ["goal", "floor", "below"]
+    assert [verdict(gloo, value) for value in (30, 29, 14)] == ["goal", "floor", "below"]
     eager = by_title["eager call of dispatch, R=1, T=1"]
-    assert [eager.verdict(value.value) for value in eager.values(results)] == ["floor"]
+    assert eager.verdict(eager.values(results)) == "floor"
     (line,) = (line for line in goals.table(results).splitlines() if line.startswith(gloo.title))
     assert "28.28" in line and line.endswith(f"floor  20.00 at {point}")
+
+
+def verdict(goal: goals.Goal, *values: float) -> str:
+    return goal.verdict([Value(DEEP_EP, 2, "x", value) for value in values])
+
+
+def test_a_floor_may_hold_for_each_configuration() -> None:
+    few = next(goal for goal in goals.GOALS if goal.title.startswith("T = 16, 64, 256"))
+    assert [verdict(few, 2.0, worst) for worst in (0.86, 0.84)] == ["goal", "below"]
+    assert verdict(few, 1.0, 0.9) == "floor"
+    of_mean = replace(few, floor_of_each=False)
+    assert verdict(of_mean, 2.0, 0.84) == "goal"
 
 
 @pytest.mark.parametrize(

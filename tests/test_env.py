@@ -123,6 +123,35 @@ def check_low_latency_modes(ctx: RankContext) -> None:
     assert sent(make_buffer(ctx, "default", SGLANG_DEEPEP_BF16_DISPATCH="false")) == torch.int8
 
 
+def check_changes(ctx: RankContext) -> None:
+    """As SGLang has it: a draft model that is not quantised makes its calls between two assignments to os.environ."""
+    x, ids = inputs()
+    draft = {"DEEP_NORMAL_MODE_USE_INT8_QUANT": "0", "SGLANG_DEEPEP_BF16_DISPATCH": "1"}
+    base = {"DEEP_NORMAL_MODE_USE_INT8_QUANT": "1", "SGLANG_DEEPEP_BF16_DISPATCH": "0"}
+    buffer = make_buffer(ctx, "default", DEEP_NORMAL_MODE_USE_INT8_QUANT="1")
+
+    def quantised() -> list[bool]:
+        rows = [send(buffer, x, ids, 2)[0], buffer.low_latency_dispatch(x, ids, M, 2)[0]]
+        return [isinstance(one, tuple) for one in rows]
+
+    assert quantised() == [True, True]
+    for variables, wanted in ((draft, False), (base, True), (draft, False)):
+        with in_environment(**variables):
+            assert quantised() == [wanted] * 2
+    assert quantised() == [True, True]  # as when it was made
+    with in_environment(DEEP_NORMAL_MODE_USE_INT8_QUANT="yes"):
+        assert "DEEP_NORMAL_MODE_USE_INT8_QUANT must be one of 0, 1" in error_of(quantised)[1]
+    # A graph keeps what was in force when the Buffer was made: nothing would tell it.
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: send(buffer, x, ids, 2)[0], backend="aot_eager", fullgraph=True)
+    with in_environment(**draft):
+        assert isinstance(compiled(x), tuple)
+
+
+def test_changes(pool: RankPool) -> None:
+    pool.run(1, check_changes)
+
+
 def test_low_latency_modes(pool: RankPool) -> None:
     pool.run(1, check_low_latency_modes)
 

@@ -114,7 +114,7 @@ WRONG: dict[str, tuple[str, str, Change]] = {
         *("rank", "low_latency_dispatch"),
         lambda given: {"cumulative_local_expert_recv_stats": torch.zeros(3, dtype=torch.int32)},
     ),
-    "handle must be a DispatchHandle or an AlignedHandle or a RankHandle, got str": (
+    "handle must be a DispatchHandle or an AlignedHandle or an InternodeHandle or a RankHandle, got str": (
         *("expert", "combine"),
         lambda given: {"handle": "handle"},
     ),

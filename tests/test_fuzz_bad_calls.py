@@ -21,7 +21,7 @@ from ranks import STRATEGIES, RankContext, RankPool
 from torch import Tensor
 
 import deep_ep
-from deep_ep import quantization, reference
+from deep_ep import arguments, quantization, reference
 from deep_ep.low_latency import PaddedHandle, _padded
 from deep_ep.ops.dispatch import DispatchHandle
 from deep_ep.ops.low_latency_dispatch import LowLatencyHandle
@@ -104,17 +104,24 @@ class World:
 
     def routing_of(self, handles: list[Any], kind: str) -> Routing:
         """That of which all ranks have the handles, as far as tensors in them tell."""
+        found = []
         for routing in (self.main, self.other):
             of = {"expert": routing.expert, "rank": routing.rank}.get(kind, routing.low_latency)
             if all(self._is_of(handle, one) for handle, one in zip(handles, of, strict=True)):
-                return routing
-        raise Invalid("handle")
+                found.append(routing)
+        demand(bool(found), "handle")
+        # Both send the same rows to the same ranks if both are found. Then the weights tell.
+        return max(found, key=lambda routing: sum(map(has, handles, routing.weights)))
 
     def _is_of(self, handle: Any, of: reference.DispatchResult) -> bool:
         packed = getattr(handle, "packed", None)
         given = [one for one in handle if isinstance(one, Tensor)] if packed is None else [packed.send_head]
         given = [one.clamp(min=-1) for one in given if one.dtype == torch.int32 and not one.is_meta]
         return any(same(one, of.send_head) for one in given)
+
+
+def has(handle: Any, tensor: Tensor) -> bool:
+    return any(same(one, tensor) for one in handle)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -224,6 +231,13 @@ def weighted(of: list[Any], given: list[Arguments], weights: list[Tensor]) -> li
     return reference.combine(xs, weights, [one.recv_src_idx for one in of])
 
 
+def with_empty(recv_src_idx: Tensor, handle: Any) -> Tensor:
+    """Of the handle where that has more rows, all of them empty, else as it is."""
+    N = len(recv_src_idx)
+    of_handle = [one for one in handle if isinstance(one, Tensor) and not one.is_meta and one.dim() == 2]
+    return next((one for one in of_handle if same(one[:N], recv_src_idx) and bool((one[N:] < 0).all())), recv_src_idx)
+
+
 def buffer_dispatch_model(world: World, given: list[Arguments]) -> list[Any]:
     rows, cached = world.rows, equal([one.get("handle") is not None for one in given], "handle")
     parts = [parts_of(one["x"], one.get("quant_mode") or "none", False) for one in given]
@@ -232,7 +246,10 @@ def buffer_dispatch_model(world: World, given: list[Arguments]) -> list[Any]:
         for of_x, ids in zip(parts, routing.ids, strict=True):
             demand(len(of_x[0]) == len(ids), "x")
         results = routing.expert if rows == "expert" else routing.rank
-        return [[*routed_parts(of.recv_src_idx, parts)] for of in results]
+        return [
+            [*routed_parts(with_empty(of.recv_src_idx, one["handle"]), parts)]
+            for of, one in zip(results, given, strict=True)
+        ]
     if rows == "expert":
         out = expert_rows(given, parts, [len(one["num_tokens_per_expert"]) for one in given])
     else:
@@ -279,7 +296,8 @@ def buffer_combine_model(world: World, given: list[Arguments]) -> list[Any]:
     if world.rows == "expert":
         sums, weights = weighted(routing.expert, given, routing.weights), [None] * R
         for one in given:
-            demand(one.get("topk_weights") is None or one["topk_weights"] is one["handle"][7], "weights")
+            given_back, own = one.get("topk_weights"), one["handle"][7]
+            demand(given_back is None or (given_back.dtype == own.dtype and torch.equal(given_back, own)), "weights")
     else:
         ones = [torch.ones(mask.shape) for mask in routing.masks]
         sums, weights = weighted(routing.rank, given, ones), [None] * R
@@ -361,7 +379,7 @@ def low_latency_combine_model(world: World, given: list[Arguments]) -> list[Any]
 def fused_model(world: World, given: list[Arguments]) -> list[Any]:
     for rank, one in enumerate(given):
         demand(same(one["gmm2_weight"], world.downs[rank]), "weights")
-        demand(one["topk_idx"].dtype in (torch.int64, torch.int32), "topk_idx")
+        demand(one["topk_idx"].dtype == torch.int64, "topk_idx")
         demand(bool(((one["topk_idx"] >= -1) & (one["topk_idx"] < E)).all()), "topk_idx")
         demand(one["topk_weights"].dtype == torch.float32, "topk_weights")
     for what in ("num_max_dispatch_tokens_per_rank", "num_experts"):
@@ -796,7 +814,7 @@ class Plan:
     def expected(self) -> list[Any]:
         for one, full in zip(self.given, [self.call.arguments(self.world, rank) for rank in range(R)], strict=True):
             demand(not set(full) - set(one) - {"num_worst_tokens", "quant_mode", *OPTIONAL}, "missing")
-        return self.call.model(self.world, self.given)
+        return self.call.model(self.world, [as_ops_take(one) for one in self.given])
 
     def __str__(self) -> str:
         faults = "; ".join(
@@ -807,6 +825,16 @@ class Plan:
         how = ", ".join(name for name, chosen in self.world.choices.items() if chosen)
         sizes = f"T={self.world.tokens} H={self.world.H} W={self.world.worst} {self.world.dtype}"
         return f"seed {self.seed}: {self.name} (rows={self.rows}; {how}; {sizes}) with {faults}"
+
+
+def as_ops_take(given: Arguments) -> Arguments:
+    given = dict(given)
+    ids, weights = given.get("topk_idx"), given.get("topk_weights")
+    if isinstance(ids, Tensor) and ids.dtype in arguments.INTEGERS:
+        given["topk_idx"] = ids.long()
+    if isinstance(weights, Tensor) and weights.dtype in (torch.float16, torch.bfloat16):
+        given["topk_weights"] = weights.float()
+    return given
 
 
 OPTIONAL = (

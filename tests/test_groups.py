@@ -382,7 +382,7 @@ def choose(ctx: RankContext) -> None:
     assert deep_ep.groups.info_of(group).normal.value == "alltoall"  # nobody has chosen
     info = deep_ep.init(group, strategy="default", num_bytes=1 << 20)
     other = deep_ep.Buffer(group, normal_strategy="alltoall")
-    assert (buffer.normal_strategy.value, other.normal_strategy.value) == ("alltoall", "alltoall")
+    assert (buffer.normal_strategy.get_name(), other.normal_strategy.get_name()) == ("alltoall", "alltoall")
     assert deep_ep.groups.info_of(group) is info and info.normal.value == "default"
     assert deep_ep.init(group) == info == deep_ep.init(group, strategy="default")
     for ask in (0, 1, 2):

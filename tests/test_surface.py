@@ -78,7 +78,7 @@ BUFFERS = {
 }
 # Where the two disagree on the order of arguments, DeepEP-Ascend's counts.
 BY_KEYWORD = {("DeepEP", "low_latency_dispatch"): 5, ("DeepEP", "low_latency_combine"): 4}
-BY_KEYWORD |= {(peer, "__init__"): 7 for peer in BUFFERS}
+BY_KEYWORD |= {("DeepEP", "__init__"): 7}
 """How many arguments may be given by position, where that is not all of them."""
 
 CONFIG = {
@@ -89,7 +89,7 @@ CONFIG = {
     "num_max_rdma_chunked_recv_tokens": 256,
 }
 ATTRIBUTES = ("group", "rank", "group_size", "num_nvl_bytes", "num_rdma_bytes", "low_latency_mode", "num_sms")
-ATTRIBUTES += ("explicitly_destroy", "enable_shrink", "normal_strategy", "low_latency_strategy")
+ATTRIBUTES += ("runtime", "explicitly_destroy", "enable_shrink", "normal_strategy", "low_latency_strategy")
 EXPORTS = ["Buffer", "Config", "EventHandle", "EventOverlap", "FuseMode", "LowLatencyStrategy", "NormalStrategy"]
 EXPORTS += ["topk_idx_t"]
 

@@ -9,9 +9,10 @@ from ._torch_npu import left_out_if_broken
 with left_out_if_broken():
     import torch
 
-from . import npu
-from .buffer import AlignedHandle, Buffer
+from . import ep_strategy, npu, strategies
+from .buffer import AlignedHandle, Buffer, InternodeHandle
 from .config import Config
+from .ep_strategy import LowLatencyStrategy, NormalStrategy
 from .fused_weights import FusedWeights, FuseMode, fused_weights, quantize_weight
 from .groups import destroy, init
 from .low_latency import PaddedHandle
@@ -24,7 +25,7 @@ from .ops.low_latency_combine import low_latency_combine
 from .ops.low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, low_latency_dispatch
 from .ops.wait import Started, wait
 from .rank_rows import RankHandle
-from .strategies import LowLatencyStrategy, NormalStrategy
+from .strategies.low_latency_strategy import CapacityHandle
 from .utils import EventHandle, EventOverlap
 
 topk_idx_t = torch.int64
@@ -34,6 +35,7 @@ topk_idx_t = torch.int64
 torch.serialization.add_safe_globals(
     [
         AlignedHandle,
+        CapacityHandle,
         Config,
         DispatchHandle,
         DispatchOutput,
@@ -41,6 +43,7 @@ torch.serialization.add_safe_globals(
         EventOverlap,
         FuseMode,
         FusedWeights,
+        InternodeHandle,
         LowLatencyHandle,
         LowLatencyOutput,
         LowLatencyStrategy,
@@ -69,6 +72,7 @@ __all__ = [
     "destroy",
     "dispatch",
     "dispatch_start",
+    "ep_strategy",
     "fused_deep_moe",
     "fused_weights",
     "get_dispatch_layout",
@@ -77,6 +81,7 @@ __all__ = [
     "low_latency_dispatch",
     "npu",
     "quantize_weight",
+    "strategies",
     "topk_idx_t",
     "wait",
 ]

@@ -7,6 +7,8 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -14,24 +16,34 @@ import torch
 from torch import Tensor
 
 from . import call_log, calls, checks, cost, env, quantization, rank_rows
+from .arguments import adapted
 from .collective import collective
 from .config import Config
+from .ep_strategy import (
+    MODES,
+    NormalEPCommStrategy,
+    Rows,
+    get_low_latency_strategy,
+    get_normal_strategy,
+)
 from .fused import FusedCalls
 from .fused_weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
-from .groups import Group, GroupInfo, prepare, process_group, spoil
-from .low_latency import LowLatencyCalls, Rows
+from .groups import Group, GroupInfo, spoil
+from .handles import copy_in_graph, readable_by_name
+from .low_latency import LowLatencyCalls
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
 from .ops import get_dispatch_layout as layout_op
-from .ops.dispatch import DispatchHandle, copy_in_graph
+from .ops.dispatch import DispatchHandle
 from .other_calls import OtherCalls
 from .overlap import Plan, begin_after, event_of, issue
 from .rank_rows import RankHandle
-from .strategies import MODES, LowLatencyStrategy, NormalStrategy, one_of
+from .runtime import OfOps, Runtime, of_strategy
 from .utils import EventHandle, EventOverlap
 from .windows import finalize_here
 
 
+@readable_by_name
 class AlignedHandle(NamedTuple):
     """A DispatchHandle of a dispatch with expert_alignment: N counts the padding rows, too."""
 
@@ -57,7 +69,34 @@ class AlignedHandle(NamedTuple):
         return self.recv_channel_prefix_matrix[-1, -1] - (self.recv_src_idx[:, 0] >= 0).sum()
 
 
-Handle = DispatchHandle | AlignedHandle | RankHandle
+@readable_by_name
+class InternodeHandle(NamedTuple):
+    """A DispatchHandle where the group spans servers, in the order of DeepEP-Ascend's handle there."""
+
+    recv_src_idx: Tensor
+    is_token_in_rank: Tensor
+    send_head: Tensor
+    topk_idx: Tensor
+    topk_weights: Tensor
+    offset_inner: Tensor
+    """int32 [L, R]: recv_channel_prefix_matrix of a DispatchHandle."""
+    offset_outer: Tensor
+    """int32 [R, L]: its channel_prefix_matrix."""
+    count_outer: Tensor
+    """int32 [R, R]: its rank_prefix_matrix."""
+    expand_scales: Tensor
+    """fp32 [N]: the weight of every row."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy_in_graph(self, memo)
+
+    @property
+    def num_dropped(self) -> Tensor:
+        """int64 []: rows for this rank that did not fit into num_worst_tokens."""
+        return self.offset_inner[-1, -1] - (self.recv_src_idx[:, 0] >= 0).sum()
+
+
+Handle = DispatchHandle | AlignedHandle | InternodeHandle | RankHandle
 
 
 def _ops_of_dispatch(given: dict[str, Any]) -> tuple[str, ...]:
@@ -93,8 +132,9 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         num_rdma_bytes: as num_nvl_bytes, for clients that size the buffer with it; the larger one counts.
         low_latency_mode, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, meta_addr, use_fabric:
             accepted for compatibility; they concern links that a CPU does not have.
-        normal_strategy, low_latency_strategy: "default" or "alltoall", and "default", "alltoall" or "ops", or members
-            of the enumerations of these names; None is what DEEP_USE_MODE says.
+        normal_strategy, low_latency_strategy: the name of one, which is "default", "alltoall", "ops" for low latency,
+            or registered by the program (`deep_ep.ep_strategy`); None is what DEEP_USE_MODE says. The attributes of
+            these names are the strategies themselves.
         explicitly_destroy: the caller will call `destroy`, or leave a `with` block; a Buffer that goes without is told
             of in a RuntimeWarning. Others may be destroyed, and need not be.
         enable_shrink: must be False: all ranks of a group take part in every call.
@@ -125,9 +165,9 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         num_qps_per_rank: int = 12,
         allow_nvlink_for_low_latency_mode: bool = True,
         allow_mnnvl: bool = False,
+        normal_strategy: Any = None,
+        low_latency_strategy: Any = None,
         *,
-        normal_strategy: str | NormalStrategy | None = None,
-        low_latency_strategy: str | LowLatencyStrategy | None = None,
         meta_addr: int = 0,
         explicitly_destroy: bool = False,
         use_fabric: bool = False,
@@ -147,44 +187,26 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                 f"group must be a ProcessGroup, and comm None; got {group!r} (which torch.distributed gives to ranks "
                 f"outside of a group) and {comm!r}"
             )
-        pg = process_group(group)
-        self._rows = env.value("DEEP_EP_ROWS") if rows is None else one_of("rows", rows, env.ROWS)
-        self._running_counts = env.value("MOE_EXPERT_TOKEN_NUMS_TYPE") == "0"
-        rounds = env.rounds()
-        self._rounds = rounds if self._rows == "expert" else rounds._replace(number=1)
-        self._layout = None
-        self._quant_mode = "int8" if env.value("DEEP_NORMAL_MODE_USE_INT8_QUANT") == "1" else "none"
-        self._bf16_low_latency = env.value("SGLANG_DEEPEP_BF16_DISPATCH") in env.TRUE
-        self._straight_through = straight_through
+        normal = _class_of(normal_strategy, get_normal_strategy, 0)
+        low_latency = _class_of(low_latency_strategy, get_low_latency_strategy, 1)
+        num_bytes = max(num_nvl_bytes, num_rdma_bytes) or None
+        self.runtime: Runtime | None = Runtime(group, rows, straight_through, comm_alg, num_bytes)
+        self.group = self.runtime.group
+        self.rank = self.runtime.rank
+        self.group_size = self.runtime.size
+        self._rows = self.runtime.rows
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self._destroyed = False
-        for name in env.WITHOUT_EFFECT:
-            env.value(name)
         is_logged = env.value("DEBUG_MODE").upper() == "ON"
-        self.group = pg
-        self.rank = pg.rank()
-        self.group_size = pg.size()
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
         self.low_latency_mode = low_latency_mode
-        if normal_strategy is not None:
-            normal_strategy = one_of("normal_strategy", normal_strategy, NormalStrategy)
-            low_latency_strategy = low_latency_strategy or MODES[env.value("DEEP_USE_MODE")][1]
-        self._info: GroupInfo | None = prepare(
-            pg,
-            max(num_nvl_bytes, num_rdma_bytes) or None,
-            normal_strategy,
-            low_latency_strategy,
-            None,
-            comm_alg,
-            chooses=False,
-        )
-        self.normal_strategy, self.low_latency_strategy = self._info.normal, self._info.low_latency
+        self._info = self.runtime.prepare(_overload_of(normal, 0), _overload_of(low_latency, 1))
+        self.normal_strategy, self.low_latency_strategy = normal, low_latency
         if explicitly_destroy:
-            self._undestroyed = finalize_here(self, _warn_of_undestroyed, pg.group_name, *_caller())
+            self._undestroyed = finalize_here(self, _warn_of_undestroyed, self.group.group_name, *_caller())
         if is_logged:
-            call_log.start(self, pg.group_name)
+            call_log.start(self, self.group.group_name)
             spoil(self._info)
 
     @staticmethod
@@ -246,7 +268,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
 
         The windows stay, for other users of the group, until the group goes or `deep_ep.destroy`.
         """
-        self._destroyed = True
+        if self.runtime is not None:
+            self.runtime.is_destroyed = True
         if self.explicitly_destroy:
             self._undestroyed.detach()
 
@@ -257,11 +280,64 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         self.destroy()
 
     def _live(self) -> GroupInfo:
-        if self._destroyed:
-            raise RuntimeError("deep_ep: this Buffer was destroyed; make another one")
-        if self._info is None:
+        if self.runtime is None:
             raise RuntimeError("deep_ep: this Buffer was pickled, and has no group since; make another one")
+        self.runtime.check()
         return self._info
+
+    @property
+    def normal_strategy(self) -> Any:
+        """What get_dispatch_layout, dispatch and combine go by. May be assigned, on all ranks, between calls: an object
+        with these methods, or the class or the name of one. ValueError: it is none, or of another group or of other
+        rows.
+        """
+        return self._normal
+
+    @normal_strategy.setter
+    def normal_strategy(self, strategy: Any) -> None:
+        methods = "get_dispatch_layout", "dispatch", "combine"
+        self._normal = self._strategy("normal_strategy", strategy, get_normal_strategy, methods)
+        if isinstance(self._normal, OfOps):
+            self._info = replace(self._info, normal=self._normal.info.normal)
+
+    @property
+    def low_latency_strategy(self) -> Any:
+        """The same of low_latency_dispatch and low_latency_combine."""
+        return self._low_latency
+
+    @low_latency_strategy.setter
+    def low_latency_strategy(self, strategy: Any) -> None:
+        methods = "low_latency_dispatch", "low_latency_combine"
+        self._low_latency = self._strategy("low_latency_strategy", strategy, get_low_latency_strategy, methods)
+        if isinstance(self._low_latency, OfOps):
+            info = self._low_latency.info
+            self._info = replace(self._info, low_latency=info.low_latency, comm_alg=info.comm_alg)
+
+    def _strategy(self, argument: str, given: Any, get: Callable[[str], type[Any]], methods: tuple[str, ...]) -> Any:
+        """The strategy that is given for `argument`, which has these methods."""
+        self._live()
+        if isinstance(given, str):
+            given = get(given)
+        if isinstance(given, type):
+            make: Any = given.of_buffer if issubclass(given, OfOps) else given
+            given = make(runtime=self.runtime, group=self.group)
+        for method in methods:
+            if not callable(getattr(given, method, None)):
+                raise ValueError(f"{argument} must be a strategy, or the name of one; got {given!r} without {method}")
+        if getattr(given, "group", self.group) is not self.group:
+            raise ValueError(
+                f"{argument} must be of the group '{self.group.group_name}', got one of '{given.group.group_name}'"
+            )
+        if isinstance(given, OfOps) and given.runtime.rows != self._rows:
+            raise ValueError(f'{argument} must have rows="{self._rows}", got one with rows="{given.runtime.rows}"')
+        return given
+
+    def _begin(self, strategy: Any) -> Any:
+        """The strategy, for a call. What fails in a program's own is for that to tell the other ranks."""
+        self._live()
+        if not isinstance(strategy, OfOps):
+            calls.leave()
+        return strategy
 
     def __copy__(self) -> "Buffer":
         return self
@@ -272,7 +348,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle has of it: all that is of no group, of no other object and of no process."""
         plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | str | Enum)}
-        return plain | {"group": None, "_info": None, "explicitly_destroy": False}
+        gone = dict.fromkeys(("group", "runtime", "_info", "_normal", "_low_latency"))
+        return plain | gone | {"explicitly_destroy": False}
 
     def get_dispatch_layout(
         self,
@@ -290,18 +367,15 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
 
         ValueError: allocate_on_comm_stream without previous_event or without async_finish; T is larger than the rounds.
         """
-        begin_after(previous_event, async_finish, allocate_on_comm_stream)
-        per_rank, _, per_expert, in_rank = layout_op.call(self._live(), topk_idx, num_experts)
-        if self._rows == "rank":
-            in_rank = in_rank.to(torch.bool)
-        if self._rounds.number > 1:
-            per_expert = _per_round(topk_idx, num_experts, self._rounds)
-        if not torch.compiler.is_compiling():
-            kept = topk_idx.clone() if topk_idx.is_inference() else topk_idx
-            self._layout = kept, 0 if kept.is_inference() else kept._version, num_experts
-        return per_rank, None, per_expert, in_rank, event_of(async_finish)
+        return self._begin(self.normal_strategy).get_dispatch_layout(
+            topk_idx=topk_idx,
+            num_experts=num_experts,
+            previous_event=previous_event,
+            async_finish=async_finish,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+        )
 
-    @collective(_ops_of_dispatch)
+    @collective(of_strategy("normal_strategy", _ops_of_dispatch), is_typed=False)
     def dispatch(
         self,
         x: Rows,
@@ -326,7 +400,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         Differentiable in x and topk_weights.
 
         Args:
-            x: [T, H] bf16, fp16 or fp32, contiguous; or (data [T, D], scales [T], [T, S] or, for MX formats, [T·H/32])
+            x: [T, H] bf16, fp16 or fp32; or (data [T, D], scales [T], [T, S] or, for MX formats, [T·H/32])
                 of any dtypes, rows that are quantised already; or (x, marker), where x is not quantised and the dtype
                 of marker, whose values and shape do not matter, says to what it is to be: torch.int8, or that of the
                 data of an MX format.
@@ -376,6 +450,125 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             RuntimeError: as `deep_ep.dispatch`; x requires a gradient but is quantised, and the Buffer has no
                 straight_through; after `destroy`.
         """
+        if config is None and not isinstance(self.normal_strategy, OfOps):
+            config = self.get_dispatch_config(self.group_size)
+        return self._begin(self.normal_strategy).dispatch(
+            x=x,
+            handle=handle,
+            num_tokens_per_rank=num_tokens_per_rank,
+            num_tokens_per_rdma_rank=num_tokens_per_rdma_rank,
+            is_token_in_rank=is_token_in_rank,
+            num_tokens_per_expert=num_tokens_per_expert,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            expert_alignment=expert_alignment,
+            num_worst_tokens=num_worst_tokens,
+            config=config,
+            previous_event=previous_event,
+            async_finish=async_finish,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+            dispatch_wait_recv_cost_stats=dispatch_wait_recv_cost_stats,
+            quant_mode=quant_mode,
+        )
+
+    @collective(of_strategy("normal_strategy", _ops_of_combine), is_typed=False)
+    def combine(
+        self,
+        x: Tensor,
+        handle: Handle,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        combine_send_cost_stats: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Sums up each token's rows: with the weights given to dispatch (rows="expert") or as they are (rows="rank").
+
+        Differentiable in x, in the weights and in bias.
+
+        Args:
+            x: [N, H], the experts' results in the row order of recv_x.
+            handle: of that dispatch.
+            topk_weights: rows="expert": None, or fp32 [T, K] equal to those given to dispatch, which then get the
+                gradient. rows="rank": None, or fp32 [N, K], which are summed up as well.
+            bias: [T, H] in x's dtype, or two of them, added to the result in fp32. Unlike upstream, which rounds
+                once, the sum of rows is rounded before. With async_finish it is read when the event is waited for.
+            previous_event, async_finish, allocate_on_comm_stream: as in dispatch; the call never waits for peers.
+            combine_send_cost_stats: int32 or int64 [R]; the call adds to every peer's entry the microseconds that it
+                took, or those that its event was waited for. Unchanged under torch.compile.
+
+        Returns:
+            combined_x [T, H], combined_topk_weights fp32 [T, K] (None under rows="expert" and without topk_weights),
+            event.
+
+        Raises:
+            ValueError: topk_weights differ from those given to dispatch (in compiled code and on NPUs they count as
+                they are), or an argument of another dtype or shape.
+            RuntimeError: as `deep_ep.combine`; after `destroy`.
+        """
+        if config is None and not isinstance(self.normal_strategy, OfOps):
+            config = self.get_combine_config(self.group_size)
+        return self._begin(self.normal_strategy).combine(
+            x=x,
+            handle=handle,
+            topk_weights=topk_weights,
+            bias=bias,
+            config=config,
+            previous_event=previous_event,
+            async_finish=async_finish,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+            combine_send_cost_stats=combine_send_cost_stats,
+        )
+
+
+class NormalOfOps(OfOps, NormalEPCommStrategy):
+    """Normal mode over one overload of the ops."""
+
+    def get_supported_modes(self) -> list[str]:
+        return ["normal"]
+
+    @adapted
+    def get_dispatch_layout(
+        self,
+        topk_idx: Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
+        """As `Buffer.get_dispatch_layout`."""
+        begin_after(previous_event, async_finish, allocate_on_comm_stream)
+        per_rank, _, per_expert, in_rank = layout_op.call(self._live(), topk_idx, num_experts)
+        if self._rows == "rank":
+            in_rank = in_rank.to(torch.bool)
+        if self.runtime.rounds.number > 1:
+            per_expert = _per_round(topk_idx, num_experts, self.runtime.rounds)
+        self.runtime.keep_layout(topk_idx, num_experts)
+        return per_rank, None, per_expert, in_rank, event_of(async_finish)
+
+    @collective(_ops_of_dispatch)
+    def dispatch(
+        self,
+        x: Rows,
+        handle: Handle | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        dispatch_wait_recv_cost_stats: Tensor | None = None,
+        quant_mode: str | None = None,
+    ) -> tuple[Rows, Tensor | None, Tensor | None, list[int] | Tensor | None, Handle, EventOverlap]:
+        """As `Buffer.dispatch`."""
         info = self._live()
         begin_after(previous_event, async_finish, allocate_on_comm_stream)
         if expert_alignment < 1:
@@ -428,7 +621,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             plan = self._cached_dispatch(info, rows, handle)
         else:
             assert topk_idx is not None and num_tokens_per_expert is not None
-            E, exact = self._num_experts(num_tokens_per_expert), num_worst_tokens == 0
+            E, exact = self.runtime.num_experts(num_tokens_per_expert), num_worst_tokens == 0
 
             def expert_rows(out: dispatch_op.DispatchOutput) -> tuple[Any, ...]:
                 return self._expert_rows(out, expert_alignment, exact)
@@ -446,16 +639,6 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         has_shape = handle is not None or num_worst_tokens != 0
         sends = plan._replace(received=received)
         return self._issue(sends, async_finish, dispatch_wait_recv_cost_stats, has_shape)
-
-    def _num_experts(self, num_tokens_per_expert: Tensor) -> int:
-        """E, of the counts of all rounds."""
-        n, rounds = num_tokens_per_expert.numel(), self._rounds.number
-        if num_tokens_per_expert.dim() != 1 or n % rounds:
-            raise ValueError(
-                f"num_tokens_per_expert must have the shape [rounds·E], with {rounds} rounds (of "
-                f"DEEPEP_NORMAL_LONG_SEQ_ROUND), got {list(num_tokens_per_expert.shape)}"
-            )
-        return n // rounds
 
     def _check_handles(self, info: GroupInfo, handle: Handle, overlaps: bool) -> None:
         """All ranks must have handles of one dispatch, which combine finds out, of rows of the least size that an NPU
@@ -497,7 +680,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                 scales = quantization.by_rows(scales, data)
                 return quantization.pack(data, scales), (data, scales)
             x, quant_mode = data, named
-        mode = quant_mode or ("none" if cached else self._quant_mode)
+        mode = quant_mode or ("none" if cached else self.runtime.quant_mode)
         if mode == "none":
             return x, None
         if self._straight_through:
@@ -517,6 +700,8 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         if expert_alignment != 1:
             results = _align(out, expert_alignment, exact)
             counts = results[3].num_rows
+        elif self.runtime.get_num_rdma_ranks() > 1:
+            results = *results[:3], _across_servers(out)
         return *results[:3], self._listed(counts, exact), results[3]
 
     def _listed(self, counts: Tensor, exact: bool) -> list[int] | Tensor:
@@ -558,42 +743,20 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         allocate_on_comm_stream: bool = False,
         combine_send_cost_stats: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
-        """Sums up each token's rows: with the weights given to dispatch (rows="expert") or as they are (rows="rank").
-
-        Differentiable in x, in the weights and in bias.
-
-        Args:
-            x: [N, H], the experts' results in the row order of recv_x.
-            handle: of that dispatch.
-            topk_weights: rows="expert": None, or the weights in the handle. rows="rank": None, or fp32 [N, K], which
-                are summed up as well.
-            bias: [T, H] in x's dtype, or two of them, added to the result in fp32. Unlike upstream, which rounds
-                once, the sum of rows is rounded before. With async_finish it is read when the event is waited for.
-            previous_event, async_finish, allocate_on_comm_stream: as in dispatch; the call never waits for peers.
-            combine_send_cost_stats: int32 or int64 [R]; the call adds to every peer's entry the microseconds that it
-                took, or those that its event was waited for. Unchanged under torch.compile.
-
-        Returns:
-            combined_x [T, H], combined_topk_weights fp32 [T, K] (None under rows="expert" and without topk_weights),
-            event.
-
-        Raises:
-            ValueError: topk_weights are not those in the handle, or an argument of another dtype or shape.
-            RuntimeError: as `deep_ep.combine`; after `destroy`.
-        """
+        """As `Buffer.combine`."""
         info = self._live()
         begin_after(previous_event, async_finish, allocate_on_comm_stream)
         cost.check("combine_send_cost_stats", combine_send_cost_stats, self.group_size)
         known = rank_rows.check_handle(handle) if self._rows == "rank" else _expert_handle(handle)
         biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
-        _check_biases(biases, x, known.is_token_in_rank.shape[0])
+        of_tokens = known.is_token_in_rank if isinstance(known, RankHandle) else known.topk_idx
+        _check_biases(biases, x, of_tokens.shape[:-1])
         summed = ", with topk_weights" if topk_weights is not None and self._rows == "rank" else ""
         calls.form(f'rows="{self._rows}"{summed}')
         if isinstance(known, RankHandle):
             plan = rank_rows.combine(info, x, known, topk_weights)
         else:
-            if topk_weights is not None and topk_weights is not known.topk_weights:
-                raise ValueError("topk_weights must be None or the weights in the handle, handle[7]")
+            known = _with_weights(known, topk_weights)
             aligned = _as_aligned(handle)
             if aligned is not None:
                 x = x.index_select(0, aligned.position)
@@ -630,10 +793,24 @@ def _as_aligned(handle: tuple[Tensor, ...]) -> AlignedHandle | None:
     return AlignedHandle(*handle) if len(handle) == len(AlignedHandle._fields) else None
 
 
+def _across_servers(out: dispatch_op.DispatchOutput) -> InternodeHandle:
+    known = out.handle
+    return InternodeHandle(
+        *known[3:],
+        known.recv_channel_prefix_matrix,
+        known.channel_prefix_matrix,
+        known.rank_prefix_matrix,
+        out.recv_topk_weights.detach().sum(1),
+    )
+
+
 def _expert_handle(handle: tuple[Tensor, ...]) -> DispatchHandle:
-    """The handle that the ops know; ValueError unless it has 8 tensors, or 10 with padding rows."""
+    """The handle that the ops know; ValueError unless it has 8 tensors, 9 across servers or 10 with padding rows."""
     if len(handle) == len(DispatchHandle._fields):
         return DispatchHandle(*handle)
+    if len(handle) == len(InternodeHandle._fields):
+        *known, inner, outer, count, _ = handle
+        return DispatchHandle(count, outer, inner, *known)
     aligned = _as_aligned(handle)
     if aligned is None:
         raise ValueError(
@@ -641,6 +818,25 @@ def _expert_handle(handle: tuple[Tensor, ...]) -> DispatchHandle:
             f"got {len(handle)}"
         )
     return DispatchHandle(*aligned[:8])._replace(recv_src_idx=aligned.recv_src_idx.index_select(0, aligned.position))
+
+
+def _with_weights(handle: DispatchHandle, topk_weights: Tensor | None) -> DispatchHandle:
+    """The handle with the weights that are given for combine, which get their gradients; they must equal its own."""
+    own = handle.topk_weights
+    if topk_weights is None or topk_weights is own:
+        return handle
+    sizes = zip(topk_weights.shape, own.shape, strict=False)
+    if topk_weights.dtype != own.dtype or topk_weights.dim() != 2 or any(checks.differ(a, b) for a, b in sizes):
+        raise ValueError(
+            f"topk_weights must be None or those given to dispatch, {own.dtype} {list(own.shape)}; "
+            f"got {topk_weights.dtype} {list(topk_weights.shape)}"
+        )
+    # In graphs their values are not known; those that are given count.
+    if checks.has_values(own):
+        is_same = torch.isclose(topk_weights.detach(), own.detach(), rtol=0, atol=0, equal_nan=True)
+        if not is_same.all():
+            raise ValueError("topk_weights must be None or those given to dispatch, handle.topk_weights; got others")
+    return handle._replace(topk_weights=topk_weights)
 
 
 def _align(
@@ -680,6 +876,18 @@ def _spread(out: dispatch_op.DispatchOutput, position: Tensor, N: int) -> tuple[
     )
 
 
+def _class_of(given: Any, get: Callable[[str], type[Any]], place: int) -> Any:
+    """The class of the strategy that is given by name; None is what DEEP_USE_MODE says in that place."""
+    if given is None:
+        given = MODES[env.value("DEEP_USE_MODE")][place]
+    return get(given) if isinstance(given, str) else given
+
+
+def _overload_of(strategy: Any, place: int) -> Any:
+    """That of the strategy; besides a program's own the Buffer has what DEEP_USE_MODE says."""
+    return getattr(strategy, "overload", None) or MODES[env.value("DEEP_USE_MODE")][place]
+
+
 def _caller() -> tuple[str, int]:
     """File and line where this library was called."""
     frame = sys._getframe()
@@ -703,13 +911,13 @@ def _check_positive(**numbers: int) -> None:
             raise ValueError(f"{name} must be positive, got {number}")
 
 
-def _check_biases(biases: tuple[Tensor, ...], x: Tensor, T: int) -> None:
+def _check_biases(biases: tuple[Tensor, ...], x: Tensor, tokens: torch.Size) -> None:
     if len(biases) > 2:
         raise ValueError(f"bias must be a tensor or two of them, got {len(biases)}")
     for one in biases:
-        if one.dtype != x.dtype or one.dim() != 2 or one.shape[0] != T or one.shape[1] != x.shape[1]:
+        if one.dtype != x.dtype or one.shape != (*tokens, x.shape[1]):
             raise ValueError(
-                f"bias must be {x.dtype} [T, H] with T = {T} and H = {x.shape[1]}, got {one.dtype} {list(one.shape)}"
+                f"bias must be {x.dtype} [T, H] = {[*tokens, x.shape[1]]}, got {one.dtype} {list(one.shape)}"
             )
 
 

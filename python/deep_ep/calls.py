@@ -76,6 +76,17 @@ def begin() -> tuple[int, int]:
     return library.deep_ep_call_begin() >> 1, mine.entered
 
 
+def is_within() -> bool:
+    """Whether this thread is between `begin` and `end`."""
+    return mine.failed is not None
+
+
+def leave() -> None:
+    """The rest of this call is a program's own, which tells other ranks itself what fails in it."""
+    if not torch.compiler.is_compiling():
+        end()
+
+
 def entered(begun: tuple[int, int]) -> tuple[int, bool]:
     """How many operations have been entered since `begun`, and whether the newest of them has not failed."""
     code = library.deep_ep_call_entered()

@@ -18,6 +18,7 @@ from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_leaves
 
 from . import alltoall, calls, windows
+from .arguments import adapted
 from .groups import GroupInfo, has_native_cpu_only, info_of
 from .utils import EventOverlap
 
@@ -33,39 +34,50 @@ Ops = Callable[[dict[str, Any]], Sequence[str]]
 """Of the arguments of a call that were given, right or wrong: the ops that it enters, in their order."""
 
 
-def collective(ops: str | Ops) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def collective(ops: str | Ops, is_typed: bool = True) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a function, whose `group` is an argument, or a method of Buffer one that fails on all ranks.
 
-    Arguments of another type than annotated raise ValueError, by name. While torch.compile traces, the function is
-    all there is.
+    With `is_typed`, arguments of another type than annotated raise ValueError, by name, and those of the right type are
+    `adapted`. A call within another is a part of that one. While torch.compile traces, the adapted function is all
+    there is.
     """
     ops_of: Ops = (lambda _: (ops,)) if isinstance(ops, str) else ops
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         parameters = inspect.signature(function).parameters
         names = list(parameters)
-        kinds = {name: kind for name, one in parameters.items() if (kind := _kind(one.annotation)) is not None}
+        kinds = {
+            name: kind for name, one in parameters.items() if is_typed and (kind := _kind(one.annotation)) is not None
+        }
         by_place = [(name, kinds.get(name)) for name in names]
         is_method = names[0] == "self"
+        adapting = adapted(function) if is_typed else function
+
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+            for (name, kind), value in zip(by_place, args, strict=False):
+                if kind is not None and (wrong := kind(name, value)):
+                    raise ValueError(wrong)
+            for name, value in kwargs.items():
+                kind = kinds.get(name)
+                if kind is not None and (wrong := kind(name, value)):
+                    raise ValueError(wrong)
+            return adapting(*args, **kwargs)
+
+        checking = checked if kinds else adapting
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             if torch.compiler.is_compiling():
-                return function(*args, **kwargs)
+                return adapting(*args, **kwargs)
+            if calls.is_within():
+                return checking(*args, **kwargs)
             begun = calls.begin()
             try:
-                for (name, kind), value in zip(by_place, args, strict=False):
-                    if kind is not None and (wrong := kind(name, value)):
-                        raise ValueError(wrong)
-                for name, value in kwargs.items():
-                    kind = kinds.get(name)
-                    if kind is not None and (wrong := kind(name, value)):
-                        raise ValueError(wrong)
-                return function(*args, **kwargs)
+                return checking(*args, **kwargs)
             except Exception as error:
                 entered, completed = calls.entered(begun)
                 # An op that has been entered has told the others.
-                if completed or entered == 0:
+                if calls.is_within() and (completed or entered == 0):
                     given = dict(zip(names, args, strict=False)) | kwargs
                     where = given["self"] if is_method else given.get("group")
                     # Dynamo may run this function without tracing it, and trace what it calls.

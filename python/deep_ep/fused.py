@@ -40,7 +40,6 @@ class FusedCalls:
         `rows` and low_latency_strategy of the Buffer play no part; the strategy is that of normal mode.
 
         Args:
-            topk_idx: int32 as well.
             gmm1_permuted_weight, gmm2_weight: int8 weights mean int8 whether quant_mode is 0 or 1, as in DeepEP-Ascend,
                 whose kernels go by the weights; others need quant_mode 0.
             gmm1_permuted_weight_scale, gmm2_weight_scale: under FUSED_DEEP_MOE of any float dtype; under
@@ -58,8 +57,6 @@ class FusedCalls:
         info, fuse_mode = self._live(), as_fuse_mode(fuse_mode)
         if quant_mode == 0 and gmm1_permuted_weight.dtype == torch.int8:
             quant_mode = 1
-        if topk_idx.dtype == torch.int32:
-            topk_idx = topk_idx.to(torch.int64)
         scales = [gmm1_permuted_weight_scale, gmm2_weight_scale]
         for i, scale in enumerate(scales):
             if scale is None or scale.numel() == 0:

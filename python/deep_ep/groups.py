@@ -15,11 +15,11 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 
 from . import _compile, env
 from .communicator import Communicator
+from .ep_strategy import MODES, LowLatencyStrategy, NormalStrategy, one_of
 from .meeting import Meeting, group_timeout
 from .npu import windows as npu_windows
 from .npu.platform import platform
 from .npu_ops import check_comm_alg
-from .strategies import MODES, LowLatencyStrategy, NormalStrategy, one_of
 from .windows import Windows
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -99,6 +99,11 @@ def process_group(group: Group) -> dist.ProcessGroup:
     if group is None and dist.group.WORLD is not None:
         return dist.group.WORLD
     return _refuse(group)
+
+
+def platform_of(pg: dist.ProcessGroup) -> str | None:
+    """A2, A3 or A5; None where the group has no NPU, and for others."""
+    return platform() if "npu" in {device.type for device in pg._device_types} else None
 
 
 @_untraced
@@ -181,7 +186,7 @@ def prepare(
         raise ValueError(f"num_bytes must be positive, got {num_bytes}")
     env.value("MOE_SHARED_EXPERT_RANK_NUM")
     on = {device.type for device in pg._device_types}
-    from_environment = env.comm_alg(platform() if "npu" in on else None)
+    from_environment = env.comm_alg(platform_of(pg))
     if num_bytes is None:
         num_bytes = env.window_bytes()
     name = pg.group_name

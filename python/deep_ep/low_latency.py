@@ -5,7 +5,7 @@ M num_max_dispatch_tokens_per_rank · N = R·M·min(K, L) packed rows.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +13,19 @@ from torch import Tensor
 from . import calls, cost, quantization
 from .checks import differ
 from .collective import collective
+from .ep_strategy import LowLatencyEPCommStrategy, Rows
 from .groups import GroupInfo
+from .handles import readable_by_name
 from .ops import low_latency_combine as combine_op
 from .ops import low_latency_dispatch as dispatch_op
 from .ops import low_latency_dispatch_int8 as dispatch_int8_op
 from .ops.low_latency_dispatch import LowLatencyHandle
-from .overlap import Plan, event_of, issue
+from .overlap import Plan, issue
+from .runtime import OfOps, Runtime, of_strategy
 from .utils import EventHandle, EventOverlap
 
 
+@readable_by_name
 class PaddedHandle(NamedTuple):
     """The handle under rows="rank", where every expert has R·M rows. The first five are upstream DeepEP's."""
 
@@ -37,23 +41,23 @@ class PaddedHandle(NamedTuple):
     """int64 [N]: where each packed row is among the L·R·M padded ones; 0 for unused rows."""
 
 
-Rows = Tensor | tuple[Tensor, Tensor]
-"""Rows [N, H], or quantised rows as (data, scales)."""
+Handle = LowLatencyHandle | PaddedHandle
 
 
 class LowLatencyCalls:
     """What Buffer inherits for decoding."""
 
-    rank: int
-    group_size: int
+    low_latency_strategy: Any
+    runtime: Runtime | None
     _rows: str
-    _straight_through: bool
-    _bf16_low_latency: bool
 
     def _live(self) -> GroupInfo:
         raise NotImplementedError
 
-    @collective("low_latency_dispatch")
+    def _begin(self, strategy: Any) -> Any:
+        raise NotImplementedError
+
+    @collective(of_strategy("low_latency_strategy", "low_latency_dispatch"), is_typed=False)
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -70,12 +74,12 @@ class LowLatencyCalls:
         topk_weights: Tensor | None = None,
         quant_mode: str | None = None,
         dispatch_wait_recv_cost_stats: Tensor | None = None,
-    ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle, EventOverlap, Callable[[], None] | None]:
+    ) -> tuple[Rows, Tensor, Handle, EventOverlap, Callable[[], None]]:
         """Sends every token once to each of its experts, with static shapes.
 
         Args:
-            x: [T, H] bf16, fp16 or fp32, contiguous, 0 <= T <= M.
-            topk_idx: int64 [T, K], expert ids 0..E-1, or -1 for none; a token's ids must be distinct.
+            x: [T, H] bf16, fp16 or fp32, 0 <= T <= M.
+            topk_idx: [T, K] of any integer dtype, expert ids 0..E-1, or -1 for none; a token's ids must be distinct.
             num_max_dispatch_tokens_per_rank: M, the same on all ranks.
             num_experts: E, a multiple of R.
             cumulative_local_expert_recv_stats: int32 [L]; the rows of each local expert are added to it.
@@ -103,7 +107,7 @@ class LowLatencyCalls:
                 [N·H/32] (MX) or [N, H/128]; rows="rank": [L, R·M], [L, R·M, H/32] or [L, R·M, H/128].
             recv_count: int64 [L] (rows="rank": int32 [L]).
             handle: for low_latency_combine.
-            event, hook (None without return_recv_hook).
+            event, and hook, which waits for the same and may always be called.
 
         Raises:
             RuntimeError: as `deep_ep.low_latency_dispatch`; x requires a gradient, rows are quantised and the Buffer
@@ -112,17 +116,129 @@ class LowLatencyCalls:
             ValueError: an unknown quant_mode; H does not suit it; cumulative_local_expert_recv_stats has another shape
                 or dtype; both async_finish and return_recv_hook.
         """
+        more: dict[str, Any] = {}
+        if dispatch_wait_recv_cost_stats is not None:
+            more["dispatch_wait_recv_cost_stats"] = dispatch_wait_recv_cost_stats
+        strategy = self._begin(self.low_latency_strategy)
+        if not isinstance(strategy, OfOps):
+            assert self.runtime is not None
+            flags = use_fp8, use_ue8m0, use_mxfp4
+            quant_mode = mode_of(quant_mode, *flags, rows=self._rows, as_bf16=self.runtime.bf16_low_latency)
+            quant_mode = None if quant_mode == "none" else quant_mode
+        return strategy.low_latency_dispatch(
+            x=x,
+            topk_idx=topk_idx,
+            num_max_dispatch_tokens_per_rank=num_max_dispatch_tokens_per_rank,
+            num_experts=num_experts,
+            cumulative_local_expert_recv_stats=cumulative_local_expert_recv_stats,
+            use_fp8=use_fp8,
+            round_scale=round_scale,
+            use_ue8m0=use_ue8m0,
+            use_mxfp4=use_mxfp4,
+            async_finish=async_finish,
+            return_recv_hook=return_recv_hook,
+            topk_weights=topk_weights,
+            quant_mode=quant_mode,
+            **more,
+        )
+
+    @collective(of_strategy("low_latency_strategy", "low_latency_combine"), is_typed=False)
+    def low_latency_combine(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: Handle,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: Tensor | None = None,
+        use_logfmt: bool = False,
+        combine_wait_recv_cost_stats: Tensor | None = None,
+    ) -> tuple[Tensor, EventOverlap, Callable[[], None]]:
+        """Sums up each token's rows with its weights, in fp32, in the order of k, rounded once.
+
+        Args:
+            x: the experts' results in the shape and row order of low_latency_dispatch's recv_x; bf16, fp16 or fp32.
+            topk_idx: [T, K], as given to low_latency_dispatch.
+            topk_weights: [T, K] fp32, bf16 or fp16, which becomes fp32.
+            handle: of that low_latency_dispatch.
+            zero_copy: x is, or equals, what get_next_low_latency_combine_buffer gave. On CPU rows go from any x
+                straight into the windows of their tokens' ranks, so that there is no copy to be saved.
+            async_finish, return_recv_hook: as in low_latency_dispatch; under rows="rank" combined_x is there after
+                the event or hook.
+            out: [T, H] in x's dtype, to be written to and returned; of a longer one the first T rows are.
+            use_logfmt: accepted for compatibility; upstream may then send rows in 10 bits a value, here they travel as
+                they are.
+            combine_wait_recv_cost_stats: as dispatch_wait_recv_cost_stats.
+
+        Returns:
+            combined_x [T, H], event, hook.
+
+        Raises:
+            RuntimeError: as `deep_ep.low_latency_combine`.
+            ValueError: out has another shape or dtype; both async_finish and return_recv_hook.
+        """
+        more: dict[str, Any] = {}
+        if use_logfmt:
+            more["use_logfmt"] = use_logfmt
+        if combine_wait_recv_cost_stats is not None:
+            more["combine_wait_recv_cost_stats"] = combine_wait_recv_cost_stats
+        return self._begin(self.low_latency_strategy).low_latency_combine(
+            x=x,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            handle=handle,
+            zero_copy=zero_copy,
+            async_finish=async_finish,
+            return_recv_hook=return_recv_hook,
+            out=out,
+            **more,
+        )
+
+    def get_next_low_latency_combine_buffer(self, handle: Handle) -> Tensor:
+        """An uninitialised bf16 tensor for the experts' results, of the shape that low_latency_combine takes.
+
+        It belongs to the caller: nothing else writes to it.
+        """
+        M, H, E = handle[2], handle[3], handle[4]
+        shape: tuple[int, ...] = (handle.src_info.shape[0], H)
+        if isinstance(handle, PaddedHandle):
+            R = self._live().size
+            shape = (E // R, R * M, H)
+        return handle.src_info.new_empty(shape, dtype=torch.bfloat16)
+
+
+class LowLatencyOfOps(OfOps, LowLatencyEPCommStrategy):
+    """Low latency over one overload of the ops."""
+
+    def get_supported_modes(self) -> list[str]:
+        return ["low_latency"]
+
+    @collective("low_latency_dispatch")
+    def low_latency_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        use_mxfp4: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        topk_weights: Tensor | None = None,
+        quant_mode: str | None = None,
+        dispatch_wait_recv_cost_stats: Tensor | None = None,
+    ) -> tuple[Rows, Tensor, Handle, EventOverlap, Callable[[], None]]:
+        """As `Buffer.low_latency_dispatch`."""
         info = self._live()
         cost.check("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, self.group_size)
         _check_one_way(async_finish, return_recv_hook)
-        if quant_mode is None:
-            quantised = "mx_fp8_e4m3" if use_ue8m0 else "int8"
-            if use_mxfp4:
-                quantised = "mx_fp4_e2m1"
-            elif self._rows == "rank":
-                quantised = "block_fp8_e4m3"
-            quant_mode = quantised if (use_fp8 or use_mxfp4) and not self._bf16_low_latency else "none"
-        quant_mode = quantization.check_mode(quant_mode)
+        flags = use_fp8, use_ue8m0, use_mxfp4
+        quant_mode = mode_of(quant_mode, *flags, rows=self._rows, as_bf16=self.runtime.bf16_low_latency)
         stats, L = cumulative_local_expert_recv_stats, num_experts // info.size
         if stats is not None and (stats.dtype != torch.int32 or stats.shape != (L,)):
             raise ValueError(
@@ -151,7 +267,7 @@ class LowLatencyCalls:
         calls.form(quantization.described(x if sent is None else sent))
         call = info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts
 
-        def received(out: dispatch_op.LowLatencyOutput) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle]:
+        def received(out: dispatch_op.LowLatencyOutput) -> tuple[Rows, Tensor, Handle]:
             return self._received(info, out, sent)
 
         plan, cost_stats = Plan(dispatch_op, [call], received), dispatch_wait_recv_cost_stats
@@ -165,7 +281,7 @@ class LowLatencyCalls:
 
         if wait is None:
             complete()
-        return *results, *_event_and_hook(async_finish, return_recv_hook, None if wait is None else complete)
+        return *results, *_event_and_hook(async_finish, None if wait is None else complete)
 
     def _dispatch_int8(
         self,
@@ -177,17 +293,17 @@ class LowLatencyCalls:
         stats: Tensor | None,
         async_finish: bool,
         return_recv_hook: bool,
-    ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle, EventOverlap, Callable[[], None] | None]:
+    ) -> tuple[Rows, Tensor, Handle, EventOverlap, Callable[[], None]]:
         """Where the kernel quantises. The host waits for nothing, so that a hook has nothing left to receive."""
         out, scales = dispatch_int8_op.call(info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
         if stats is not None:
             stats.add_(out.recv_count.to(torch.int32))
         results = self._with_rows(info, out, (out.recv_x, scales))
-        return *results, *_event_and_hook(async_finish, return_recv_hook, None)
+        return *results, *_event_and_hook(async_finish, None)
 
     def _received(
         self, info: GroupInfo, out: dispatch_op.LowLatencyOutput, sent: tuple[Tensor, Tensor] | None
-    ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle]:
+    ) -> tuple[Rows, Tensor, Handle]:
         """recv_x, recv_count and handle as a client gets them. `sent`: the (data, scales) that the rows hold."""
         rows: tuple[Tensor, ...] = (out.recv_x,)
         hidden = out.handle.hidden
@@ -201,7 +317,7 @@ class LowLatencyCalls:
 
     def _with_rows(
         self, info: GroupInfo, out: dispatch_op.LowLatencyOutput, rows: tuple[Tensor, ...]
-    ) -> tuple[Rows, Tensor, LowLatencyHandle | PaddedHandle]:
+    ) -> tuple[Rows, Tensor, Handle]:
         packed = out.handle
         if self._rows == "expert":
             return _one_or_two(rows), out.recv_count, packed
@@ -214,37 +330,15 @@ class LowLatencyCalls:
         x: Tensor,
         topk_idx: Tensor,
         topk_weights: Tensor,
-        handle: LowLatencyHandle | PaddedHandle,
+        handle: Handle,
         zero_copy: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
         out: Tensor | None = None,
         use_logfmt: bool = False,
         combine_wait_recv_cost_stats: Tensor | None = None,
-    ) -> tuple[Tensor, EventOverlap, Callable[[], None] | None]:
-        """Sums up each token's rows with its weights, in fp32, in the order of k, rounded once.
-
-        Args:
-            x: the experts' results in the shape and row order of low_latency_dispatch's recv_x; bf16, fp16 or fp32.
-            topk_idx: int64 [T, K], as given to low_latency_dispatch.
-            topk_weights: fp32 [T, K].
-            handle: of that low_latency_dispatch.
-            zero_copy: x is, or equals, what get_next_low_latency_combine_buffer gave. On CPU rows go from any x
-                straight into the windows of their tokens' ranks, so that there is no copy to be saved.
-            async_finish, return_recv_hook: as in low_latency_dispatch; under rows="rank" combined_x is there after
-                the event or hook.
-            out: [T, H] in x's dtype, to be written to and returned; of a longer one the first T rows are.
-            use_logfmt: accepted for compatibility; upstream may then send rows in 10 bits a value, here they travel as
-                they are.
-            combine_wait_recv_cost_stats: as dispatch_wait_recv_cost_stats.
-
-        Returns:
-            combined_x [T, H], event, hook.
-
-        Raises:
-            RuntimeError: as `deep_ep.low_latency_combine`.
-            ValueError: out has another shape or dtype; both async_finish and return_recv_hook.
-        """
+    ) -> tuple[Tensor, EventOverlap, Callable[[], None]]:
+        """As `Buffer.low_latency_combine`."""
         _check_one_way(async_finish, return_recv_hook)
         packed = handle
         if isinstance(handle, PaddedHandle):
@@ -260,31 +354,30 @@ class LowLatencyCalls:
         stats = combine_wait_recv_cost_stats
         cost.check("combine_wait_recv_cost_stats", stats, self.group_size)
         if out is not None:
-            T, H = topk_idx.shape[0], x.shape[-1]
-            if out.dim() != 2 or out.shape[0] < T or out.shape[1] != H or out.dtype != x.dtype:
-                raise ValueError(f"out must be {x.dtype} {[T, H]}, got {out.dtype} {list(out.shape)}")
+            T, *others = *topk_idx.shape[:-1], x.shape[-1]
+            if out.dim() == 0 or out.shape[0] < T or list(out.shape[1:]) != others or out.dtype != x.dtype:
+                raise ValueError(f"out must be {x.dtype} {[T, *others]}, got {out.dtype} {list(out.shape)}")
             if out.requires_grad and out.is_leaf and torch.is_grad_enabled():
                 raise ValueError("out must not be a leaf that requires a gradient: it is written to")
         overlaps = self._overlaps(async_finish or return_recv_hook)
         into = None if out is None else out[: topk_idx.shape[0]]
         combined, wait = issue(Plan(combine_op, [call], lambda result: result), overlaps, into, stats, self.rank)
-        return combined, *_event_and_hook(async_finish, return_recv_hook, wait)
+        return combined, *_event_and_hook(async_finish, wait)
 
-    def _overlaps(self, is_asked: bool) -> bool:
-        """Whether a call goes on when it returns: under rows="expert" clients need not wait for results."""
-        return is_asked and self._rows == "rank"
 
-    def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle | PaddedHandle) -> Tensor:
-        """An uninitialised bf16 tensor for the experts' results, of the shape that low_latency_combine takes.
-
-        It belongs to the caller: nothing else writes to it.
-        """
-        M, H, E = handle[2], handle[3], handle[4]
-        shape: tuple[int, ...] = (handle.src_info.shape[0], H)
-        if isinstance(handle, PaddedHandle):
-            R = self._live().size
-            shape = (E // R, R * M, H)
-        return handle.src_info.new_empty(shape, dtype=torch.bfloat16)
+def mode_of(
+    quant_mode: str | None, use_fp8: bool, use_ue8m0: bool, use_mxfp4: bool, *, rows: str, as_bf16: bool
+) -> str:
+    """One of quantization.MODES: quant_mode, or what the flags mean under the row contract; as_bf16: rows as they
+    are."""
+    if quant_mode is None:
+        quantised = "mx_fp8_e4m3" if use_ue8m0 else "int8"
+        if use_mxfp4:
+            quantised = "mx_fp4_e2m1"
+        elif rows == "rank":
+            quantised = "block_fp8_e4m3"
+        quant_mode = quantised if (use_fp8 or use_mxfp4) and not as_bf16 else "none"
+    return quantization.check_mode(quant_mode)
 
 
 def _padded(info: GroupInfo, packed: LowLatencyHandle) -> tuple[PaddedHandle, Tensor]:
@@ -324,8 +417,7 @@ def _check_one_way(async_finish: bool, return_recv_hook: bool) -> None:
         raise ValueError("async_finish and return_recv_hook must not both be True: a call has an event or a hook")
 
 
-def _event_and_hook(
-    async_finish: bool, return_recv_hook: bool, complete: Callable[[], None] | None
-) -> tuple[EventOverlap, Callable[[], None] | None]:
-    """What a call returns for `complete`, which ends it if it goes on. It may be waited for any number of times."""
-    return event_of(async_finish, complete), EventHandle(complete).current_stream_wait if return_recv_hook else None
+def _event_and_hook(async_finish: bool, complete: Callable[[], None] | None) -> tuple[EventOverlap, Callable[[], None]]:
+    """What a call returns for `complete`, which ends it if it goes on. Both may be called any number of times."""
+    handle = EventHandle(complete)
+    return EventOverlap(handle if async_finish else None), handle.current_stream_wait

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import checks
 from .groups import GroupInfo
+from .handles import readable_by_name
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
 from .ops.dispatch import DispatchHandle, DispatchOutput
@@ -23,6 +24,7 @@ MAX_EXPERTS = 1 << 24
 """Ids travel as fp32, which is exact below this."""
 
 
+@readable_by_name
 class RankHandle(NamedTuple):
     """What combine and a cached dispatch need, as tensors only. The order is that of upstream DeepEP's handle.
 
@@ -115,7 +117,7 @@ def dispatch(
     """Sends every token once to each of its ranks. Differentiable in x and topk_weights.
 
     Args:
-        x: [T, H] bf16, fp16 or fp32, contiguous.
+        x: [T, H] bf16, fp16 or fp32.
         is_token_in_rank: bool [T, R].
         num_tokens_per_expert: int32 [E].
         topk_idx: int64 [T, K] with ids of 0..E-1 or -1, or None for no metadata.
@@ -229,7 +231,7 @@ def combine(info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...], topk_weights
     """Sums up each token's rows, and what the ranks have for its weights. Differentiable in both.
 
     Args:
-        x: [N, H] bf16, fp16 or fp32, contiguous, in the row order of recv_x.
+        x: [N, H] bf16, fp16 or fp32, in the row order of recv_x.
         handle: of that dispatch.
         topk_weights: fp32 [N, K], or None.
 

@@ -1,8 +1,8 @@
 """The environment variables of deep_ep: one table of what they are, and their values.
 
 `deep_ep.init` and Buffer read them when they are called; ops and compiled code never do, since Dynamo has no guards for
-them. An argument that says the same counts instead. An empty value is no value. `python -m deep_ep.env` prints the
-table as it is in force.
+them. Calls of a Buffer outside of graphs look again for the two that quantise, which SGLang changes. An argument that
+says the same counts instead. An empty value is no value. `python -m deep_ep.env` prints the table as it is in force.
 """
 
 import functools
@@ -11,7 +11,9 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..strategies import MODES
+import torch
+
+from ..ep_strategy import MODES
 
 _SWITCH = ("0", "1")
 _POSITIVE = range(1, sys.maxsize)
@@ -73,14 +75,15 @@ VARIABLES = {
             "DEEP_NORMAL_MODE_USE_INT8_QUANT",
             "0",
             _SWITCH,
-            "1: Buffer.dispatch without quant_mode and without a handle sends int8 rows with scales.",
+            "1: Buffer.dispatch without quant_mode and without a handle sends int8 rows with scales. Calls outside of "
+            "graphs go by what it is then, if it is set.",
         ),
         Variable(
             "SGLANG_DEEPEP_BF16_DISPATCH",
             "0",
             ("0", "1", "false", "true", "no", "yes", "n", "y"),
             "1: Buffer.low_latency_dispatch without quant_mode sends rows as they are, whatever use_fp8 and use_mxfp4 "
-            "say.",
+            "say. Calls outside of graphs go by what it is then, if it is set.",
         ),
         Variable(
             "MOE_EXPERT_TOKEN_NUMS_TYPE",
@@ -145,7 +148,8 @@ VARIABLES = {
             "1, with HCCL_INTRA_ROCE_ENABLE=0: the strategy ops sends in two steps, within servers and between them: "
             "comm_alg is hierarchy where it is not given. 1 in both is refused: HCCL takes one link.",
             ("A2",),
-            "HCCL reads it; comm_alg is as given.",
+            "HCCL reads it; comm_alg is as given. On a CPU, 1 with HCCL_INTRA_ROCE_ENABLE=0 counts servers of 8 ranks, "
+            "as on A2: handles have 9 tensors where there are several.",
         ),
         Variable(
             "HCCL_INTRA_ROCE_ENABLE",
@@ -153,7 +157,7 @@ VARIABLES = {
             _SWITCH,
             "0, with HCCL_INTRA_PCIE_ENABLE=1: see there.",
             ("A2",),
-            "HCCL reads it; comm_alg is as given.",
+            "See there.",
         ),
         Variable(
             "MOE_ENABLE_CCU",
@@ -223,6 +227,14 @@ def value(name: str) -> str:
             if choice.lower() == text.lower():
                 return choice
     raise ValueError(f"the environment variable {name} must be {variable.values}; got {text!r}")
+
+
+def latest(name: str, otherwise: str) -> str:
+    """What is in force now, outside of graphs, if the environment says something; or what was when a Buffer was made.
+
+    SGLang changes these variables from call to call, for draft models.
+    """
+    return otherwise if torch.compiler.is_compiling() or given(name) is None else value(name)
 
 
 def window_bytes() -> int | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import alltoall, checks
+from ..arguments import flat, like_tokens
 from ..collective import collective
 from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
@@ -24,13 +25,13 @@ def combine(x: Tensor, handle: DispatchHandle, *, group: Group = None) -> Tensor
     """Sums up each token's rows with its weights. Collective over the group; differentiable in x and in the weights.
 
     Args:
-        x: [N, H] bf16, fp16 or fp32, contiguous: the experts' results, in the row order of dispatch's recv_x.
+        x: [N, H] bf16, fp16 or fp32: the experts' results, in the row order of dispatch's recv_x.
         handle: of the dispatch that brought the rows; its topk_weights are the weights.
         group: the group of that dispatch.
 
     Returns:
         [T, H] in x's dtype: sum over k of topk_weights[t, k] * row, in fp32, in the order of k, rounded once. Tokens
-        without rows are 0.
+        without rows are 0. T is the dimensions that dispatch's x had.
 
     Raises:
         RuntimeError: as `deep_ep.dispatch`; also if the ranks' handles are not of one dispatch.
@@ -52,7 +53,8 @@ def combine_start(x: Tensor, handle: DispatchHandle, *, group: Group = None) -> 
 def call(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> Tensor:
     """The op's overload for `info`."""
     op = getattr(torch.ops.deep_ep.combine, info.normal.value)
-    return op(*_tensors(x, handle), _num_experts(info, handle), info.size, info.name)
+    combined = op(*_tensors(x, handle), _num_experts(info, handle), info.size, info.name)
+    return like_tokens(combined, handle.topk_idx.shape[:-1])
 
 
 def start(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> Started:
@@ -60,16 +62,16 @@ def start(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> Started:
     op = getattr(torch.ops.deep_ep.combine_start, info.normal.value)
     tensors, num_experts = _tensors(x, handle), _num_experts(info, handle)
     ticket = op(*tensors, num_experts, info.size, info.name)
-    return issued(ticket, info, info.normal.value, "combine", tensors, num_experts, 0)
+    return issued(ticket, info, info.normal.value, "combine", tensors, num_experts, 0, handle.topk_idx.shape[:-1])
 
 
 def complete(started: Started) -> Tensor:
-    return started.results()[0]
+    return like_tokens(started.results()[0], started.tokens)
 
 
 def arriving(started: Started) -> Tensor:
     """The same, which is there once started.join() has returned."""
-    return started.arriving()[0]
+    return like_tokens(started.arriving()[0], started.tokens)
 
 
 def wrong(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> str | None:
@@ -79,11 +81,12 @@ def wrong(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> str | None:
 
 def nothing_yet(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> Tensor:
     """What `call` gives, without a value in it."""
-    return no_rows(x, handle.topk_idx.shape[0])
+    return like_tokens(no_rows(x, handle.send_head.shape[0]), handle.topk_idx.shape[:-1])
 
 
 def _tensors(x: Tensor, handle: DispatchHandle) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return x, handle.topk_idx, handle.topk_weights, handle.recv_src_idx, handle.send_head
+    topk_idx, topk_weights = flat(handle.topk_idx, handle.topk_weights)
+    return x, topk_idx, topk_weights, handle.recv_src_idx, handle.send_head
 
 
 def _num_experts(info: GroupInfo, handle: DispatchHandle) -> int:

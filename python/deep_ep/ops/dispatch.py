@@ -4,7 +4,6 @@ T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local e
 W num_worst_tokens.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import alltoall, checks
+from ..arguments import flat, like_tokens
 from ..collective import collective
 from ..groups import Group, GroupInfo, info_of
+from ..handles import copy_in_graph, readable_by_name
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from . import get_dispatch_layout
@@ -21,15 +22,7 @@ from ._registration import Start, refuse, register, reject
 from .wait import Completion, Started, completes, issued, no_rows
 
 
-def copy_in_graph(handle: Any, memo: dict[int, Any]) -> Any:
-    """copy.deepcopy of a handle: the copy of weights that need gradients leads back to where they came from."""
-
-    def copied(field: Any) -> Any:
-        return field.clone() if field.requires_grad and not field.is_leaf else copy.deepcopy(field, memo)
-
-    return type(handle)(*map(copied, handle))
-
-
+@readable_by_name
 class DispatchHandle(NamedTuple):
     """What combine needs to send rows back, as tensors only. The order is that of DeepEP-Ascend's handle.
 
@@ -49,9 +42,9 @@ class DispatchHandle(NamedTuple):
     send_head: Tensor
     """int32 [T, K]: the row at the expert's rank, -1 if there is none."""
     topk_idx: Tensor
-    """int64 [T, K], as given to dispatch."""
+    """int64 [T, K]: that of dispatch, with the dimensions it was given in, which are those of combine's result."""
     topk_weights: Tensor
-    """fp32 [T, K], as given to dispatch; ones if none were given."""
+    """fp32 [T, K], as topk_idx; ones if none were given."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy_in_graph(self, memo)
@@ -92,9 +85,10 @@ def dispatch(
     """Sends every token once to each of its experts. Collective over the group; differentiable in x and topk_weights.
 
     Args:
-        x: [T, H] bf16, fp16 or fp32, contiguous. T may differ between ranks and be 0.
-        topk_idx: int64 [T, K], expert ids 0..E-1, or -1 for none. Expert e lives on rank e // L.
-        topk_weights: fp32 [T, K]; None means ones.
+        x: [T, H] bf16, fp16 or fp32. T may differ between ranks and be 0. It may be several dimensions, such as
+            [batch, sequence, H], which come back from combine; topk_idx and topk_weights have them, too.
+        topk_idx: [T, K] of any integer dtype, expert ids 0..E-1, or -1 for none. Expert e lives on rank e // L.
+        topk_weights: [T, K] fp32, bf16 or fp16, which becomes fp32; None means ones.
         num_experts: E, a multiple of R.
         group: a group prepared with `deep_ep.init`.
         num_worst_tokens: 0 for exact shapes (N is known once counts have been exchanged), or W for static
@@ -155,7 +149,7 @@ def call(
     """The op's overload for `info`, with its results put in order."""
     topk_idx, topk_weights = _own(topk_idx, topk_weights)
     op = getattr(torch.ops.deep_ep.dispatch, info.normal.value)
-    results = op(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens, info.name)
+    results = op(*flat(x, topk_idx, topk_weights), num_experts, info.size, num_worst_tokens, info.name)
     return _in_order(info, results, topk_idx, topk_weights, num_experts, is_token_in_rank)
 
 
@@ -171,10 +165,10 @@ def start(
     """As `call`, for `complete`."""
     topk_idx, topk_weights = _own(topk_idx, topk_weights)
     op = getattr(torch.ops.deep_ep.dispatch_start, info.normal.value)
-    ticket = op(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens, info.name)
-    arguments = x, topk_idx, topk_weights
+    tokens, arguments = topk_idx.shape[:-1], flat(x, topk_idx, topk_weights)
+    ticket = op(*arguments, num_experts, info.size, num_worst_tokens, info.name)
     sizes = num_experts, num_worst_tokens
-    return issued(ticket, info, info.normal.value, "dispatch", arguments, *sizes, is_token_in_rank)
+    return issued(ticket, info, info.normal.value, "dispatch", arguments, *sizes, tokens, is_token_in_rank)
 
 
 def complete(started: Started) -> DispatchOutput:
@@ -187,7 +181,7 @@ def arriving(started: Started) -> DispatchOutput:
 
 
 def _of(started: Started, results: list[Tensor]) -> DispatchOutput:
-    _, topk_idx, topk_weights = started.arguments
+    topk_idx, topk_weights = (like_tokens(one, started.tokens) for one in started.arguments[1:])
     return _in_order(started.info, results, topk_idx, topk_weights, started.num_experts, started.is_token_in_rank)
 
 
@@ -196,6 +190,7 @@ def wrong(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor | N
     num_experts, num_worst_tokens, *_ = sizes
     if topk_weights is None:
         topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
+    x, topk_idx, topk_weights = flat(x, topk_idx, topk_weights)
     error = checks.dispatch(x, topk_idx, topk_weights, num_experts, info.size, num_worst_tokens)
     return error or (checks.ids_error(topk_idx, num_experts) if checks.has_values(topk_idx) else None)
 
@@ -213,8 +208,9 @@ def nothing_yet(
     """What `call` gives, without a value in it. num_rows: N, also where num_worst_tokens is 0."""
     if topk_weights is None:
         topk_weights = torch.ones_like(topk_idx, dtype=torch.float32)
-    _, *others = _empty(x, topk_idx, num_experts, info.size, num_rows)
-    results = [no_rows(x, num_rows), *(tensor.zero_() for tensor in others)]
+    rows, ids = flat(x, topk_idx)
+    _, *others = _empty(rows, ids, num_experts, info.size, num_rows)
+    results = [no_rows(rows, num_rows), *(tensor.zero_() for tensor in others)]
     return _in_order(info, results, topk_idx, topk_weights, num_experts, is_token_in_rank)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, fused_kernel
+from ..arguments import flat, like_tokens
 from ..collective import collective
 from ..fused_weights import FuseMode, as_fuse_mode
 from ..groups import Group, GroupInfo, info_of
@@ -52,9 +53,10 @@ def fused_deep_moe(
     backward, which sends and computes rows once more.
 
     Args:
-        x: [T, H] bf16, fp16 or fp32, contiguous; T >= 0 may differ between ranks.
-        topk_idx: int64 [T, K], expert ids 0..E-1, or -1 for none.
-        topk_weights: fp32 [T, K].
+        x: [T, H] bf16, fp16 or fp32; T >= 0 may differ between ranks, and be several dimensions, which topk_idx and
+            topk_weights have, too.
+        topk_idx: [T, K] of any integer dtype, expert ids 0..E-1, or -1 for none.
+        topk_weights: [T, K] fp32, bf16 or fp16, which becomes fp32.
         gmm1_weight: [L, H, 2I], of any strides, in the layout of fuse_mode; x's dtype (quant_mode 0) or int8 (1).
         gmm1_weight_scale: [L, 2I], fp32 under FUSED_DEEP_MOE and int64 under DISPATCH_FFN_COMBINE, contiguous; None
             (or empty) with quant_mode 0.
@@ -110,10 +112,11 @@ def call(
         for scale in (gmm1_weight_scale, gmm2_weight_scale)
     ]
     op = getattr(torch.ops.deep_ep.fused_deep_moe, OVERLOADS[fuse_mode])
-    return op(
-        *(x, topk_idx, topk_weights, gmm1_weight, scales[0], gmm2_weight, scales[1]),
+    combined, counts = op(
+        *(*flat(x, topk_idx, topk_weights), gmm1_weight, scales[0], gmm2_weight, scales[1]),
         *(num_max_dispatch_tokens_per_rank, num_experts, info.size, quant_mode, info.name, info.normal.value),
     )
+    return like_tokens(combined, topk_idx.shape[:-1]), counts
 
 
 def _no_gradient(quant_mode: int) -> str:

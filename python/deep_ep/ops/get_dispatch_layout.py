@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from .. import alltoall, checks
+from ..arguments import adapted, flat
 from ..groups import Group, GroupInfo, info_of
 from ..npu import ge
 from ._registration import register, reject
 
 
+@adapted
 def get_dispatch_layout(
     topk_idx: Tensor, num_experts: int, *, group: Group = None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Counts tokens per rank, node and expert, and marks which token goes to which rank.
 
     Args:
-        topk_idx: int64 [T, K], expert ids 0..E-1, or -1 for none.
+        topk_idx: [T, K] of any integer dtype, expert ids 0..E-1, or -1 for none. T may be several dimensions.
         num_experts: E, a multiple of R.
         group: a group prepared with `deep_ep.init`.
 
@@ -29,7 +31,8 @@ def get_dispatch_layout(
         on one node), num_tokens_per_expert int32 [E], is_token_in_rank int32 [T, R] of 0 and 1.
 
     Raises:
-        RuntimeError: topk_idx has another dtype or shape, or an id out of range; E is not divisible by R.
+        RuntimeError: topk_idx has another shape, or an id out of range; E is not divisible by R.
+        ValueError: topk_idx is not of an integer dtype.
     """
     per_rank, _, per_expert, is_token_in_rank = call(info_of(group), topk_idx, num_experts)
     return per_rank, None, per_expert, is_token_in_rank
@@ -38,7 +41,7 @@ def get_dispatch_layout(
 def call(info: GroupInfo, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op's overload for `info`."""
     op = getattr(torch.ops.deep_ep.get_dispatch_layout, info.normal.value)
-    return op(topk_idx, num_experts, info.size, 1)
+    return op(*flat(topk_idx), num_experts, info.size, 1)
 
 
 def fake(topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

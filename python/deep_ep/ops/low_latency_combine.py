@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import alltoall, checks, npu_ops
+from ..arguments import flat, like_tokens
 from ..collective import collective
 from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
@@ -29,15 +30,15 @@ def low_latency_combine(
     """Sums up each token's rows with its weights. Collective over the group; differentiable in x and topk_weights.
 
     Args:
-        x: [N, H] bf16, fp16 or fp32, contiguous: the experts' results, in the row order of low_latency_dispatch.
-        topk_idx: int64 [T, K], as given to low_latency_dispatch; others are an error.
-        topk_weights: fp32 [T, K].
+        x: [N, H] bf16, fp16 or fp32: the experts' results, in the row order of low_latency_dispatch.
+        topk_idx: [T, K], as given to low_latency_dispatch; others are an error.
+        topk_weights: [T, K] fp32, bf16 or fp16, which becomes fp32.
         handle: of the low_latency_dispatch that brought the rows.
         group: the group of that dispatch.
 
     Returns:
         [T, H] in x's dtype: sum over k of topk_weights[t, k] * row, in fp32, in the order of k, rounded once. Tokens
-        without rows are 0.
+        without rows are 0. T is the dimensions of topk_idx.
 
     Raises:
         RuntimeError: as `deep_ep.combine`.
@@ -48,39 +49,40 @@ def low_latency_combine(
 def call(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: LowLatencyHandle) -> Tensor:
     """The op's overload for `info`."""
     op = getattr(torch.ops.deep_ep.low_latency_combine, info.low_latency.value)
-    tensors = x, topk_idx, topk_weights, handle.src_info, handle.layout_range, handle.send_head
-    return op(*tensors, handle.num_experts, info.size, info.name, info.comm_alg)
+    tensors = x, *flat(topk_idx, topk_weights), handle.src_info, handle.layout_range, handle.send_head
+    combined = op(*tensors, handle.num_experts, info.size, info.name, info.comm_alg)
+    return like_tokens(combined, topk_idx.shape[:-1])
 
 
 def start(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: LowLatencyHandle) -> Started:
     """As `call`, for `complete`. The tensors must not be written to before."""
     overload = info.low_latency.value
     op = getattr(torch.ops.deep_ep.low_latency_combine_start, overload)
-    tensors = x, topk_idx, topk_weights, handle.src_info, handle.layout_range, handle.send_head
+    tensors = x, *flat(topk_idx, topk_weights), handle.src_info, handle.layout_range, handle.send_head
     ticket = op(*tensors, handle.num_experts, info.size, info.name, info.comm_alg)
-    return issued(ticket, info, overload, "low_latency_combine", tensors, handle.num_experts, 0)
+    return issued(ticket, info, overload, "low_latency_combine", tensors, handle.num_experts, 0, topk_idx.shape[:-1])
 
 
 def complete(started: Started) -> Tensor:
-    return started.results()[0]
+    return like_tokens(started.results()[0], started.tokens)
 
 
 def arriving(started: Started) -> Tensor:
     """The same, which is there once started.join() has returned."""
-    return started.arriving()[0]
+    return like_tokens(started.arriving()[0], started.tokens)
 
 
 def wrong(info: GroupInfo, *tensors: Any) -> str | None:
     """What is wrong with the arguments of `call`, as far as that needs no values."""
-    handle = tensors[-1]
+    x, *routing, handle = tensors
     rows = handle.src_info, handle.layout_range, handle.send_head
     sizes = handle.num_experts, info.size, info.comm_alg
-    return _error(*tensors[:-1], *rows, *sizes, overload=info.low_latency.value)
+    return _error(x, *flat(*routing), *rows, *sizes, overload=info.low_latency.value)
 
 
 def nothing_yet(info: GroupInfo, x: Tensor, topk_idx: Tensor, *_: Any) -> Tensor:
     """What `call` gives, without a value in it."""
-    return no_rows(x, topk_idx.shape[0])
+    return like_tokens(no_rows(x, flat(topk_idx)[0].shape[0]), topk_idx.shape[:-1])
 
 
 def fake(

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from .. import alltoall, checks, npu_ops
+from ..arguments import flat
 from ..collective import collective
 from ..groups import Group, GroupInfo, info_of
+from ..handles import readable_by_name
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from ._registration import Start, register, reject
 from .wait import Completion, Started, completes, issued, no_rows
 
 
+@readable_by_name
 class LowLatencyHandle(NamedTuple):
     """What low_latency_combine needs to send rows back. The first six are DeepEP-Ascend's."""
 
@@ -59,9 +62,9 @@ def low_latency_dispatch(
     """Sends every token once to each of its experts. Collective over the group; differentiable in x.
 
     Args:
-        x: [T, H] bf16, fp16 or fp32, contiguous, 0 <= T <= M.
-        topk_idx: int64 [T, K], expert ids 0..E-1, or -1 for none. A token may have at most min(K, L) ids of one rank:
-            distinct ids always do.
+        x: [T, H] bf16, fp16 or fp32, 0 <= T <= M. T may be several dimensions, which topk_idx has, too.
+        topk_idx: [T, K] of any integer dtype, expert ids 0..E-1, or -1 for none. A token may have at most min(K, L)
+            ids of one rank: distinct ids always do.
         num_max_dispatch_tokens_per_rank: M, the same on all ranks.
         num_experts: E, a multiple of R.
         group: a group prepared with `deep_ep.init`.
@@ -78,7 +81,7 @@ def call(
     """The op's overload for `info`."""
     op = getattr(torch.ops.deep_ep.low_latency_dispatch, info.low_latency.value)
     M = num_max_dispatch_tokens_per_rank
-    results = op(x, topk_idx, M, num_experts, info.size, info.name, info.comm_alg)
+    results = op(*flat(x, topk_idx), M, num_experts, info.size, info.name, info.comm_alg)
     return _in_order(results, x, M, num_experts)
 
 
@@ -88,9 +91,9 @@ def start(
     """As `call`, for `complete`. The tensors must not be written to before."""
     overload = info.low_latency.value
     op = getattr(torch.ops.deep_ep.low_latency_dispatch_start, overload)
-    M = num_max_dispatch_tokens_per_rank
-    ticket = op(x, topk_idx, M, num_experts, info.size, info.name, info.comm_alg)
-    return issued(ticket, info, overload, "low_latency_dispatch", (x, topk_idx), num_experts, M)
+    M, arguments = num_max_dispatch_tokens_per_rank, flat(x, topk_idx)
+    ticket = op(*arguments, M, num_experts, info.size, info.name, info.comm_alg)
+    return issued(ticket, info, overload, "low_latency_dispatch", arguments, num_experts, M, topk_idx.shape[:-1])
 
 
 def complete(started: Started) -> LowLatencyOutput:
@@ -104,6 +107,7 @@ def arriving(started: Started) -> LowLatencyOutput:
 
 def wrong(info: GroupInfo, x: Tensor, topk_idx: Tensor, M: int, num_experts: int) -> str | None:
     """What is wrong with the arguments of `call`, as far as this rank alone can tell."""
+    x, topk_idx = flat(x, topk_idx)
     sizes = M, num_experts, info.size, info.comm_alg
     error = _error(x, topk_idx, *sizes, overload=info.low_latency.value)
     if error or not checks.has_values(topk_idx):
@@ -116,6 +120,7 @@ def nothing_yet(
 ) -> LowLatencyOutput:
     """What `call` gives when no rank sends anything."""
     M, overload = num_max_dispatch_tokens_per_rank, info.low_latency.value
+    x, topk_idx = flat(x, topk_idx)
     recv_x, *others = _results(overload, x, topk_idx, num_experts, info.size, M)
     results = [no_rows(x, recv_x.shape[0]), *(tensor.zero_() for tensor in others)]
     for places in (results[2], results[4]):
@@ -127,7 +132,7 @@ def _in_order(
     results: Sequence[Tensor], x: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int
 ) -> LowLatencyOutput:
     recv_x, recv_count, src_info, layout_range, send_head = results
-    sizes = num_max_dispatch_tokens_per_rank, x.shape[1], num_experts
+    sizes = num_max_dispatch_tokens_per_rank, x.shape[-1], num_experts
     return LowLatencyOutput(recv_x, recv_count, LowLatencyHandle(src_info, layout_range, *sizes, recv_count, send_head))
 
 

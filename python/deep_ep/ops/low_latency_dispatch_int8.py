@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import checks, quantization
+from ..ep_strategy import LowLatencyStrategy
 from ..groups import GroupInfo
-from ..strategies import LowLatencyStrategy
 from ._registration import register, reject
 from .low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, node
 

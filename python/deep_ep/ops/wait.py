@@ -33,6 +33,8 @@ class Started(NamedTuple):
     num_experts: int
     num_max: int
     """num_worst_tokens of a dispatch, num_max_dispatch_tokens_per_rank of a low-latency one, else 0."""
+    tokens: torch.Size
+    """The dimensions that the tokens came in; [T] in `arguments`."""
     grad: bool
     """Whether autograd recorded what was computed when the call was issued."""
     versions: tuple[int, ...]
@@ -85,11 +87,12 @@ def issued(
     arguments: tuple[Tensor, ...],
     num_experts: int,
     num_max: int,
+    tokens: torch.Size,
     is_token_in_rank: Tensor | None = None,
 ) -> Started:
     """The Started of a call that has just given its ticket."""
     versions = () if torch.compiler.is_compiling() else tuple(map(_version, arguments))
-    sizes = num_experts, num_max
+    sizes = num_experts, num_max, tokens
     return Started(ticket, info, overload, op, arguments, *sizes, torch.is_grad_enabled(), versions, is_token_in_rank)
 
 

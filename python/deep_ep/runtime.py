@@ -1,0 +1,192 @@
+"""What a Buffer and its strategies know of their group: DeepEP-Ascend's `buffer.runtime`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import env, notify
+from .ep_strategy import MODES, EPCommStrategy, LowLatencyStrategy, NormalStrategy, one_of
+from .groups import Group, GroupInfo, platform_of, prepare, process_group
+from .profile import Profiling
+
+RANKS_OF_A2_SERVER = 8
+
+
+class Runtime(Profiling):
+    """The group, and how its calls are to be made, as the environment says where no argument does.
+
+    Args:
+        group: as in Buffer.
+        rows, straight_through, comm_alg: as in Buffer.
+        num_bytes: of the windows, as in `deep_ep.init`.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        rows: str | None = None,
+        straight_through: bool = False,
+        comm_alg: str = "",
+        num_bytes: int | None = None,
+    ) -> None:
+        self.group = process_group(group)
+        self.rank = self.group.rank()
+        self.size = self.group.size()
+        self.rows = env.value("DEEP_EP_ROWS") if rows is None else one_of("rows", rows, env.ROWS)
+        self.running_counts = env.value("MOE_EXPERT_TOKEN_NUMS_TYPE") == "0"
+        rounds = env.rounds()
+        self.rounds = rounds if self.rows == "expert" else rounds._replace(number=1)
+        self._has_int8 = env.value("DEEP_NORMAL_MODE_USE_INT8_QUANT")
+        self._has_bf16 = env.value("SGLANG_DEEPEP_BF16_DISPATCH")
+        self._layout: tuple[Tensor, int, int] | None = None
+        self.straight_through = straight_through
+        self.comm_alg = comm_alg
+        self.num_bytes = num_bytes
+        self.is_destroyed = False
+        self._info: GroupInfo | None = None
+        for name in env.WITHOUT_EFFECT:
+            env.value(name)
+        links = env.value("HCCL_INTRA_PCIE_ENABLE"), env.value("HCCL_INTRA_ROCE_ENABLE")
+        has_servers = platform_of(self.group) == "A2" or (platform_of(self.group) is None and links == ("1", "0"))
+        self._num_servers = max(1, self.size // RANKS_OF_A2_SERVER) if has_servers else 1
+
+    def prepare(self, normal: NormalStrategy | None, low_latency: LowLatencyStrategy | None) -> GroupInfo:
+        """The group with what these strategies communicate with; None: the one that there is, or the other's.
+
+        Collective unless the group has been prepared with them here. RuntimeError: as `deep_ep.init`.
+        """
+        before = self._info
+        if before is None:
+            normal = normal or next(one for one, other in MODES.values() if other is low_latency)
+            low_latency = low_latency or next(other for one, other in MODES.values() if one is normal)
+        else:
+            normal, low_latency = normal or before.normal, low_latency or before.low_latency
+            if (normal, low_latency) == (before.normal, before.low_latency):
+                return before
+        info = prepare(self.group, self.num_bytes, normal, low_latency, None, self.comm_alg, chooses=False)
+        if before is None:
+            self._info = info
+        return info
+
+    @property
+    def quant_mode(self) -> str:
+        """That of `dispatch` where nothing else says it."""
+        return "int8" if env.latest("DEEP_NORMAL_MODE_USE_INT8_QUANT", self._has_int8) == "1" else "none"
+
+    @property
+    def bf16_low_latency(self) -> bool:
+        """Whether `low_latency_dispatch` sends rows as they are where quant_mode does not say it."""
+        return env.latest("SGLANG_DEEPEP_BF16_DISPATCH", self._has_bf16) in env.TRUE
+
+    def check(self) -> None:
+        """RuntimeError: after `Buffer.destroy`."""
+        if self.is_destroyed:
+            raise RuntimeError("deep_ep: this Buffer was destroyed; make another one")
+
+    def num_experts(self, num_tokens_per_expert: Tensor) -> int:
+        """E, of the counts of all rounds. ValueError: they are not."""
+        n, rounds = num_tokens_per_expert.numel(), self.rounds.number
+        if num_tokens_per_expert.dim() != 1 or n % rounds:
+            raise ValueError(
+                f"num_tokens_per_expert must have the shape [rounds·E], with {rounds} rounds (of "
+                f"DEEPEP_NORMAL_LONG_SEQ_ROUND), got {list(num_tokens_per_expert.shape)}"
+            )
+        return n // rounds
+
+    def keep_layout(self, topk_idx: Tensor, num_experts: int) -> None:
+        """For get_notify_send_data; nothing in compiled code."""
+        if not torch.compiler.is_compiling():
+            kept = topk_idx.clone() if topk_idx.is_inference() else topk_idx
+            self._layout = kept, 0 if kept.is_inference() else kept._version, num_experts
+
+    def get_notify_send_data(self) -> Tensor:
+        """As `Buffer.get_notify_send_data`."""
+        self.check()
+        if self._layout is None:
+            raise RuntimeError(
+                "deep_ep: get_notify_send_data: call get_dispatch_layout first, outside of compiled code"
+            )
+        topk_idx, version, num_experts = self._layout
+        if not topk_idx.is_inference() and topk_idx._version != version:
+            raise RuntimeError("deep_ep: get_notify_send_data: topk_idx has been written to since get_dispatch_layout")
+        return notify.send_data(topk_idx, num_experts, self.size)
+
+    def is_available(self) -> bool:
+        """Whether calls may be made."""
+        return not self.is_destroyed
+
+    def get_num_rdma_ranks(self) -> int:
+        """How many servers the group spans as DeepEP-Ascend counts: of 8 ranks each on A2, or on a CPU in the
+        environment of A2 (HCCL_INTRA_PCIE_ENABLE=1, HCCL_INTRA_ROCE_ENABLE=0); 1 elsewhere.
+        """
+        return self._num_servers
+
+    def get_rdma_rank(self) -> int:
+        """The server of this rank, by the same count; its rank where there is one server, as in DeepEP-Ascend."""
+        return self.rank if self._num_servers == 1 else self.rank // RANKS_OF_A2_SERVER
+
+
+class OfOps(EPCommStrategy):
+    """What the strategies of this library have in common: the ops' overload that they call. Making one is collective.
+
+    Args:
+        runtime: that of a Buffer; None for what the environment says.
+        group: that of the runtime, of which it may be left out.
+
+    Raises:
+        ValueError: runtime is none, or of another group. RuntimeError: as `deep_ep.init`.
+    """
+
+    overload: NormalStrategy | LowLatencyStrategy
+
+    def __init__(self, runtime: Runtime | None = None, group: Group = None) -> None:
+        if runtime is None:
+            runtime = Runtime(group)
+        elif not isinstance(runtime, Runtime):
+            raise ValueError(f"runtime must be buffer.runtime or None, got {type(runtime).__name__}")
+        elif group is not None and process_group(group) is not runtime.group:
+            raise ValueError(
+                f"group must be that of the runtime, '{runtime.group.group_name}'; "
+                f"got '{process_group(group).group_name}'"
+            )
+        super().__init__(runtime.group)
+        self.runtime = runtime
+        self._rows = runtime.rows
+        self._running_counts = runtime.running_counts
+        self._straight_through = runtime.straight_through
+        if isinstance(self.overload, NormalStrategy):
+            self.info = runtime.prepare(self.overload, None)
+        else:
+            self.info = runtime.prepare(None, self.overload)
+
+    @classmethod
+    def of_buffer(cls, runtime: Runtime, group: Group) -> "OfOps":
+        """That of a Buffer which was given the name of this class."""
+        return cls(runtime=runtime, group=group)
+
+    def get_name(self) -> str:
+        return self.overload.value
+
+    def _live(self) -> GroupInfo:
+        self.runtime.check()
+        return self.info
+
+    def _overlaps(self, is_asked: bool) -> bool:
+        """Whether a call goes on when it returns: under rows="expert" clients need not wait for results."""
+        return is_asked and self._rows == "rank"
+
+
+Ops = Callable[[dict[str, Any]], Sequence[str]]
+
+
+def of_strategy(attribute: str, ops: str | Ops) -> Ops:
+    """`ops` of a call of a Buffer, for `collective`, if the strategy that is its attribute is over ops."""
+
+    def ops_of(given: dict[str, Any]) -> Sequence[str]:
+        if not isinstance(getattr(given["self"], attribute), OfOps):
+            return ()
+        return (ops,) if isinstance(ops, str) else ops(given)
+
+    return ops_of

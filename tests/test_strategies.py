@@ -1,0 +1,347 @@
+"""Strategy objects: DeepEP-Ascend's classes over the ops, a program's own, and which of them a Buffer's calls take."""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import assert_same
+from ranks import RankContext, RankPool
+from test_bad_input import error_of
+from test_buffer import send
+
+import deep_ep
+from deep_ep import ep_strategy, groups, strategies
+
+T, H, K, E, M, R = 5, 32, 2, 4, 6, 2
+
+# Methods and arguments in order: sgl-kernel-npu at f425bdf1.
+_LAYOUT = "topk_idx num_experts previous_event async_finish allocate_on_comm_stream"
+_DISPATCH = (
+    "x handle num_tokens_per_rank num_tokens_per_rdma_rank is_token_in_rank num_tokens_per_expert topk_idx "
+    "topk_weights expert_alignment num_worst_tokens config previous_event async_finish allocate_on_comm_stream "
+    "dispatch_wait_recv_cost_stats quant_mode"
+)
+_COMBINE = (
+    "x handle topk_weights bias config previous_event async_finish allocate_on_comm_stream combine_send_cost_stats"
+)
+_LL_DISPATCH = (
+    "x topk_idx num_max_dispatch_tokens_per_rank num_experts cumulative_local_expert_recv_stats use_fp8 round_scale "
+    "use_ue8m0 use_mxfp4 async_finish return_recv_hook topk_weights quant_mode"
+)
+_LL_COMBINE = "x topk_idx topk_weights handle zero_copy async_finish return_recv_hook out"
+METHODS = {
+    "NormalEPCommStrategy": {"get_dispatch_layout": _LAYOUT, "dispatch": _DISPATCH, "combine": _COMBINE},
+    "LowLatencyEPCommStrategy": {"low_latency_dispatch": _LL_DISPATCH, "low_latency_combine": _LL_COMBINE},
+}
+CLASSES = {
+    "normal": {"default": "DefaultNormalCommStrategy", "alltoall": "AlltoAllNormalCommStrategy"},
+    "low_latency": {
+        "default": "DefaultLowLatencyCommStrategy",
+        "ops": "OpsLowLatencyCommStrategy",
+        "alltoall": "AllToAllLowLatencyCommStrategy",
+    },
+}
+
+
+def test_names_of_the_peer() -> None:
+    for kind, classes in CLASSES.items():
+        get = getattr(ep_strategy, f"get_{kind}_strategy")
+        module = __import__(f"deep_ep.strategies.{kind}_strategy", fromlist=["_"])
+        for name, title in classes.items():
+            cls = get(name)
+            assert cls is getattr(strategies, title) is getattr(module, title)
+            assert list(inspect.signature(cls).parameters)[:2] == ["runtime", "group"]
+        with pytest.raises(ValueError, match=f"{kind}_strategy must be one of default, alltoall.*got 'ring'"):
+            get("ring")
+    for title, methods in METHODS.items():
+        abstract = getattr(ep_strategy, title)
+        assert abstract.__abstractmethods__ == {"get_name", "get_supported_modes", *methods}
+        own = [cls for cls in vars(strategies).values() if isinstance(cls, type) and issubclass(cls, abstract)]
+        assert len(own) > 2
+        for cls in own:
+            for name, arguments in methods.items():
+                ours = list(inspect.signature(getattr(cls, name)).parameters)[1:]
+                assert ours[: len(arguments.split())] == arguments.split(), (cls, name)
+    # Members are their names, as in the peer.
+    assert [deep_ep.NormalStrategy.ALLTOALL, deep_ep.LowLatencyStrategy.OPS] == ["alltoall", "ops"]
+    assert deep_ep.LowLatencyStrategy.get_all_strategies() == ["default", "alltoall", "ops"]
+
+
+def inputs(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids = (torch.arange(T * K).view(T, K) + rank) % E
+    x = (torch.arange(T * H).view(T, H) % 64 + rank).bfloat16()
+    return x, ids, torch.ones(T, K)
+
+
+def normal_layer(buffer: deep_ep.Buffer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    rows, *_, handle, _ = send(buffer, x, ids, E, topk_weights=weights, num_worst_tokens=R * T * K)
+    return buffer.combine(rows, handle)[0]
+
+
+def low_latency_layer(buffer: deep_ep.Buffer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
+    rows, _, handle, *_ = buffer.low_latency_dispatch(x, ids, M, E, use_fp8=False)
+    return buffer.low_latency_combine(rows, ids, weights, handle)[0]
+
+
+def check_way(layer: Any, group: dist.ProcessGroup, name: str) -> None:
+    """What the windows have seen tells by which strategy a call went."""
+    x, ids, weights = inputs(group.rank())
+    since = groups.op_log(group)[1]
+    assert_same(name, layer(x, ids, weights), K * x)
+    assert len(groups.op_log(group, since)[0]) == (2 if name == "default" else 0), name
+
+
+def switch(ctx: RankContext) -> None:
+    torch._dynamo.reset()
+    group = ctx.prepared_group("default")
+    x, ids, weights = inputs(ctx.rank)
+    buffer = deep_ep.Buffer(group, 0, 0, False, 12, True, False, "default", "alltoall")
+    assert (buffer.normal_strategy.get_name(), buffer.low_latency_strategy.get_name()) == ("default", "alltoall")
+    for attribute, layer in (("normal_strategy", normal_layer), ("low_latency_strategy", low_latency_layer)):
+        get = getattr(ep_strategy, f"get_{attribute}")
+        made = get("alltoall")(runtime=buffer.runtime, group=group)
+        for given in (made, "default", deep_ep.NormalStrategy.ALLTOALL, get("default")):
+            setattr(buffer, attribute, given)
+            check_way(partial(layer, buffer), group, getattr(buffer, attribute).get_name())
+        assert getattr(buffer, attribute).get_name() == "default"
+    compiled = torch.compile(partial(normal_layer, buffer), backend="aot_eager", fullgraph=True)
+    for name in ("default", "alltoall", "default"):
+        buffer.normal_strategy = name
+        check_way(compiled, group, name)
+
+    # What cannot be one is refused, and changes nothing.
+    other, before = ctx.prepared_group("alltoall"), buffer.normal_strategy
+    foreign = strategies.AlltoAllNormalCommStrategy(group=other)
+    by_rank = deep_ep.Buffer(group, rows="rank").normal_strategy
+    for given, text in (
+        ("ops", "normal_strategy must be one of default, alltoall"),
+        (None, "normal_strategy must be a strategy, or the name of one; got None without get_dispatch_layout"),
+        (buffer.low_latency_strategy, "without get_dispatch_layout"),
+        (foreign, "normal_strategy must be of the group"),
+        (by_rank, 'must have rows="expert", got one with rows="rank"'),
+    ):
+        kind, message = error_of(setattr, buffer, "normal_strategy", given)
+        assert kind == "ValueError" and text in message, message
+    assert buffer.normal_strategy is before
+    for arguments, text in (((buffer, group), "runtime must be"), ((buffer.runtime, other), "group must be")):
+        assert text in error_of(strategies.DefaultNormalCommStrategy, *arguments)[1]
+    assert_same("afterwards", normal_layer(buffer, x, ids, weights), K * x)
+
+
+def test_an_assigned_strategy_is_taken(pool: RankPool) -> None:
+    pool.run(R, switch, timeout=240.0)
+
+
+class Doubling(ep_strategy.NormalEPCommStrategy):
+    """A program's: it sends twice x. Signatures are the abstract ones, which have hardly a default."""
+
+    def __init__(self, runtime: Any, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self.inner = strategies.DefaultNormalCommStrategy(runtime, group)
+
+    def get_name(self) -> str:
+        return "doubling"
+
+    def get_supported_modes(self) -> list[str]:
+        return ["normal"]
+
+    def get_dispatch_layout(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.get_dispatch_layout(*args, **kwargs)
+
+    def dispatch(
+        self,
+        x: Any,
+        handle: Any,
+        num_tokens_per_rank: Any,
+        num_tokens_per_rdma_rank: Any,
+        is_token_in_rank: Any,
+        num_tokens_per_expert: Any,
+        topk_idx: Any,
+        topk_weights: Any,
+        expert_alignment: Any,
+        num_worst_tokens: Any,
+        config: Any,
+        previous_event: Any,
+        async_finish: Any,
+        allocate_on_comm_stream: Any,
+        dispatch_wait_recv_cost_stats: Any,
+        quant_mode: Any = None,
+    ) -> Any:
+        assert isinstance(config, deep_ep.Config)
+        layout = num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert
+        return self.inner.dispatch(
+            x * 2, handle, *layout, topk_idx, topk_weights, expert_alignment, num_worst_tokens, config
+        )
+
+    def combine(
+        self,
+        x: Any,
+        handle: Any,
+        topk_weights: Any,
+        bias: Any,
+        config: Any,
+        previous_event: Any,
+        async_finish: Any,
+        allocate_on_comm_stream: Any,
+        combine_send_cost_stats: Any,
+    ) -> Any:
+        return self.inner.combine(x, handle, topk_weights, bias, config)
+
+
+class Gathering(ep_strategy.LowLatencyEPCommStrategy):
+    """A program's, by torch.distributed alone: every rank gets everything; handle and rows are what it likes."""
+
+    def __init__(self, runtime: Any, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+
+    def get_name(self) -> str:
+        return "gathering"
+
+    def get_supported_modes(self) -> list[str]:
+        return ["low_latency"]
+
+    def low_latency_dispatch(
+        self,
+        x: Any,
+        topk_idx: Any,
+        num_max_dispatch_tokens_per_rank: Any,
+        num_experts: Any,
+        cumulative_local_expert_recv_stats: Any,
+        use_fp8: Any,
+        round_scale: Any,
+        use_ue8m0: Any,
+        use_mxfp4: Any,
+        async_finish: Any,
+        return_recv_hook: Any,
+        topk_weights: Any,
+        quant_mode: Any,
+    ) -> Any:
+        if self.rank == 1 and num_max_dispatch_tokens_per_rank == 0:
+            raise KeyError("not here")
+        rows = [torch.empty_like(x) for _ in range(self.group_size)]
+        dist.all_gather(rows, x, group=self.group)
+        return torch.cat(rows), quant_mode, {"T": len(x)}, None, None
+
+    def low_latency_combine(
+        self,
+        x: Any,
+        topk_idx: Any,
+        topk_weights: Any,
+        handle: Any,
+        zero_copy: Any,
+        async_finish: Any,
+        return_recv_hook: Any,
+        out: Any,
+    ) -> Any:
+        first = self.rank * handle["T"]
+        return x[first : first + handle["T"]] * topk_weights.sum(1, keepdim=True).to(x.dtype), None, None
+
+
+def own(ctx: RankContext) -> None:
+    torch._dynamo.reset()
+    registered = dict(ep_strategy._normal), dict(ep_strategy._low_latency)
+    try:
+        assert ep_strategy.register_normal_strategy("doubling")(Doubling) is Doubling
+        strategies.register_low_latency_strategy("gathering")(Gathering)
+        buffer = deep_ep.Buffer(
+            ctx.prepared_group("default"), normal_strategy="doubling", low_latency_strategy="gathering"
+        )
+    finally:
+        ep_strategy._normal.update(registered[0])
+        for now, before in zip((ep_strategy._normal, ep_strategy._low_latency), registered, strict=True):
+            now.clear()
+            now.update(before)
+    x, ids, weights = inputs(ctx.rank)
+    assert (type(buffer.normal_strategy), type(buffer.low_latency_strategy)) == (Doubling, Gathering)
+    layer = partial(normal_layer, buffer)
+    assert_same("eager", layer(x, ids, weights), 2 * K * x)
+    leaf = x.clone().requires_grad_()
+    out = torch.compile(layer, backend="aot_eager", fullgraph=True)(leaf, ids, weights)
+    assert_same("compiled", out, 2 * K * x)
+    out.sum().backward()
+    assert_same("grad", leaf.grad, torch.full_like(x, 2 * K))
+
+    rows, mode, handle, *_ = buffer.low_latency_dispatch(x, ids, M, E)  # flags as quant_mode, as in the peer
+    assert mode == "int8"
+    assert_same("combined", buffer.low_latency_combine(rows, ids, weights, handle)[0], K * x)
+    assert buffer.low_latency_dispatch(x, ids, M, E, use_fp8=False)[1] is None
+
+    # What a program's own does on one rank alone is not taken for a call of the ops; what it calls of them is told.
+    if ctx.rank == 1:
+        assert error_of(buffer.low_latency_dispatch, x, ids, 0, E)[0] == "KeyError"
+        assert error_of(buffer.low_latency_dispatch, x, ids, M, E, later=True)[0] == "TypeError"
+        assert error_of(buffer.low_latency_dispatch, x, ids, M, E, dispatch_wait_recv_cost_stats=ids)[0] == "TypeError"
+    kind, message = error_of(layer, x, ids, weights[:, : K - ctx.rank])
+    assert kind == "RuntimeError" and "rank 1: topk_weights must have" in message, message
+    assert_same("afterwards", layer(x, ids, weights), 2 * K * x)
+
+
+def test_a_program_has_a_strategy_of_its_own(pool: RankPool) -> None:
+    pool.run(R, own, timeout=240.0)
+
+
+def capacity(ctx: RankContext) -> None:
+    """Expert l of rank q from row (l·R + q)·M on, behind the class; what the name gives a Buffer is as default."""
+    torch._dynamo.reset()
+    group = ctx.prepared_group("default")
+    L = E // R
+    x, ids, weights = inputs(ctx.rank)
+    packed = deep_ep.Buffer(group, low_latency_strategy="alltoall")
+    default = deep_ep.Buffer(group, low_latency_strategy="default")
+    buffer = deep_ep.Buffer(group)
+    buffer.low_latency_strategy = strategies.AllToAllLowLatencyCommStrategy(runtime=buffer.runtime, group=group)
+
+    wanted, source = torch.zeros(L * R * M, H, dtype=x.dtype), torch.full((L * R * M, 3), -1, dtype=torch.int32)
+    received = torch.zeros(L, dtype=torch.int32)
+    for q in range(R):
+        x_of_q, ids_of_q, _ = inputs(q)
+        for l in range(L):
+            t, k = (ids_of_q == ctx.rank * L + l).nonzero(as_tuple=True)
+            first = (l * R + q) * M
+            wanted[first : first + len(t)] = x_of_q[t]
+            source[first : first + len(t)] = torch.stack([torch.full_like(t, q), t, k], 1).int()
+            received[l] += len(t)
+    stats = torch.zeros_like(received)
+    rows, counts, handle, *_ = buffer.low_latency_dispatch(
+        x, ids, M, E, use_fp8=False, cumulative_local_expert_recv_stats=stats
+    )
+    assert_same("rows", rows, wanted)
+    assert_same("src_info", handle[0], source)
+    assert counts.tolist() == [R * M] * L and handle["recv_count"] is counts
+    assert (handle[2], handle[3], handle[4]) == (M, H, E)
+    assert_same("stats", stats, received)
+    assert buffer.get_next_low_latency_combine_buffer(handle).shape == rows.shape
+    spoiled = torch.where(source[:, :1] < 0, torch.nan, rows)
+    assert_same("combined", buffer.low_latency_combine(spoiled, ids, weights, handle)[0], K * x)
+    kind, message = error_of(buffer.low_latency_combine, rows[1:], ids, weights, handle)
+    assert kind == "ValueError" and "x must have the shape [L·R·M, H]" in message
+
+    for mode in ("int8", "mx_fp8_e4m3"):
+        (data, scales), *_ = buffer.low_latency_dispatch(x, ids, M, E, quant_mode=mode)
+        (of_packed, scales_of_packed), *_ = packed.low_latency_dispatch(x, ids, M, E, quant_mode=mode)
+        used = source[:, 0] >= 0
+        n = int(used.sum())
+        assert_same(mode, data.view(torch.int8)[used], of_packed.view(torch.int8)[:n])
+        by_row = scales.view(torch.uint8).view(len(data), -1)
+        by_packed_row = scales_of_packed.view(torch.uint8).view(len(of_packed), -1)
+        assert_same("scales", by_row[used], by_packed_row[:n])
+        assert scales.dim() == 1
+
+    leaf = x.clone().requires_grad_()
+    out = torch.compile(partial(low_latency_layer, buffer), backend="aot_eager", fullgraph=True)(leaf, ids, weights)
+    assert_same("compiled", out, K * x)
+    out.sum().backward()
+    assert_same("grad", leaf.grad, torch.full_like(x, K))
+    for mine, of_default in zip(
+        packed.low_latency_dispatch(x, ids, M, E, use_fp8=False)[:2],
+        default.low_latency_dispatch(x, ids, M, E, use_fp8=False)[:2],
+        strict=True,
+    ):
+        assert_same("by name", mine, of_default)
+
+
+def test_capacity_of_alltoall(pool: RankPool) -> None:
+    pool.run(R, capacity, timeout=240.0)
