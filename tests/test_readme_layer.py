@@ -4,6 +4,7 @@ Compared with a dense layer that has all experts. T tokens, H hidden, K top-k, E
 experts, I intermediate size.
 """
 
+import copy
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -116,7 +117,7 @@ def check_layer(ctx: RankContext, strategy: str, precision: str, compiled: bool)
     group = ctx.prepared_group(strategy)
     L = E // ctx.size
     mine = slice(ctx.rank * L, (ctx.rank + 1) * L)
-    layer = readme_layer()(make_router(), Experts(mine), E, group)
+    layer = copy.deepcopy(readme_layer()(make_router(), Experts(mine), E, group))
     if compiled:
         torch._dynamo.reset()
     fn = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer

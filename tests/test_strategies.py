@@ -3,6 +3,7 @@
 import inspect
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from test_bad_input import error_of
 from test_buffer import send
 
 import deep_ep
-from deep_ep import ep_strategy, groups, strategies
+from deep_ep import ep_strategy, groups, npu_ops, quantization, strategies
+from deep_ep.ops import low_latency_combine, low_latency_dispatch
 
 T, H, K, E, M, R = 5, 32, 2, 4, 6, 2
 
@@ -345,3 +347,147 @@ def capacity(ctx: RankContext) -> None:
 
 def test_capacity_of_alltoall(pool: RankPool) -> None:
     pool.run(R, capacity, timeout=240.0)
+
+
+# The strategy ops, over a stand-in for torch_npu's operators
+
+
+class Operators:
+    """What torch_npu's operators are called with, and their results by the ops of the strategy default."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.info = groups.info_of(group)
+        self.group = group
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, op: str, name: str, x: torch.Tensor) -> Any:
+        return {"npu_moe_distribute_dispatch_v2": self.dispatch, "npu_moe_distribute_combine_v2": self.combine}[name]
+
+    def dispatch(self, x: torch.Tensor, expert_ids: torch.Tensor, **given: Any) -> tuple[torch.Tensor, ...]:
+        self.calls.append({"T": len(x), "dtype": expert_ids.dtype} | given)
+        mask, smooth, weights = given["x_active_mask"], given["scales"], given["expert_scales"]
+        ids = expert_ids.long()
+        if mask is not None:
+            ids = ids.where(mask if mask.dim() == 2 else mask.unsqueeze(1), -1)
+        out = low_latency_dispatch.call(self.info, x, ids, given["global_bs"] // R, E)
+        self.handle, self.ids = out.handle, ids
+        source = out.handle.src_info
+        rows, used = out.recv_x, source[:, 0] >= 0
+        scales, expand_scales = torch.empty(len(rows)), torch.empty(0)
+        if weights is not None:
+            of_all = [torch.empty_like(weights) for _ in range(R)]
+            dist.all_gather(of_all, weights, group=self.group)
+            q, t, k = source.long().clamp(min=0).unbind(1)
+            expand_scales = torch.stack(of_all)[q, t, k].where(used, 0)
+        if smooth is not None:
+            expert = torch.repeat_interleave(torch.arange(E // R), out.recv_count) + self.group.rank() * E // R
+            smoothed = rows.clone()
+            smoothed[: len(expert)] *= smooth[expert].to(rows.dtype)
+            rows, scales = quantization.quantize(smoothed, "int8", low_latency=True)
+        assist_info = torch.cat([source, source.new_zeros(len(source), 125)], 1).flatten()
+        return rows, scales, assist_info, out.recv_count, out.handle.layout_range, torch.empty(0), expand_scales
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        assist_info: torch.Tensor,
+        counts: torch.Tensor,
+        weights: torch.Tensor,
+        **given: Any,
+    ) -> torch.Tensor:
+        given |= {"assist_info": assist_info, "counts": counts, "weights": weights}
+        self.calls.append({"T": len(expert_ids)} | given)
+        return low_latency_combine.call(self.info, x, self.ids, weights, self.handle)
+
+
+def by_operators(ctx: RankContext) -> None:
+    torch._dynamo.reset()
+    group = ctx.prepared_group("default")
+    x, ids, weights = inputs(ctx.rank)
+    weights = torch.linspace(0.5, 2, T * K).view(T, K).bfloat16().float()
+    default = deep_ep.Buffer(group)
+    wanted, wanted_counts, *_ = default.low_latency_dispatch(x, ids, M, E, use_fp8=False)
+    of_default = default.low_latency_dispatch(x, ids, M, E, use_fp8=False)[2]
+    total = default.low_latency_combine(wanted, ids, weights, of_default)[0]
+    operators = Operators(group)
+    by_group = {"ep_world_size": R, "ep_rank_id": ctx.rank, "moe_expert_num": E}
+    with (
+        mock.patch.object(npu_ops, "_operator", operators),
+        mock.patch.object(npu_ops, "_group_arguments", lambda *_: by_group),
+    ):
+        # The peer's comm_alg, which wants as many tokens on all ranks, and their weights.
+        buffer = deep_ep.Buffer(group, low_latency_strategy="ops")
+        assert buffer.low_latency_strategy.comm_alg == "hierarchy"
+        stats = torch.zeros(E // R, dtype=torch.int32)
+        rows, counts, handle, event, hook = buffer.low_latency_dispatch(
+            *(x, ids, M, E),
+            use_fp8=False,
+            topk_weights=weights,
+            cumulative_local_expert_recv_stats=stats,
+            async_finish=True,
+        )
+        event.current_stream_wait()
+        hook()
+        assert_same("rows", rows, wanted)
+        assert_same("counts", counts, wanted_counts)
+        assert_same("stats", stats, wanted_counts.int())
+        (call,) = operators.calls
+        assert (call["T"], call["dtype"], call["comm_alg"], call["quant_mode"]) == (M, torch.int32, "hierarchy", 0)
+        assert call["global_bs"] == R * M and call["x_active_mask"].tolist() == [True] * T + [False] * (M - T)
+        assert_same("expert_scales", call["expert_scales"][:T], weights)
+        assert len(handle) == 10 and (handle[2], handle[3], handle[4]) == (M, H, E)
+        for place, name in ((7, "x_active_mask"), (9, "expert_scales")):
+            assert_same(name, handle[place], call[name])
+        assert handle["expand_scales"].shape == (len(rows),) and handle["recv_count"] is counts
+        into = torch.empty(T, H, dtype=x.dtype)
+        combined, _, hook = buffer.low_latency_combine(rows, ids, weights, tuple(handle), out=into)
+        hook()
+        assert combined is into or combined.data_ptr() == into.data_ptr()
+        assert_same("combined", combined, total)
+        *_, call = operators.calls
+        assert (call["T"], call["comm_alg"]) == (M, "hierarchy")
+        for name, place in (("assist_info", 0), ("counts", 1), ("expand_scales", 6), ("x_active_mask", 7)):
+            assert_same(name, call[name], handle[place])
+        kind, message = error_of(buffer.low_latency_dispatch, x, ids, M, E, use_fp8=False)
+        assert kind == "ValueError" and "topk_weights is missing: comm_alg hierarchy" in message
+
+        # Rows that are quantised here, and an own mask; nothing is padded.
+        buffer.low_latency_strategy = strategies.OpsLowLatencyCommStrategy(buffer.runtime, group, "fullmesh_v2")
+        mask = torch.arange(T) < 3
+        own = buffer.low_latency_strategy.low_latency_dispatch(x, ids, M, E, x_active_mask=mask, use_fp8=False)
+        *_, call = operators.calls
+        assert (call["T"], call["comm_alg"], call["x_active_mask"] is mask) == (T, "fullmesh_v2", True)
+        combined = buffer.low_latency_combine(own[0], ids, weights, own[2])[0]
+        assert_same("masked", combined, total.where(mask.unsqueeze(1), 0))
+        (data, scales), *_ = buffer.low_latency_dispatch(x, ids, M, E)
+        (of_default, scales_of_default), *_ = default.low_latency_dispatch(x, ids, M, E)
+        assert_same("data", data, of_default)
+        assert_same("scales", scales, scales_of_default)
+
+        # Smooth scales make the operators quantise.
+        smooth = torch.full((E, H), 2.0)
+        smoothing = strategies.OpsLowLatencyCommStrategy(buffer.runtime, group, "ccu", smooth)
+        buffer.low_latency_strategy = smoothing
+        (data, scales), *_ = buffer.low_latency_dispatch(x, ids, M, E)
+        *_, call = operators.calls
+        assert (call["quant_mode"], call["scales"] is smooth) == (2, True)
+        n = int(wanted_counts.sum())
+        torch.testing.assert_close(quantization.dequantize(data, scales)[:n], 2 * wanted[:n].float(), rtol=0.02, atol=1)
+        kind, message = error_of(buffer.low_latency_dispatch, x, ids, M, E, quant_mode="mx_fp8_e4m3")
+        assert kind == "ValueError" and "smooth_scales are for" in message
+
+        buffer.low_latency_strategy = "ops"
+
+        def layer(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            rows, _, handle, *_ = buffer.low_latency_dispatch(x, ids, M, E, use_fp8=False, topk_weights=weights)
+            return buffer.low_latency_combine(rows, ids, weights, handle)[0]
+
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert_same("compiled", compiled(x, weights), total)
+        assert error_of(layer, x, weights.clone().requires_grad_())[0] == "RuntimeError"
+    assert "comm_alg must be one of" in error_of(strategies.OpsLowLatencyCommStrategy, buffer.runtime, group, "ring")[1]
+
+
+def test_what_torch_npus_operators_get(pool: RankPool) -> None:
+    pool.run(R, by_operators, timeout=240.0)

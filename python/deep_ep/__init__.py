@@ -25,7 +25,7 @@ from .ops.low_latency_combine import low_latency_combine
 from .ops.low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, low_latency_dispatch
 from .ops.wait import Started, wait
 from .rank_rows import RankHandle
-from .strategies.low_latency_strategy import CapacityHandle
+from .strategies.low_latency_strategy import CapacityHandle, OpsHandle
 from .utils import EventHandle, EventOverlap
 
 topk_idx_t = torch.int64
@@ -48,6 +48,7 @@ torch.serialization.add_safe_globals(
         LowLatencyOutput,
         LowLatencyStrategy,
         NormalStrategy,
+        OpsHandle,
         PaddedHandle,
         RankHandle,
     ]

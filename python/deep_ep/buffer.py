@@ -140,7 +140,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         enable_shrink: must be False: all ranks of a group take part in every call.
         comm: must be None: ranks meet in a ProcessGroup.
         rows: "expert" or "rank"; None is what DEEP_EP_ROWS says.
-        comm_alg: as in `deep_ep.init`.
+        comm_alg: as in `deep_ep.init`, for the strategy ops; None is hierarchy, as in DeepEP-Ascend.
         straight_through: quantised dispatch gives one tensor of dequantised rows, with the identity as its gradient.
 
     A copy of a Buffer, as in a deepcopy of a module that has one, is the Buffer itself, since it stands for a group.
@@ -175,7 +175,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         comm: Any = None,
         rows: str | None = None,
         straight_through: bool = False,
-        comm_alg: str = "",
+        comm_alg: str | None = None,
     ) -> None:
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
             if value < 0:
@@ -621,7 +621,7 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
             plan = self._cached_dispatch(info, rows, handle)
         else:
             assert topk_idx is not None and num_tokens_per_expert is not None
-            E, exact = self.runtime.num_experts(num_tokens_per_expert), num_worst_tokens == 0
+            E, exact = self.runtime.rounds.num_experts(num_tokens_per_expert), num_worst_tokens == 0
 
             def expert_rows(out: dispatch_op.DispatchOutput) -> tuple[Any, ...]:
                 return self._expert_rows(out, expert_alignment, exact)

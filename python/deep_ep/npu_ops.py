@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from .npu import ge
+from .npu.platform import platform
 
 COMM_ALGS = ("hierarchy", "fullmesh_v1", "fullmesh_v2", "ccu")
 """How the operators may send: what torch_npu calls comm_alg. "" leaves the choice to it."""
@@ -29,6 +30,14 @@ def check_x(x: Tensor) -> str | None:
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"x must be torch.bfloat16 or torch.float16 for the overload .ops, got {x.dtype}"
     return None
+
+
+def dispatch_operator(x: Tensor) -> Any:
+    return _operator("low_latency_dispatch", "npu_moe_distribute_dispatch_v2", x)
+
+
+def combine_operator(x: Tensor) -> Any:
+    return _operator("low_latency_combine", "npu_moe_distribute_combine_v2", x)
 
 
 def _operator(op: str, name: str, x: Tensor) -> Any:
@@ -57,6 +66,73 @@ def _group_arguments(group: str, num_experts: int, num_ranks: int) -> dict[str, 
     }
 
 
+def counts_between_servers(topk_weights: Any, M: int, K: int, R: int) -> int:
+    """How many numbers the counts of a dispatch have besides one for each (local expert, source rank)."""
+    return 0 if topk_weights is None or platform() == "A5" else M * R * 2 * K * (R // 8)
+
+
+def dispatch(
+    operator: Any,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    smooth_scales: Tensor | None,
+    x_active_mask: Tensor | None,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    comm_alg: str,
+) -> tuple[Tensor, ...]:
+    recv_x, recv_scales, assist_info, recv_count, recv_counts, _, expand_scales = operator(
+        x,
+        topk_idx.int(),
+        **_group_arguments(group, num_experts, num_ranks),
+        scales=smooth_scales,
+        x_active_mask=x_active_mask,
+        expert_scales=topk_weights,
+        quant_mode=_quant_mode(smooth_scales),
+        global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
+        expert_token_nums_type=1,
+        comm_alg=comm_alg,
+    )
+    return recv_x, recv_scales, recv_count, assist_info, recv_counts, expand_scales
+
+
+def _quant_mode(smooth_scales: Any) -> int:
+    """2: int8 with one scale per row."""
+    return 0 if smooth_scales is None else 2
+
+
+def combine(
+    operator: Any,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    assist_info: Tensor,
+    layout_range: Tensor,
+    expand_scales: Tensor | None,
+    x_active_mask: Tensor | None,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    comm_alg: str,
+) -> Tensor:
+    return operator(
+        x,
+        topk_idx.int(),
+        assist_info,
+        layout_range,
+        topk_weights,
+        **_group_arguments(group, num_experts, num_ranks),
+        x_active_mask=x_active_mask,
+        expand_scales=expand_scales,
+        global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
+        comm_alg=comm_alg,
+    )
+
+
 def low_latency_dispatch(
     x: Tensor,
     topk_idx: Tensor,
@@ -66,14 +142,9 @@ def low_latency_dispatch(
     group: str,
     comm_alg: str,
 ) -> tuple[Tensor, ...]:
-    operator = _operator("low_latency_dispatch", "npu_moe_distribute_dispatch_v2", x)
-    recv_x, _, assist_info, recv_count, recv_counts, *_ = operator(
-        x,
-        topk_idx.int(),
-        **_group_arguments(group, num_experts, num_ranks),
-        global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
-        expert_token_nums_type=1,
-        comm_alg=comm_alg,
+    sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
+    recv_x, _, recv_count, assist_info, recv_counts, _ = dispatch(
+        dispatch_operator(x), x, topk_idx, None, None, None, *sizes, group, comm_alg
     )
     return recv_x, recv_count, assist_info, recv_counts, torch.full_like(topk_idx, -1, dtype=torch.int32)
 
@@ -90,17 +161,15 @@ def low_latency_combine(
     group: str,
     comm_alg: str,
 ) -> Tensor:
-    operator = _operator("low_latency_combine", "npu_moe_distribute_combine_v2", x)
-    return operator(
-        x,
-        topk_idx.int(),
-        recv_src_idx,
-        layout_range,
-        topk_weights,
-        **_group_arguments(group, num_experts, num_ranks),
-        global_bs=x.shape[0] // min(topk_idx.shape[1], num_experts // num_ranks),
-        comm_alg=comm_alg,
-    )
+    M = _max_tokens(x, topk_idx, num_experts, num_ranks)
+    sizes = M, num_experts, num_ranks
+    tensors = x, topk_idx, topk_weights, recv_src_idx, layout_range, None, None
+    return combine(combine_operator(x), *tensors, *sizes, group, comm_alg)
+
+
+def _max_tokens(x: Any, topk_idx: Any, num_experts: int, num_ranks: int) -> int:
+    """M, of tensors with these shapes."""
+    return x.shape[0] // min(topk_idx.shape[1], num_experts // num_ranks) // num_ranks
 
 
 def _converter(name: str) -> Any:
@@ -125,6 +194,40 @@ def _group_attributes(group: str, num_experts: int, num_ranks: int) -> dict[str,
     }
 
 
+def convert_full_dispatch(
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    smooth_scales: Any,
+    x_active_mask: Any,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    comm_alg: str,
+) -> Any:
+    """MoeDistributeDispatchV2."""
+    from torchair._ge_concrete_graph.ge_ir_pb2 import DataType as ProtoType
+
+    out = _converter("npu_moe_distribute_dispatch_v2")(
+        x,
+        _ids(topk_idx),
+        **_group_attributes(group, num_experts, num_ranks),
+        scales=smooth_scales,
+        x_active_mask=x_active_mask,
+        expert_scales=topk_weights,
+        quant_mode=_quant_mode(smooth_scales),
+        global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
+        expert_token_nums_type=1,
+        comm_alg=comm_alg,
+    )
+    # Results that are not used get no dtype from torchair.
+    out.tp_recv_count.desc.dtype, out.expand_scales.desc.dtype = ProtoType.DT_INT32, ProtoType.DT_FLOAT
+    ge.put_in_order(out.expand_x)
+    results = out.expand_x, out.dynamic_scales, out.expert_token_nums, out.expand_idx
+    return *results, out.ep_recv_count, out.expand_scales
+
+
 def convert_dispatch(
     x: Any,
     topk_idx: Any,
@@ -134,24 +237,47 @@ def convert_dispatch(
     group: str,
     comm_alg: str,
 ) -> Any:
-    """MoeDistributeDispatchV2."""
+    """The same without what functions do not give."""
     from torchair._ge_concrete_graph import ge_apis
-    from torchair._ge_concrete_graph.ge_ir_pb2 import DataType as ProtoType
     from torchair.ge import Const, DataType
 
-    out = _converter("npu_moe_distribute_dispatch_v2")(
+    sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
+    recv_x, _, recv_count, assist_info, recv_counts, _ = convert_full_dispatch(
+        x, topk_idx, None, None, None, *sizes, group, comm_alg
+    )
+    send_head = ge_apis.Fill(ge_apis.Shape(topk_idx), Const(-1, dtype=DataType.DT_INT32))
+    return recv_x, recv_count, assist_info, recv_counts, send_head
+
+
+def convert_full_combine(
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    assist_info: Any,
+    layout_range: Any,
+    expand_scales: Any,
+    x_active_mask: Any,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    comm_alg: str,
+) -> Any:
+    """MoeDistributeCombineV2."""
+    combined = _converter("npu_moe_distribute_combine_v2")(
         x,
         _ids(topk_idx),
+        assist_info,
+        layout_range,
+        topk_weights,
         **_group_attributes(group, num_experts, num_ranks),
+        x_active_mask=x_active_mask,
+        expand_scales=expand_scales,
         global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
-        expert_token_nums_type=1,
         comm_alg=comm_alg,
     )
-    # Results that are not used here get no dtype from torchair.
-    out.tp_recv_count.desc.dtype, out.expand_scales.desc.dtype = ProtoType.DT_INT32, ProtoType.DT_FLOAT
-    ge.put_in_order(out.expand_x)
-    send_head = ge_apis.Fill(ge_apis.Shape(topk_idx), Const(-1, dtype=DataType.DT_INT32))
-    return out.expand_x, out.expert_token_nums, out.expand_idx, out.ep_recv_count, send_head
+    ge.put_in_order(combined)
+    return combined
 
 
 def convert_combine(
@@ -166,16 +292,7 @@ def convert_combine(
     group: str,
     comm_alg: str,
 ) -> Any:
-    """MoeDistributeCombineV2."""
-    combined = _converter("npu_moe_distribute_combine_v2")(
-        x,
-        _ids(topk_idx),
-        recv_src_idx,
-        layout_range,
-        topk_weights,
-        **_group_attributes(group, num_experts, num_ranks),
-        global_bs=x.meta.shape[0] // min(topk_idx.meta.shape[1], num_experts // num_ranks),
-        comm_alg=comm_alg,
-    )
-    ge.put_in_order(combined)
-    return combined
+    """The same without what functions do not give."""
+    sizes = _max_tokens(x.meta, topk_idx.meta, num_experts, num_ranks), num_experts, num_ranks
+    tensors = x, topk_idx, topk_weights, recv_src_idx, layout_range, None, None
+    return convert_full_combine(*tensors, *sizes, group, comm_alg)

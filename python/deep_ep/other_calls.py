@@ -156,5 +156,5 @@ class OtherCalls(Profiling):
             )
         calls.form("notify_verify")
         assert self.runtime is not None
-        self.runtime.num_experts(num_tokens_per_expert)
+        self.runtime.rounds.num_experts(num_tokens_per_expert)
         return notify.verify(info, self.rank, num_tokens_per_expert, topk_idx.shape[0], self.runtime.rounds)

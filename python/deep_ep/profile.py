@@ -1,7 +1,5 @@
 """begin_profile and end_profile: a trace of a group's calls, which Chrome's and Perfetto's viewers open."""
 
-import functools
-import inspect
 import json
 import os
 import time
@@ -41,11 +39,11 @@ def note(group: str, name: str, begin: int) -> None:
         session.spans.append(Traced(name, begin, time.monotonic_ns(), {}))
 
 
-def noted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+def noted(op: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """The kernel of an op that runs in Python, whose argument `group` names its group."""
-    place = list(inspect.signature(kernel).parameters).index("group")
+    place = [argument.name for argument in op._schema.arguments].index("group")
+    name = str(op).removeprefix("deep_ep.").removesuffix(".default")
 
-    @functools.wraps(kernel)
     def run(*args: Any, **kwargs: Any) -> Any:
         begin = time.monotonic_ns()
         results = kernel(*args, **kwargs)

@@ -28,7 +28,7 @@ class Runtime(Profiling):
         group: Group,
         rows: str | None = None,
         straight_through: bool = False,
-        comm_alg: str = "",
+        comm_alg: str | None = None,
         num_bytes: int | None = None,
     ) -> None:
         self.group = process_group(group)
@@ -43,6 +43,7 @@ class Runtime(Profiling):
         self._layout: tuple[Tensor, int, int] | None = None
         self.straight_through = straight_through
         self.comm_alg = comm_alg
+        """None: that of DeepEP-Ascend's strategy ops, which is hierarchy."""
         self.num_bytes = num_bytes
         self.is_destroyed = False
         self._info: GroupInfo | None = None
@@ -52,7 +53,9 @@ class Runtime(Profiling):
         has_servers = platform_of(self.group) == "A2" or (platform_of(self.group) is None and links == ("1", "0"))
         self._num_servers = max(1, self.size // RANKS_OF_A2_SERVER) if has_servers else 1
 
-    def prepare(self, normal: NormalStrategy | None, low_latency: LowLatencyStrategy | None) -> GroupInfo:
+    def prepare(
+        self, normal: NormalStrategy | None, low_latency: LowLatencyStrategy | None, comm_alg: str | None = None
+    ) -> GroupInfo:
         """The group with what these strategies communicate with; None: the one that there is, or the other's.
 
         Collective unless the group has been prepared with them here. RuntimeError: as `deep_ep.init`.
@@ -63,9 +66,14 @@ class Runtime(Profiling):
             low_latency = low_latency or next(other for one, other in MODES.values() if one is normal)
         else:
             normal, low_latency = normal or before.normal, low_latency or before.low_latency
-            if (normal, low_latency) == (before.normal, before.low_latency):
-                return before
-        info = prepare(self.group, self.num_bytes, normal, low_latency, None, self.comm_alg, chooses=False)
+        if comm_alg is None:
+            comm_alg = self.comm_alg
+        if comm_alg is None:
+            comm_alg = "hierarchy" if low_latency is LowLatencyStrategy.OPS else ""
+        same = before is not None and (normal, low_latency) == (before.normal, before.low_latency)
+        if before is not None and same and comm_alg in ("", before.comm_alg):
+            return before
+        info = prepare(self.group, self.num_bytes, normal, low_latency, None, comm_alg, chooses=False)
         if before is None:
             self._info = info
         return info
@@ -84,16 +92,6 @@ class Runtime(Profiling):
         """RuntimeError: after `Buffer.destroy`."""
         if self.is_destroyed:
             raise RuntimeError("deep_ep: this Buffer was destroyed; make another one")
-
-    def num_experts(self, num_tokens_per_expert: Tensor) -> int:
-        """E, of the counts of all rounds. ValueError: they are not."""
-        n, rounds = num_tokens_per_expert.numel(), self.rounds.number
-        if num_tokens_per_expert.dim() != 1 or n % rounds:
-            raise ValueError(
-                f"num_tokens_per_expert must have the shape [rounds·E], with {rounds} rounds (of "
-                f"DEEPEP_NORMAL_LONG_SEQ_ROUND), got {list(num_tokens_per_expert.shape)}"
-            )
-        return n // rounds
 
     def keep_layout(self, topk_idx: Tensor, num_experts: int) -> None:
         """For get_notify_send_data; nothing in compiled code."""
@@ -156,10 +154,12 @@ class OfOps(EPCommStrategy):
         self._rows = runtime.rows
         self._running_counts = runtime.running_counts
         self._straight_through = runtime.straight_through
+        self.info = self._prepare()
+
+    def _prepare(self) -> GroupInfo:
         if isinstance(self.overload, NormalStrategy):
-            self.info = runtime.prepare(self.overload, None)
-        else:
-            self.info = runtime.prepare(None, self.overload)
+            return self.runtime.prepare(self.overload, None)
+        return self.runtime.prepare(None, self.overload)
 
     @classmethod
     def of_buffer(cls, runtime: Runtime, group: Group) -> "OfOps":

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..ep_strategy import MODES
 
@@ -248,6 +249,16 @@ class Rounds(NamedTuple):
 
     number: int
     tokens: int
+
+    def num_experts(self, num_tokens_per_expert: Tensor) -> int:
+        """E, of the counts of all rounds. ValueError: they have another shape than [rounds·E]."""
+        n = num_tokens_per_expert.numel()
+        if num_tokens_per_expert.dim() != 1 or n % self.number:
+            raise ValueError(
+                f"num_tokens_per_expert must have the shape [rounds·E], with {self.number} rounds (of "
+                f"DEEPEP_NORMAL_LONG_SEQ_ROUND), got {list(num_tokens_per_expert.shape)}"
+            )
+        return n // self.number
 
 
 def rounds() -> Rounds:

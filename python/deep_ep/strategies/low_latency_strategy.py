@@ -10,13 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import quantization
 from ..checks import differ
 from ..collective import collective
 from ..ep_strategy import LowLatencyStrategy, Rows, register_low_latency_strategy
-from ..groups import Group
+from ..groups import Group, GroupInfo
 from ..handles import readable_by_name
-from ..low_latency import LowLatencyOfOps
+from ..low_latency import LowLatencyOfOps, mode_of
+from ..ops import moe_distribute_combine as combine_op
+from ..ops import moe_distribute_dispatch as dispatch_op
 from ..ops.low_latency_dispatch import LowLatencyHandle
+from ..overlap import event_of
 from ..runtime import OfOps, Runtime
 from ..utils import EventOverlap
 
@@ -65,8 +69,9 @@ class AllToAllLowLatencyCommStrategy(LowLatencyOfOps):
 
     @classmethod
     def of_buffer(cls, runtime: Runtime, group: Group) -> OfOps:
-        own = {"packed": True} if cls is AllToAllLowLatencyCommStrategy else {}
-        return cls(runtime=runtime, group=group, **own)
+        if cls is AllToAllLowLatencyCommStrategy:
+            return cls(runtime, group, packed=True)
+        return cls(runtime=runtime, group=group)
 
     @collective("low_latency_dispatch", is_typed=False)
     def low_latency_dispatch(  # type: ignore[override]
@@ -165,8 +170,163 @@ def _spread(rows: Tensor, N: int, indices: Tensor) -> Tensor:
     return with_zero.index_select(0, indices).view(-1, *rows.shape[1:])
 
 
+@readable_by_name
+class OpsHandle(NamedTuple):
+    """The handle of torch_npu's operators, in DeepEP-Ascend's order."""
+
+    src_info: Tensor
+    """int32: their record of where rows came from, which they call assist_info."""
+    layout_range: Tensor
+    """int32, the first L·R: running count over (local expert, source rank) of the received rows."""
+    num_max_dispatch_tokens_per_rank: int
+    hidden: int
+    num_experts: int
+    recv_count: Tensor
+    """int64 [L]: rows of each local expert."""
+    expand_scales: Tensor | None
+    """fp32 [N]: the rows' weights; None without topk_weights."""
+    x_active_mask: Tensor | None
+    """bool: the tokens that were sent; None for all."""
+    topk_idx: Tensor
+    """int64, with the padding."""
+    topk_weights: Tensor | None
+    """fp32, with the padding, as given to the dispatch."""
+
+
 @register_low_latency_strategy("ops")
 class OpsLowLatencyCommStrategy(LowLatencyOfOps):
-    """torch_npu's own MoE operators."""
+    """torch_npu's own MoE operators, which get under rows="expert" all that they take.
+
+    Args:
+        runtime, group: as in the others.
+        comm_alg: hierarchy, fullmesh_v1, fullmesh_v2, ccu, or empty to leave it to torch_npu. Under hierarchy tokens
+            are padded to M, and low_latency_dispatch needs topk_weights.
+        smooth_scales: fp32 [E, H], by which rows are multiplied when the operators quantise them to int8.
+
+    There is no gradient.
+    """
 
     overload = LowLatencyStrategy.OPS
+
+    def __init__(
+        self,
+        runtime: Runtime | None = None,
+        group: Group = None,
+        comm_alg: str = "hierarchy",
+        smooth_scales: Tensor | None = None,
+    ) -> None:
+        self.comm_alg = comm_alg
+        self.smooth_scales = smooth_scales
+        super().__init__(runtime, group)
+
+    @classmethod
+    def of_buffer(cls, runtime: Runtime, group: Group) -> OfOps:
+        if cls is OpsLowLatencyCommStrategy and runtime.comm_alg is not None:
+            return cls(runtime, group, runtime.comm_alg)
+        return cls(runtime=runtime, group=group)
+
+    def _prepare(self) -> GroupInfo:
+        return self.runtime.prepare(None, self.overload, self.comm_alg)
+
+    @collective("low_latency_dispatch", is_typed=False)
+    def low_latency_dispatch(  # type: ignore[override]
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        use_mxfp4: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        topk_weights: Tensor | None = None,
+        quant_mode: str | None = None,
+        x_active_mask: Tensor | None = None,
+        **more: Any,
+    ) -> tuple[Rows, Tensor, Any, EventOverlap, Callable[[], None]]:
+        """As `Buffer.low_latency_dispatch`; the call is finished when it returns.
+
+        x_active_mask: bool [T] or [T, K], which torch_npu wants to have no True behind a False.
+        """
+        flags, stats = (use_fp8, use_ue8m0, use_mxfp4), cumulative_local_expert_recv_stats
+        if self._rows == "rank":
+            more |= {"use_fp8": use_fp8, "round_scale": round_scale, "use_ue8m0": use_ue8m0, "use_mxfp4": use_mxfp4}
+            more |= {"async_finish": async_finish, "return_recv_hook": return_recv_hook, "quant_mode": quant_mode}
+            if x_active_mask is not None:
+                more["x_active_mask"] = x_active_mask
+            sizes = num_max_dispatch_tokens_per_rank, num_experts
+            return super().low_latency_dispatch(x, topk_idx, *sizes, stats, **more)
+        info, M = self._live(), num_max_dispatch_tokens_per_rank
+        mode = mode_of(quant_mode, *flags, rows=self._rows, as_bf16=self.runtime.bf16_low_latency)
+        if self.smooth_scales is not None and mode != "int8":
+            raise ValueError(f'smooth_scales are for quant_mode="int8", got {mode!r}')
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("low_latency_dispatch: x requires a gradient, which the strategy ops does not have")
+        hidden, sent = x.shape[1], None
+        if mode != "none" and self.smooth_scales is None:
+            sent = quantization.quantize(x, mode, low_latency=True)
+            x = quantization.pack(*sent)
+        if self.comm_alg == "hierarchy":
+            T = x.shape[0]
+            if x_active_mask is None:
+                x_active_mask = torch.ones_like(topk_idx[:, 0], dtype=torch.bool)
+            x, topk_idx, x_active_mask = (_padded(one, M - T) for one in (x, topk_idx, x_active_mask))
+            topk_weights = None if topk_weights is None else _padded(topk_weights, M - T)
+        out = dispatch_op.call(info, x, topk_idx, topk_weights, self.smooth_scales, x_active_mask, M, num_experts)
+        rows: Rows = out.recv_x
+        if sent is not None:
+            data, scales = quantization.unpack(out.recv_x, *sent)
+            rows = data, scales.view(-1) if scales.dtype == torch.float8_e8m0fnu else scales
+        elif self.smooth_scales is not None:
+            rows = out.recv_x, out.recv_scales
+        if stats is not None:
+            stats.add_(out.recv_count.to(torch.int32))
+        handle = OpsHandle(
+            *(out.assist_info, out.layout_range, M, hidden, num_experts, out.recv_count),
+            None if topk_weights is None else out.expand_scales,
+            *(x_active_mask, topk_idx, topk_weights),
+        )
+        return rows, out.recv_count, handle, event_of(async_finish), _nothing
+
+    @collective("low_latency_combine", is_typed=False)
+    def low_latency_combine(  # type: ignore[override]
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: Any,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: Tensor | None = None,
+        **more: Any,
+    ) -> tuple[Tensor, EventOverlap, Callable[[], None]]:
+        """As `Buffer.low_latency_combine`; the call is finished when it returns."""
+        if len(handle) != len(OpsHandle._fields):
+            return super().low_latency_combine(
+                x, topk_idx, topk_weights, handle, zero_copy, async_finish, return_recv_hook, out, **more
+            )
+        known = OpsHandle(*handle)
+        if (x.requires_grad or topk_weights.requires_grad) and torch.is_grad_enabled():
+            raise RuntimeError("low_latency_combine: a gradient is required, which the strategy ops does not have")
+        T, padding = topk_idx.shape[0], known.topk_idx.shape[0] - topk_idx.shape[0]
+        if padding:
+            topk_idx, topk_weights = _padded(topk_idx, padding), _padded(topk_weights, padding)
+        tensors = known.src_info, known.layout_range, known.expand_scales, known.x_active_mask
+        sizes = known.num_max_dispatch_tokens_per_rank, known.num_experts
+        combined = combine_op.call(self._live(), x, topk_idx, topk_weights, *tensors, *sizes)[:T]
+        if out is not None:
+            combined = out[:T].copy_(combined)
+        return combined, event_of(async_finish), _nothing
+
+
+def _padded(given: Tensor, rows: int) -> Tensor:
+    """With so many rows of 0 behind."""
+    return torch.cat([given, given.new_zeros((rows, *given.shape[1:]))])
+
+
+def _nothing() -> None:
+    """The hook of a call that is finished."""
