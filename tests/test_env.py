@@ -30,7 +30,7 @@ WRONG = {
     "DEEPEP_NORMAL_LONG_SEQ_PER_ROUND_TOKENS": ("31", "a whole number of at least 32, at most 8192"),
     "DEEPEP_NORMAL_COMBINE_ENABLE_LONG_SEQ": ("2", "one of 0, 1"),
     "MOE_ENABLE_TOPK_NEG_ONE": ("yes", "one of 0, 1"),
-    "MOE_SHARED_EXPERT_RANK_NUM": ("1", "0, since experts are spread evenly over all ranks"),
+    "MOE_SHARED_EXPERT_RANK_NUM": ("-1", "a whole number of at least 0"),
     "DEEPEP_HCCL_BUFFSIZE": ("-1", "a whole number of at least 1"),
     "HCCL_BUFFSIZE": ("0", "a whole number of at least 1"),
     "HCCL_INTRA_PCIE_ENABLE": ("on", "one of 0, 1"),

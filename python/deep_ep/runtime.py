@@ -41,8 +41,14 @@ class Runtime(Profiling):
         self._has_int8 = env.value("DEEP_NORMAL_MODE_USE_INT8_QUANT")
         self._has_bf16 = env.value("SGLANG_DEEPEP_BF16_DISPATCH")
         self._layout: tuple[Tensor, int, int] | None = None
+        self.shared_ranks = int(env.value("MOE_SHARED_EXPERT_RANK_NUM"))
+        if self.shared_ranks >= self.size:
+            raise ValueError(
+                f"the environment variable MOE_SHARED_EXPERT_RANK_NUM must be less than the {self.size} ranks of the "
+                f"group; got {self.shared_ranks}"
+            )
         self.straight_through = straight_through
-        self.comm_alg = comm_alg
+        self.comm_alg = env.comm_alg(platform_of(self.group)) or None if comm_alg is None else comm_alg
         """None: that of DeepEP-Ascend's strategy ops, which is hierarchy."""
         self.num_bytes = num_bytes
         self.is_destroyed = False
@@ -58,8 +64,15 @@ class Runtime(Profiling):
     ) -> GroupInfo:
         """The group with what these strategies communicate with; None: the one that there is, or the other's.
 
-        Collective unless the group has been prepared with them here. RuntimeError: as `deep_ep.init`.
+        Collective unless the group has been prepared with them here. RuntimeError: as `deep_ep.init`. ValueError:
+        low latency has no ranks for shared experts.
         """
+        takes_shared = low_latency is LowLatencyStrategy.OPS and self.rows == "expert"
+        if self.shared_ranks and low_latency is not None and not takes_shared:
+            raise ValueError(
+                "the environment variable MOE_SHARED_EXPERT_RANK_NUM must be 0 unless low latency has the strategy ops "
+                f'under rows="expert"; got {self.shared_ranks} with {low_latency.value} under rows="{self.rows}"'
+            )
         before = self._info
         if before is None:
             normal = normal or next(one for one, other in MODES.values() if other is low_latency)

@@ -41,18 +41,16 @@ class Variable(NamedTuple):
     """Where the effect is: of CPU, A2, A3 and A5; everywhere if empty."""
     elsewhere: str = ""
     """What is true on other platforms."""
-    reason: str = ""
-    """Why nothing else is allowed."""
 
     @property
     def values(self) -> str:
         """What is allowed, in words."""
         if isinstance(self.allowed, range):
-            most = "" if self.allowed == _POSITIVE else f", at most {self.allowed[-1]}"
+            most = "" if self.allowed.stop == sys.maxsize else f", at most {self.allowed[-1]}"
             return f"a whole number of at least {self.allowed[0]}{most}"
         if self.allowed is None:
             return "any text"
-        return f"one of {', '.join(self.allowed)}" if len(self.allowed) > 1 else f"{self.allowed[0]}{self.reason}"
+        return f"one of {', '.join(self.allowed)}"
 
 
 VARIABLES = {
@@ -122,10 +120,10 @@ VARIABLES = {
         Variable(
             "MOE_SHARED_EXPERT_RANK_NUM",
             "0",
-            ("0",),
-            "Ranks that hold nothing but a shared expert. There are none: experts are spread evenly over all ranks, "
-            "and torch_npu's operators are told so. A shared expert is a module of the model on every rank.",
-            reason=", since experts are spread evenly over all ranks (a shared expert is a module on every rank)",
+            range(sys.maxsize),
+            'In low latency of a Buffer with the strategy ops and rows="expert", so many ranks, the first ones, have a '
+            "shared expert and no other: E experts are spread over the rest, and every token goes to one of the first "
+            "as well. In other Buffers it must be 0: a shared expert is a module on every rank.",
         ),
         Variable(
             "DEEPEP_HCCL_BUFFSIZE",
