@@ -30,7 +30,7 @@ WRONG = {
     "DEEPEP_NORMAL_LONG_SEQ_PER_ROUND_TOKENS": ("31", "a whole number of at least 32, at most 8192"),
     "DEEPEP_NORMAL_COMBINE_ENABLE_LONG_SEQ": ("2", "one of 0, 1"),
     "MOE_ENABLE_TOPK_NEG_ONE": ("yes", "one of 0, 1"),
-    "MOE_SHARED_EXPERT_RANK_NUM": ("1", "0, since experts are spread evenly over all ranks"),
+    "MOE_SHARED_EXPERT_RANK_NUM": ("-1", "a whole number of at least 0"),
     "DEEPEP_HCCL_BUFFSIZE": ("-1", "a whole number of at least 1"),
     "HCCL_BUFFSIZE": ("0", "a whole number of at least 1"),
     "HCCL_INTRA_PCIE_ENABLE": ("on", "one of 0, 1"),
@@ -121,6 +121,35 @@ def check_low_latency_modes(ctx: RankContext) -> None:
             assert torch.equal(sent(unquantised, **options)[:T], x)
         assert sent(unquantised, quant_mode="int8") == torch.int8
     assert sent(make_buffer(ctx, "default", SGLANG_DEEPEP_BF16_DISPATCH="false")) == torch.int8
+
+
+def check_changes(ctx: RankContext) -> None:
+    """As SGLang has it: a draft model that is not quantised makes its calls between two assignments to os.environ."""
+    x, ids = inputs()
+    draft = {"DEEP_NORMAL_MODE_USE_INT8_QUANT": "0", "SGLANG_DEEPEP_BF16_DISPATCH": "1"}
+    base = {"DEEP_NORMAL_MODE_USE_INT8_QUANT": "1", "SGLANG_DEEPEP_BF16_DISPATCH": "0"}
+    buffer = make_buffer(ctx, "default", DEEP_NORMAL_MODE_USE_INT8_QUANT="1")
+
+    def quantised() -> list[bool]:
+        rows = [send(buffer, x, ids, 2)[0], buffer.low_latency_dispatch(x, ids, M, 2)[0]]
+        return [isinstance(one, tuple) for one in rows]
+
+    assert quantised() == [True, True]
+    for variables, wanted in ((draft, False), (base, True), (draft, False)):
+        with in_environment(**variables):
+            assert quantised() == [wanted] * 2
+    assert quantised() == [True, True]  # as when it was made
+    with in_environment(DEEP_NORMAL_MODE_USE_INT8_QUANT="yes"):
+        assert "DEEP_NORMAL_MODE_USE_INT8_QUANT must be one of 0, 1" in error_of(quantised)[1]
+    # A graph keeps what was in force when the Buffer was made: nothing would tell it.
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: send(buffer, x, ids, 2)[0], backend="aot_eager", fullgraph=True)
+    with in_environment(**draft):
+        assert isinstance(compiled(x), tuple)
+
+
+def test_changes(pool: RankPool) -> None:
+    pool.run(1, check_changes)
 
 
 def test_low_latency_modes(pool: RankPool) -> None:

@@ -69,6 +69,7 @@ def check_verify(ctx: RankContext, strategy: str, has_rounds: bool) -> None:
     x = torch.ones(len(ids), 8)
     per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, E)
     assert torch.equal(buffer.get_notify_send_data(), notify.send_data(ids, E, R))
+    assert torch.equal(buffer.runtime.get_notify_send_data(), buffer.get_notify_send_data())
     given = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
     told = buffer.notify_verify(x, topk_idx=ids, **given)
 

@@ -77,7 +77,7 @@ def check_trace(ctx: RankContext, strategy: str, folder: str) -> None:
     buffer.begin_profile(1, 1, folder)
     for _ in range(3):
         buffer.fused_deep_moe(x.detach(), ids, torch.ones(T, K), *w, T, E, quant_mode=0)
-    other.end_profile()
+    other.runtime.end_profile()
     calls = events_of(Path(folder, f"rank{ctx.rank}", "trace_view.json"), ctx.rank)
     assert [call["name"] for call in calls] == ["fused_deep_moe"] * 2 + ["dispatch", "combine"]
 

@@ -1,6 +1,7 @@
 """Strategy objects: DeepEP-Ascend's classes over the ops, a program's own, and which of them a Buffer's calls take."""
 
 import inspect
+import os
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -12,9 +13,10 @@ from cases import assert_same
 from ranks import RankContext, RankPool
 from test_bad_input import error_of
 from test_buffer import send
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deep_ep
-from deep_ep import ep_strategy, groups, npu_ops, quantization, strategies
+from deep_ep import ep_strategy, groups, npu_ops, ops, quantization, strategies
 from deep_ep.ops import low_latency_combine, low_latency_dispatch
 
 T, H, K, E, M, R = 5, 32, 2, 4, 6, 2
@@ -494,3 +496,89 @@ def by_operators(ctx: RankContext) -> None:
 
 def test_what_torch_npus_operators_get(pool: RankPool) -> None:
     pool.run(R, by_operators, timeout=240.0)
+
+
+class SharedOperators:
+    """torch_npu's operators with one shared expert on the first rank, for few tokens, by objects that go around."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.calls = group, group.rank(), []
+
+    def __call__(self, op: str, name: str, x: torch.Tensor) -> Any:
+        return {"npu_moe_distribute_dispatch_v2": self.dispatch, "npu_moe_distribute_combine_v2": self.combine}[name]
+
+    def _of_all(self, mine: Any) -> list[Any]:
+        everyone = [None] * R
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return everyone
+
+    def dispatch(self, x: torch.Tensor, expert_ids: torch.Tensor, **given: Any) -> tuple[torch.Tensor, ...]:
+        self.calls.append(given)
+        everyone, counts, rows, source = self._of_all((x, expert_ids)), [], [], []
+        local = [None] if self.rank == 0 else range(E)
+        for expert in local:
+            before = len(rows)
+            for q, (tokens, ids) in enumerate(everyone):
+                for t in range(len(tokens)):
+                    for k in [K] if expert is None else (ids[t] == expert).nonzero()[:, 0].tolist():
+                        rows.append(tokens[t])
+                        source.append([q, t, k])
+            counts.append(len(rows) - before)
+        N = M * R if self.rank == 0 else M * R * K
+        recv_x, assist_info = x.new_zeros(N, x.shape[1]), torch.full((N, 128), -1, dtype=torch.int32)
+        recv_x[: len(rows)] = torch.stack(rows)
+        assist_info[: len(rows), :3] = torch.tensor(source)
+        running = torch.zeros(R * len(counts), dtype=torch.int32)
+        return recv_x, torch.empty(N), assist_info.view(-1), torch.tensor(counts), running, None, torch.empty(0)
+
+    def combine(
+        self, x: torch.Tensor, expert_ids: torch.Tensor, assist_info: torch.Tensor, *more: Any, **given: Any
+    ) -> torch.Tensor:
+        self.calls.append(given)
+        weights = torch.cat([more[1], torch.ones(len(expert_ids), 1)], 1)
+        out = torch.zeros(len(expert_ids), x.shape[1])
+        for rows, info in self._of_all((x, assist_info.view(-1, 128)[:, :3])):
+            for row, (q, t, k) in zip(rows, info.tolist(), strict=True):
+                if q == self.rank:
+                    out[t] += weights[t, k] * row.float()
+        return out.to(x.dtype)
+
+
+def by_shared_ranks(ctx: RankContext) -> None:
+    group = ctx.prepared_group("default")
+    x, ids, weights = inputs(ctx.rank)
+    operators = SharedOperators(group)
+    by_group = {"ep_world_size": R, "ep_rank_id": ctx.rank, "moe_expert_num": E}
+    with (
+        mock.patch.object(npu_ops, "_operator", operators),
+        mock.patch.object(npu_ops, "_group_arguments", lambda *_: by_group),
+        mock.patch.dict(os.environ, MOE_SHARED_EXPERT_RANK_NUM="1"),
+    ):
+        buffer = deep_ep.Buffer(group, low_latency_strategy="ops", comm_alg="fullmesh_v1")
+        rows, counts, handle, *_ = buffer.low_latency_dispatch(x, ids, M, E, use_fp8=False)
+        assert rows.shape == ((R * M if ctx.rank == 0 else R * M * K), H)
+        assert counts.shape == (1 if ctx.rank == 0 else E,)
+        out, *_ = buffer.low_latency_combine(2 * rows, ids, weights, handle)
+        wanted = 2 * x.float() * (1 + (weights * (ids >= 0)).sum(1, keepdim=True))
+        torch.testing.assert_close(out.float(), wanted, rtol=0.02, atol=0.02)
+        for call in operators.calls:
+            assert (call["shared_expert_num"], call["shared_expert_rank_num"]) == (1, 1)
+        # What graphs are made with.
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            shared = ops.moe_distribute_dispatch.Shared(1, ctx.rank == 0)
+            fakes = ops.moe_distribute_dispatch.call(buffer._info, x, ids, None, None, None, M, E, shared)
+        assert (fakes.recv_x.shape, fakes.recv_count.shape) == (rows.shape, counts.shape)
+        assert (fakes.assist_info.shape, fakes.layout_range.shape) == (handle[0].shape, handle[1].shape)
+        for options in ({}, {"low_latency_strategy": "alltoall"}, {"low_latency_strategy": "ops", "rows": "rank"}):
+            kind, text = error_of(lambda options=options: deep_ep.Buffer(group, **options))
+            assert kind == "ValueError" and "MOE_SHARED_EXPERT_RANK_NUM must be 0 unless" in text
+        with mock.patch.dict(os.environ, MOE_SHARED_EXPERT_RANK_NUM=str(R)):
+            text = error_of(lambda: deep_ep.Buffer(group, low_latency_strategy="ops"))[1]
+        assert f"must be less than the {R} ranks of the group; got {R}" in text
+    # The environment says comm_alg where no argument does.
+    with mock.patch("deep_ep.runtime.platform_of", return_value="A3"), mock.patch.dict(os.environ, MOE_ENABLE_CCU="1"):
+        assert deep_ep.Buffer(group, low_latency_strategy="ops").low_latency_strategy.comm_alg == "ccu"
+
+
+def test_ranks_for_a_shared_expert(pool: RankPool) -> None:
+    pool.run(R, by_shared_ranks)

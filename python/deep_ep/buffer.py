@@ -195,8 +195,6 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
         self.rank = self.runtime.rank
         self.group_size = self.runtime.size
         self._rows = self.runtime.rows
-        self._rounds = self.runtime.rounds
-        self._layout = None
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         is_logged = env.value("DEBUG_MODE").upper() == "ON"
@@ -376,10 +374,6 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             async_finish=async_finish,
             allocate_on_comm_stream=allocate_on_comm_stream,
         )
-        if not torch.compiler.is_compiling():
-            kept = topk_idx.clone() if topk_idx.is_inference() else topk_idx
-            self._layout = kept, 0 if kept.is_inference() else kept._version, num_experts
-        return result
 
     @collective(of_strategy("normal_strategy", _ops_of_dispatch), is_typed=False)
     def dispatch(
@@ -550,8 +544,9 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
         per_rank, _, per_expert, in_rank = layout_op.call(self._live(), topk_idx, num_experts)
         if self._rows == "rank":
             in_rank = in_rank.to(torch.bool)
-        if self._rounds.number > 1:
-            per_expert = _per_round(topk_idx, num_experts, self._rounds)
+        if self.runtime.rounds.number > 1:
+            per_expert = _per_round(topk_idx, num_experts, self.runtime.rounds)
+        self.runtime.keep_layout(topk_idx, num_experts)
         return per_rank, None, per_expert, in_rank, event_of(async_finish)
 
     @collective(_ops_of_dispatch)
@@ -627,7 +622,7 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
             plan = self._cached_dispatch(info, rows, handle)
         else:
             assert topk_idx is not None and num_tokens_per_expert is not None
-            E, exact = self._rounds.num_experts(num_tokens_per_expert), num_worst_tokens == 0
+            E, exact = self.runtime.rounds.num_experts(num_tokens_per_expert), num_worst_tokens == 0
 
             def expert_rows(out: dispatch_op.DispatchOutput) -> tuple[Any, ...]:
                 return self._expert_rows(out, expert_alignment, exact)
@@ -686,7 +681,7 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
                 scales = quantization.by_rows(scales, data)
                 return quantization.pack(data, scales), (data, scales)
             x, quant_mode = data, named
-        mode = quant_mode or ("none" if cached else self._quant_mode)
+        mode = quant_mode or ("none" if cached else self.runtime.quant_mode)
         if mode == "none":
             return x, None
         if self._straight_through:

@@ -234,7 +234,7 @@ class LowLatencyOfOps(OfOps, LowLatencyEPCommStrategy):
         x, topk_idx = flat(x, dispatch_op.active(topk_idx, x_active_mask))
         _check_one_way(async_finish, return_recv_hook)
         flags = use_fp8, use_ue8m0, use_mxfp4
-        quant_mode = mode_of(quant_mode, *flags, rows=self._rows, as_bf16=self._bf16_low_latency)
+        quant_mode = mode_of(quant_mode, *flags, rows=self._rows, as_bf16=self.runtime.bf16_low_latency)
         stats, L = cumulative_local_expert_recv_stats, num_experts // info.size
         if stats is not None and (stats.dtype != torch.int32 or stats.shape != (L,)):
             raise ValueError(

@@ -81,6 +81,8 @@ def dispatch(
     num_max_dispatch_tokens_per_rank: int,
     num_experts: int,
     num_ranks: int,
+    num_shared_ranks: int,
+    is_shared: bool,
     group: str,
     comm_alg: str,
 ) -> tuple[Tensor, ...]:
@@ -94,9 +96,15 @@ def dispatch(
         quant_mode=_quant_mode(smooth_scales),
         global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
         expert_token_nums_type=1,
+        **_shared(num_shared_ranks),
         comm_alg=comm_alg,
     )
     return recv_x, recv_scales, recv_count, assist_info, recv_counts, expand_scales
+
+
+def _shared(num_ranks: int) -> dict[str, int]:
+    """One shared expert on the first ranks, or none."""
+    return {"shared_expert_num": 1, "shared_expert_rank_num": num_ranks}
 
 
 def _quant_mode(smooth_scales: Any) -> int:
@@ -116,6 +124,8 @@ def combine(
     num_max_dispatch_tokens_per_rank: int,
     num_experts: int,
     num_ranks: int,
+    num_shared_ranks: int,
+    is_shared: bool,
     group: str,
     comm_alg: str,
 ) -> Tensor:
@@ -129,6 +139,7 @@ def combine(
         x_active_mask=x_active_mask,
         expand_scales=expand_scales,
         global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
+        **_shared(num_shared_ranks),
         comm_alg=comm_alg,
     )
 
@@ -144,7 +155,7 @@ def low_latency_dispatch(
 ) -> tuple[Tensor, ...]:
     sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
     recv_x, _, recv_count, assist_info, recv_counts, _ = dispatch(
-        dispatch_operator(x), x, topk_idx, None, None, None, *sizes, group, comm_alg
+        dispatch_operator(x), x, topk_idx, None, None, None, *sizes, 0, False, group, comm_alg
     )
     return recv_x, recv_count, assist_info, recv_counts, torch.full_like(topk_idx, -1, dtype=torch.int32)
 
@@ -164,7 +175,7 @@ def low_latency_combine(
     M = _max_tokens(x, topk_idx, num_experts, num_ranks)
     sizes = M, num_experts, num_ranks
     tensors = x, topk_idx, topk_weights, recv_src_idx, layout_range, None, None
-    return combine(combine_operator(x), *tensors, *sizes, group, comm_alg)
+    return combine(combine_operator(x), *tensors, *sizes, 0, False, group, comm_alg)
 
 
 def _max_tokens(x: Any, topk_idx: Any, num_experts: int, num_ranks: int) -> int:
@@ -203,6 +214,8 @@ def convert_full_dispatch(
     num_max_dispatch_tokens_per_rank: int,
     num_experts: int,
     num_ranks: int,
+    num_shared_ranks: int,
+    is_shared: bool,
     group: str,
     comm_alg: str,
 ) -> Any:
@@ -219,6 +232,7 @@ def convert_full_dispatch(
         quant_mode=_quant_mode(smooth_scales),
         global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
         expert_token_nums_type=1,
+        **_shared(num_shared_ranks),
         comm_alg=comm_alg,
     )
     # Results that are not used get no dtype from torchair.
@@ -243,7 +257,7 @@ def convert_dispatch(
 
     sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
     recv_x, _, recv_count, assist_info, recv_counts, _ = convert_full_dispatch(
-        x, topk_idx, None, None, None, *sizes, group, comm_alg
+        x, topk_idx, None, None, None, *sizes, 0, False, group, comm_alg
     )
     send_head = ge_apis.Fill(ge_apis.Shape(topk_idx), Const(-1, dtype=DataType.DT_INT32))
     return recv_x, recv_count, assist_info, recv_counts, send_head
@@ -260,6 +274,8 @@ def convert_full_combine(
     num_max_dispatch_tokens_per_rank: int,
     num_experts: int,
     num_ranks: int,
+    num_shared_ranks: int,
+    is_shared: bool,
     group: str,
     comm_alg: str,
 ) -> Any:
@@ -274,6 +290,7 @@ def convert_full_combine(
         x_active_mask=x_active_mask,
         expand_scales=expand_scales,
         global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
+        **_shared(num_shared_ranks),
         comm_alg=comm_alg,
     )
     ge.put_in_order(combined)
@@ -295,4 +312,4 @@ def convert_combine(
     """The same without what functions do not give."""
     sizes = _max_tokens(x.meta, topk_idx.meta, num_experts, num_ranks), num_experts, num_ranks
     tensors = x, topk_idx, topk_weights, recv_src_idx, layout_range, None, None
-    return convert_full_combine(*tensors, *sizes, group, comm_alg)
+    return convert_full_combine(*tensors, *sizes, 0, False, group, comm_alg)

@@ -8,9 +8,9 @@ from torch import Tensor
 from . import calls, notify
 from .collective import collective
 from .config import Config
-from .env import Rounds
 from .groups import GroupInfo
 from .profile import Profiling
+from .runtime import Runtime
 from .utils import EventOverlap
 
 
@@ -18,9 +18,7 @@ class OtherCalls(Profiling):
     """What Buffer inherits for the rest of the peers' surface."""
 
     group_size: int
-    _rounds: Rounds
-    _layout: tuple[Tensor, int, int] | None
-    """Of the newest get_dispatch_layout: topk_idx, its version, and E."""
+    runtime: Runtime | None
 
     def _live(self) -> GroupInfo:
         raise NotImplementedError
@@ -122,14 +120,8 @@ class OtherCalls(Profiling):
         RuntimeError: there was none, or its topk_idx has been written to since. ValueError: more than 4096 tokens.
         """
         self._live()
-        if self._layout is None:
-            raise RuntimeError(
-                "deep_ep: get_notify_send_data: call get_dispatch_layout first, outside of compiled code"
-            )
-        topk_idx, version, num_experts = self._layout
-        if not topk_idx.is_inference() and topk_idx._version != version:
-            raise RuntimeError("deep_ep: get_notify_send_data: topk_idx has been written to since get_dispatch_layout")
-        return notify.send_data(topk_idx, num_experts, self.group_size)
+        assert self.runtime is not None
+        return self.runtime.get_notify_send_data()
 
     @collective("dispatch")
     def notify_verify(
@@ -163,5 +155,6 @@ class OtherCalls(Profiling):
                 "handle must be None, and num_tokens_per_expert and topk_idx given, as by get_dispatch_layout"
             )
         calls.form("notify_verify")
-        self._rounds.num_experts(num_tokens_per_expert)
-        return notify.verify(info, self.rank, num_tokens_per_expert, topk_idx.shape[0], self._rounds)
+        assert self.runtime is not None
+        self.runtime.rounds.num_experts(num_tokens_per_expert)
+        return notify.verify(info, self.rank, num_tokens_per_expert, topk_idx.shape[0], self.runtime.rounds)

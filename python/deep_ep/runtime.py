@@ -3,14 +3,18 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
-from . import env
+import torch
+from torch import Tensor
+
+from . import env, notify
 from .ep_strategy import MODES, EPCommStrategy, LowLatencyStrategy, NormalStrategy, one_of
 from .groups import Group, GroupInfo, platform_of, prepare, process_group
+from .profile import Profiling
 
 RANKS_OF_A2_SERVER = 8
 
 
-class Runtime:
+class Runtime(Profiling):
     """The group, and how its calls are to be made, as the environment says where no argument does.
 
     Args:
@@ -34,10 +38,17 @@ class Runtime:
         self.running_counts = env.value("MOE_EXPERT_TOKEN_NUMS_TYPE") == "0"
         rounds = env.rounds()
         self.rounds = rounds if self.rows == "expert" else rounds._replace(number=1)
-        self.quant_mode = "int8" if env.value("DEEP_NORMAL_MODE_USE_INT8_QUANT") == "1" else "none"
-        self.bf16_low_latency = env.value("SGLANG_DEEPEP_BF16_DISPATCH") in env.TRUE
+        self._has_int8 = env.value("DEEP_NORMAL_MODE_USE_INT8_QUANT")
+        self._has_bf16 = env.value("SGLANG_DEEPEP_BF16_DISPATCH")
+        self._layout: tuple[Tensor, int, int] | None = None
+        self.shared_ranks = int(env.value("MOE_SHARED_EXPERT_RANK_NUM"))
+        if self.shared_ranks >= self.size:
+            raise ValueError(
+                f"the environment variable MOE_SHARED_EXPERT_RANK_NUM must be less than the {self.size} ranks of the "
+                f"group; got {self.shared_ranks}"
+            )
         self.straight_through = straight_through
-        self.comm_alg = comm_alg
+        self.comm_alg = env.comm_alg(platform_of(self.group)) or None if comm_alg is None else comm_alg
         """None: that of DeepEP-Ascend's strategy ops, which is hierarchy."""
         self.num_bytes = num_bytes
         self.is_destroyed = False
@@ -53,8 +64,15 @@ class Runtime:
     ) -> GroupInfo:
         """The group with what these strategies communicate with; None: the one that there is, or the other's.
 
-        Collective unless the group has been prepared with them here. RuntimeError: as `deep_ep.init`.
+        Collective unless the group has been prepared with them here. RuntimeError: as `deep_ep.init`. ValueError:
+        low latency has no ranks for shared experts.
         """
+        takes_shared = low_latency is LowLatencyStrategy.OPS and self.rows == "expert"
+        if self.shared_ranks and low_latency is not None and not takes_shared:
+            raise ValueError(
+                "the environment variable MOE_SHARED_EXPERT_RANK_NUM must be 0 unless low latency has the strategy ops "
+                f'under rows="expert"; got {self.shared_ranks} with {low_latency.value} under rows="{self.rows}"'
+            )
         before = self._info
         if before is None:
             normal = normal or next(one for one, other in MODES.values() if other is low_latency)
@@ -73,10 +91,38 @@ class Runtime:
             self._info = info
         return info
 
+    @property
+    def quant_mode(self) -> str:
+        """That of `dispatch` where nothing else says it."""
+        return "int8" if env.latest("DEEP_NORMAL_MODE_USE_INT8_QUANT", self._has_int8) == "1" else "none"
+
+    @property
+    def bf16_low_latency(self) -> bool:
+        """Whether `low_latency_dispatch` sends rows as they are where quant_mode does not say it."""
+        return env.latest("SGLANG_DEEPEP_BF16_DISPATCH", self._has_bf16) in env.TRUE
+
     def check(self) -> None:
         """RuntimeError: after `Buffer.destroy`."""
         if self.is_destroyed:
             raise RuntimeError("deep_ep: this Buffer was destroyed; make another one")
+
+    def keep_layout(self, topk_idx: Tensor, num_experts: int) -> None:
+        """For get_notify_send_data; nothing in compiled code."""
+        if not torch.compiler.is_compiling():
+            kept = topk_idx.clone() if topk_idx.is_inference() else topk_idx
+            self._layout = kept, 0 if kept.is_inference() else kept._version, num_experts
+
+    def get_notify_send_data(self) -> Tensor:
+        """As `Buffer.get_notify_send_data`."""
+        self.check()
+        if self._layout is None:
+            raise RuntimeError(
+                "deep_ep: get_notify_send_data: call get_dispatch_layout first, outside of compiled code"
+            )
+        topk_idx, version, num_experts = self._layout
+        if not topk_idx.is_inference() and topk_idx._version != version:
+            raise RuntimeError("deep_ep: get_notify_send_data: topk_idx has been written to since get_dispatch_layout")
+        return notify.send_data(topk_idx, num_experts, self.size)
 
     def is_available(self) -> bool:
         """Whether calls may be made."""
@@ -126,9 +172,6 @@ class OfOps(EPCommStrategy):
         self.runtime = runtime
         self._rows = runtime.rows
         self._running_counts = runtime.running_counts
-        self._rounds = runtime.rounds
-        self._quant_mode = runtime.quant_mode
-        self._bf16_low_latency = runtime.bf16_low_latency
         self._straight_through = runtime.straight_through
         self.info = self._prepare()
 

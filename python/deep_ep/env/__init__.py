@@ -1,8 +1,8 @@
 """The environment variables of deep_ep: one table of what they are, and their values.
 
 `deep_ep.init` and Buffer read them when they are called; ops and compiled code never do, since Dynamo has no guards for
-them. An argument that says the same counts instead. An empty value is no value. `python -m deep_ep.env` prints the
-table as it is in force.
+them. Calls of a Buffer outside of graphs look again for the two that quantise, which SGLang changes. An argument that
+says the same counts instead. An empty value is no value. `python -m deep_ep.env` prints the table as it is in force.
 """
 
 import functools
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..ep_strategy import MODES
@@ -40,18 +41,16 @@ class Variable(NamedTuple):
     """Where the effect is: of CPU, A2, A3 and A5; everywhere if empty."""
     elsewhere: str = ""
     """What is true on other platforms."""
-    reason: str = ""
-    """Why nothing else is allowed."""
 
     @property
     def values(self) -> str:
         """What is allowed, in words."""
         if isinstance(self.allowed, range):
-            most = "" if self.allowed == _POSITIVE else f", at most {self.allowed[-1]}"
+            most = "" if self.allowed.stop == sys.maxsize else f", at most {self.allowed[-1]}"
             return f"a whole number of at least {self.allowed[0]}{most}"
         if self.allowed is None:
             return "any text"
-        return f"one of {', '.join(self.allowed)}" if len(self.allowed) > 1 else f"{self.allowed[0]}{self.reason}"
+        return f"one of {', '.join(self.allowed)}"
 
 
 VARIABLES = {
@@ -75,14 +74,15 @@ VARIABLES = {
             "DEEP_NORMAL_MODE_USE_INT8_QUANT",
             "0",
             _SWITCH,
-            "1: Buffer.dispatch without quant_mode and without a handle sends int8 rows with scales.",
+            "1: Buffer.dispatch without quant_mode and without a handle sends int8 rows with scales. Calls outside of "
+            "graphs go by what it is then, if it is set.",
         ),
         Variable(
             "SGLANG_DEEPEP_BF16_DISPATCH",
             "0",
             ("0", "1", "false", "true", "no", "yes", "n", "y"),
             "1: Buffer.low_latency_dispatch without quant_mode sends rows as they are, whatever use_fp8 and use_mxfp4 "
-            "say.",
+            "say. Calls outside of graphs go by what it is then, if it is set.",
         ),
         Variable(
             "MOE_EXPERT_TOKEN_NUMS_TYPE",
@@ -120,11 +120,11 @@ VARIABLES = {
         Variable(
             "MOE_SHARED_EXPERT_RANK_NUM",
             "0",
-            ("0",),
-            "Ranks that hold nothing but a shared expert. There are none: experts are spread evenly over all ranks, "
-            "and torch_npu's operators are told so. A shared expert is a module of the model on every rank, or "
+            range(sys.maxsize),
+            'In low latency of a Buffer with the strategy ops and rows="expert", so many ranks, the first ones, have a '
+            "shared expert and no other: E experts are spread over the rest, and every token goes to one of the first "
+            "as well. In other Buffers it must be 0: a shared expert is a module on every rank, or "
             "shared_weights of fused_deep_moe.",
-            reason=", since experts are spread evenly over all ranks (a shared expert is a module on every rank)",
         ),
         Variable(
             "DEEPEP_HCCL_BUFFSIZE",
@@ -227,6 +227,14 @@ def value(name: str) -> str:
             if choice.lower() == text.lower():
                 return choice
     raise ValueError(f"the environment variable {name} must be {variable.values}; got {text!r}")
+
+
+def latest(name: str, otherwise: str) -> str:
+    """What is in force now, outside of graphs, if the environment says something; or what was when a Buffer was made.
+
+    SGLang changes these variables from call to call, for draft models.
+    """
+    return otherwise if torch.compiler.is_compiling() or given(name) is None else value(name)
 
 
 def window_bytes() -> int | None:

@@ -124,9 +124,8 @@ def register(
     for overload in packet.overloads():
         op = getattr(packet, overload)
         if kernel is not None:
-            _fragment.impl(
-                op, functools.partial(profile.noted(op, kernel), overload=overload), "CompositeExplicitAutograd"
-            )
+            noted = profile.noted(op, functools.partial(kernel, overload=overload))
+            _fragment.impl(op, noted, "CompositeExplicitAutograd")
         torch.library.register_fake(op, functools.partial(prepared_fake, overload=overload), lib=_fragment)
         if backward is not None:
             formula = functools.partial(backward, overload=overload)

@@ -1,7 +1,6 @@
 """moe_distribute_combine: what the strategy ops asks of MoeDistributeCombineV2, torch_npu's operator.
 
-T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts ·
-M num_max_dispatch_tokens_per_rank · N = R·M·min(K, L) rows.
+Symbols are those of moe_distribute_dispatch.
 """
 
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from .. import checks, npu_ops
 from ..groups import GroupInfo
 from ._registration import register, reject
-from .moe_distribute_dispatch import setup_context
+from .moe_distribute_dispatch import Shared, setup_context
 
 
 def call(
@@ -26,11 +25,12 @@ def call(
     x_active_mask: Tensor | None,
     num_max_dispatch_tokens_per_rank: int,
     num_experts: int,
+    shared: Shared,
 ) -> Tensor:
     """The op: x [N, H] bf16 or fp16, with topk_idx [T, K] and topk_weights fp32 [T, K] of the tokens, and the rest as
     moe_distribute_dispatch took and gave it. Returns [T, H].
     """
-    sizes = num_max_dispatch_tokens_per_rank, num_experts, info.size
+    sizes = num_max_dispatch_tokens_per_rank, num_experts, info.size, *shared
     tensors = x, topk_idx, topk_weights, assist_info, layout_range, expand_scales, x_active_mask
     return torch.ops.deep_ep.moe_distribute_combine(*tensors, *sizes, info.name, info.comm_alg)
 
@@ -42,7 +42,7 @@ def fake(*arguments: Any, overload: str) -> Tensor:
 
 
 def _error(*arguments: Any) -> str | None:
-    x, topk_idx, topk_weights, _, _, _, _, M, E, R, _, comm_alg = arguments
+    x, topk_idx, topk_weights, _, _, _, _, M, E, R, S, is_shared, _, comm_alg = arguments
     if wrong := npu_ops.check_comm_alg(comm_alg) or npu_ops.check_x(x):
         return wrong
     if topk_weights.dtype != torch.float32 or any(map(checks.differ, topk_weights.shape, topk_idx.shape)):
@@ -50,7 +50,7 @@ def _error(*arguments: Any) -> str | None:
             f"topk_weights must be torch.float32 {list(topk_idx.shape)}, "
             f"got {topk_weights.dtype} {list(topk_weights.shape)}"
         )
-    N = R * M * min(topk_idx.shape[1], E // R)
+    N, _ = Shared(S, is_shared).shape(M, topk_idx.shape[1], E, R)
     if x.dim() != 2 or checks.differ(x.shape[0], N):
         return f"x must have the shape [N, H] of the dispatch's rows with N = {N}, got {list(x.shape)}"
     return None

@@ -1,7 +1,8 @@
 """moe_distribute_dispatch: what the strategy ops asks of MoeDistributeDispatchV2, torch_npu's operator.
 
-T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts ·
-M num_max_dispatch_tokens_per_rank · N = R·M·min(K, L) rows.
+T local tokens · H hidden · K top-k · E experts · R ranks · S shared ranks, the first ones, which have a shared expert
+and no other · L = E/(R - S) local experts, 1 on a shared rank · M num_max_dispatch_tokens_per_rank ·
+N rows: R·M·min(K, L), and M·ceil(R/S) on a shared rank, to which every token of its part of the ranks goes.
 """
 
 from typing import Any, NamedTuple
@@ -29,6 +30,22 @@ class Output(NamedTuple):
     """fp32 [N]: the rows' weights, with topk_weights; else empty."""
 
 
+class Shared(NamedTuple):
+    """Ranks for shared experts."""
+
+    num_ranks: int
+    """S."""
+    is_this: bool
+    """Whether this rank is one."""
+
+    def shape(self, M: int, K: int, E: int, R: int) -> tuple[int, int]:
+        """N and L."""
+        if self.is_this:
+            return M * -(-R // self.num_ranks), 1
+        L = E // (R - self.num_ranks)
+        return R * M * min(K, L), L
+
+
 def call(
     info: GroupInfo,
     x: Tensor,
@@ -38,6 +55,7 @@ def call(
     x_active_mask: Tensor | None,
     num_max_dispatch_tokens_per_rank: int,
     num_experts: int,
+    shared: "Shared",
 ) -> Output:
     """The op.
 
@@ -48,7 +66,7 @@ def call(
         smooth_scales: fp32 [E, H]: rows are multiplied by their expert's and quantised to int8 with one scale each.
         x_active_mask: bool [T] or [T, K]: what is sent. torch_npu wants the tokens that are before those that are not.
     """
-    sizes = num_max_dispatch_tokens_per_rank, num_experts, info.size
+    sizes = num_max_dispatch_tokens_per_rank, num_experts, info.size, *shared
     op = torch.ops.deep_ep.moe_distribute_dispatch
     return Output(*op(x, topk_idx, topk_weights, smooth_scales, x_active_mask, *sizes, info.name, info.comm_alg))
 
@@ -62,21 +80,24 @@ def fake(
     num_max_dispatch_tokens_per_rank: int,
     num_experts: int,
     num_ranks: int,
+    num_shared_ranks: int,
+    is_shared: bool,
     group: str,
     comm_alg: str,
     *,
     overload: str,
 ) -> tuple[Tensor, ...]:
-    M, E, R = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
-    reject("moe_distribute_dispatch", error(x, topk_idx, topk_weights, smooth_scales, x_active_mask, M, E, R, comm_alg))
-    (T, H), K, L = x.shape, topk_idx.shape[1], E // R
-    N = R * M * min(K, L)
+    M, E, R, S = num_max_dispatch_tokens_per_rank, num_experts, num_ranks, num_shared_ranks
+    tensors = x, topk_idx, topk_weights, smooth_scales, x_active_mask
+    reject("moe_distribute_dispatch", error(*tensors, M, E, R, S, comm_alg))
+    (T, H), K = x.shape, topk_idx.shape[1]
+    N, L = Shared(S, is_shared).shape(M, K, E, R)
     return (
         x.new_empty((N, H), dtype=None if smooth_scales is None else torch.int8),
         x.new_empty((N,), dtype=torch.float32),
         x.new_empty((L,), dtype=torch.int64),
         x.new_empty((torch.sym_max(T * K, 128 * N),), dtype=torch.int32),
-        x.new_empty((E + npu_ops.counts_between_servers(topk_weights, M, K, R),), dtype=torch.int32),
+        x.new_empty((R * L + npu_ops.counts_between_servers(topk_weights, M, K, R),), dtype=torch.int32),
         x.new_empty((0 if topk_weights is None else N,), dtype=torch.float32),
     )
 
@@ -90,11 +111,16 @@ def error(
     M: int,
     E: int,
     R: int,
+    S: int,
     comm_alg: str,
 ) -> str | None:
     """What is wrong with the arguments, or None."""
+    if not 0 <= S < R:
+        return f"num_shared_ranks must be at least 0 and less than num_ranks = {R}, got {S}"
+    if E % (R - S):
+        return f"num_experts ({E}) must be divisible by the {R - S} ranks that have no shared expert"
     if wrong := (
-        checks.low_latency_dispatch(x, topk_idx, M, E, R) or npu_ops.check_comm_alg(comm_alg) or npu_ops.check_x(x)
+        checks.low_latency_dispatch(x, topk_idx, M, E, R - S) or npu_ops.check_comm_alg(comm_alg) or npu_ops.check_x(x)
     ):
         return wrong
     if topk_weights is None and comm_alg == "hierarchy":
@@ -125,16 +151,18 @@ def kernel(
     num_max_dispatch_tokens_per_rank: int,
     num_experts: int,
     num_ranks: int,
+    num_shared_ranks: int,
+    is_shared: bool,
     group: str,
     comm_alg: str,
     *,
     overload: str,
 ) -> tuple[Tensor, ...]:
     tensors = x, topk_idx, topk_weights, smooth_scales, x_active_mask
-    sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
+    sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks, num_shared_ranks
     operator = npu_ops.dispatch_operator(x)
     reject("moe_distribute_dispatch", error(*tensors, *sizes, comm_alg))
-    return npu_ops.dispatch(operator, *tensors, *sizes, group, comm_alg)
+    return npu_ops.dispatch(operator, *tensors, *sizes, is_shared, group, comm_alg)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -203,6 +203,9 @@ class OpsLowLatencyCommStrategy(LowLatencyOfOps):
             are padded to M, and low_latency_dispatch needs topk_weights.
         smooth_scales: fp32 [E, H], by which rows are multiplied when the operators quantise them to int8.
 
+    With MOE_SHARED_EXPERT_RANK_NUM the first ranks have a shared expert, to one of which every token goes as well: rows
+    are [M·ceil(R/S), H] and counts [1] there, L = E/(R - S) on the others, and combine adds its result with weight 1.
+
     There is no gradient.
     """
 
@@ -218,6 +221,8 @@ class OpsLowLatencyCommStrategy(LowLatencyOfOps):
         self.comm_alg = comm_alg
         self.smooth_scales = smooth_scales
         super().__init__(runtime, group)
+        shared = self.runtime.shared_ranks
+        self._shared = dispatch_op.Shared(shared, self.runtime.rank < shared)
 
     @classmethod
     def of_buffer(cls, runtime: Runtime, group: Group) -> OfOps:
@@ -260,7 +265,7 @@ class OpsLowLatencyCommStrategy(LowLatencyOfOps):
             sizes = num_max_dispatch_tokens_per_rank, num_experts
             return super().low_latency_dispatch(x, topk_idx, *sizes, stats, **more)
         info, M = self._live(), num_max_dispatch_tokens_per_rank
-        mode = mode_of(quant_mode, *flags, rows=self._rows, as_bf16=self._bf16_low_latency)
+        mode = mode_of(quant_mode, *flags, rows=self._rows, as_bf16=self.runtime.bf16_low_latency)
         if self.smooth_scales is not None and mode != "int8":
             raise ValueError(f'smooth_scales are for quant_mode="int8", got {mode!r}')
         if x.requires_grad and torch.is_grad_enabled():
@@ -275,7 +280,8 @@ class OpsLowLatencyCommStrategy(LowLatencyOfOps):
                 x_active_mask = torch.ones_like(topk_idx[:, 0], dtype=torch.bool)
             x, topk_idx, x_active_mask = (_padded(one, M - T) for one in (x, topk_idx, x_active_mask))
             topk_weights = None if topk_weights is None else _padded(topk_weights, M - T)
-        out = dispatch_op.call(info, x, topk_idx, topk_weights, self.smooth_scales, x_active_mask, M, num_experts)
+        tensors = x, topk_idx, topk_weights, self.smooth_scales, x_active_mask
+        out = dispatch_op.call(info, *tensors, M, num_experts, self._shared)
         rows: Rows = out.recv_x
         if sent is not None:
             data, scales = quantization.unpack(out.recv_x, *sent)
@@ -317,7 +323,7 @@ class OpsLowLatencyCommStrategy(LowLatencyOfOps):
             topk_idx, topk_weights = _padded(topk_idx, padding), _padded(topk_weights, padding)
         tensors = known.src_info, known.layout_range, known.expand_scales, known.x_active_mask
         sizes = known.num_max_dispatch_tokens_per_rank, known.num_experts
-        combined = combine_op.call(self._live(), x, topk_idx, topk_weights, *tensors, *sizes)[:T]
+        combined = combine_op.call(self._live(), x, topk_idx, topk_weights, *tensors, *sizes, self._shared)[:T]
         if known.x_active_mask is not None:  # what torch_npu leaves undefined
             is_sent = known.x_active_mask[:T].view(T, -1).any(1, keepdim=True)
             combined = torch.where(is_sent, combined, 0)
