@@ -367,7 +367,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
 
         ValueError: allocate_on_comm_stream without previous_event or without async_finish; T is larger than the rounds.
         """
-        result = self._begin(self._normal).get_dispatch_layout(
+        return self._begin(self._normal).get_dispatch_layout(
             topk_idx=topk_idx,
             num_experts=num_experts,
             previous_event=previous_event,

@@ -47,7 +47,7 @@ def noted(op: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         begin = time.monotonic_ns()
         results = kernel(*args, **kwargs)
-        note(args[places[0]], name, begin)
+        note(args[place], name, begin)
         return results
 
     return run
