@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 import deep_ep
-from deep_ep import buffer, env, groups, low_latency, npu, quantization, rank_rows, strategies
+from deep_ep import buffer, env, groups, npu, quantization, rank_rows, strategies
+from deep_ep.ops import low_latency_dispatch_padded as padded
 
 PAGE = Path(__file__).with_name("api.md")
 
@@ -43,7 +44,7 @@ whose name is `group`."""
 BUFFER = (
     (buffer, ("Handle", "AlignedHandle", "InternodeHandle")),
     (rank_rows, ("RankHandle",)),
-    (low_latency, ("PaddedHandle",)),
+    (padded, ("PaddedHandle",)),
 )
 STRATEGIES = (
     *("register_normal_strategy", "register_low_latency_strategy", "get_normal_strategy", "get_low_latency_strategy"),

@@ -26,6 +26,7 @@ import deep_ep
 from deep_ep import FuseMode, reference
 from deep_ep._library import library
 from deep_ep.fused_kernel import int8_product
+from deep_ep.fused_options import FusedOptions
 from deep_ep.fused_weights import bits_to_scale, scale_to_bits
 from deep_ep.ops import fused_deep_moe as fused_op
 
@@ -383,13 +384,14 @@ def opcheck(ctx: RankContext, layer: Layer, strategy: str) -> None:
     dtype = torch.float32 if layer.mode is FuseMode.FUSED_DEEP_MOE else torch.int64
     s1, s2 = (torch.empty(0, 0, dtype=dtype) if s is None else s for s in (s1, s2))
     rest = (group.group_name, strategy)
+    options = FusedOptions()
     if layer.quant_mode == 0:
         backward = getattr(torch.ops.deep_ep.fused_deep_moe_backward, overload)
         torch.library.opcheck(backward, (torch.randn_like(x), x, ids, weights, w1, w2, M, E, ctx.size, *rest))
         for leaf in (x, weights, w1, w2):
             leaf.requires_grad_()
     op = getattr(torch.ops.deep_ep.fused_deep_moe, overload)
-    torch.library.opcheck(op, (x, ids, weights, w1, s1, w2, s2, M, E, ctx.size, layer.quant_mode, *rest))
+    torch.library.opcheck(op, (x, ids, weights, w1, s1, w2, s2, M, E, ctx.size, layer.quant_mode, *rest, *options))
 
 
 @pytest.mark.parametrize(
@@ -406,16 +408,8 @@ def test_opcheck(pool: RankPool, mode: FuseMode, quant_mode: int, strategy: str)
 ARGUMENTS = ("x", "topk_idx", "topk_weights", "w1", "s1", "w2", "s2", "M", "E")
 WRONG: dict[str, tuple[int, int, Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     # By what is wrong: fuse mode, quant_mode, what changes, what the error says.
-    "quant_mode": (1, 0, lambda a: {"quant_mode": 2}, "quant_mode must be 0 (none) or 1 (int8), got 2"),
     "ids": (1, 0, lambda a: {"topk_idx": a["topk_idx"] + a["E"]}, "topk_idx has the id"),
-    "ids' dtype": (
-        1,
-        0,
-        lambda a: {"topk_idx": a["topk_idx"].short()},
-        "topk_idx must be torch.int64, got torch.int16",
-    ),
     "x's dtype": (1, 0, lambda a: {"x": a["x"].double()}, "got torch.float64"),
-    "x's strides": (1, 0, lambda a: {"x": a["x"].t().contiguous().t()}, "x must be contiguous"),
     "topk_weights": (
         *(1, 0, lambda a: {"topk_weights": a["topk_weights"][:1]}),
         "topk_weights must have the shape [T, K] with T = 3, got [1, 2]",
@@ -425,7 +419,7 @@ WRONG: dict[str, tuple[int, int, Callable[[dict[str, Any]], dict[str, Any]], str
     "other M": (1, 0, lambda a: {"M": 99}, "num_max_dispatch_tokens_per_rank must be the same on all ranks"),
     "E": (1, 0, lambda a: {"E": 5}, "num_experts (5) must be divisible by num_ranks (2)"),
     "w1's dtype": (1, 0, lambda a: {"w1": a["w1"].bfloat16()}, "gmm1_weight must be torch.float32, got torch.bfloat16"),
-    "w1 not int8": (1, 1, lambda a: {"w1": a["w1"].float()}, "gmm1_weight must be torch.int8, got torch.float32"),
+    "w2 not int8": (1, 1, lambda a: {"w2": a["w2"].float()}, "gmm2_weight must be torch.int8, got torch.float32"),
     "w1's experts": (1, 0, lambda a: {"w1": a["w1"][:1]}, "gmm1_weight must have the shape [L, H, 2I] with L = 2"),
     "w1's H": (1, 0, lambda a: {"w1": a["w1"][:, :9]}, "gmm1_weight must have the shape [L, H, 2I] with H = 16"),
     "w1's tiles": (1, 0, lambda a: {"w1": a["w1"][..., :64]}, "gmm1_weight must have a multiple of 128 columns (2I)"),
@@ -442,7 +436,7 @@ WRONG: dict[str, tuple[int, int, Callable[[dict[str, Any]], dict[str, Any]], str
         1,
         1,
         lambda a: {"s1": None},
-        "gmm1_weight_scale is missing: quant_mode 1 needs torch.float32 [2, 128]",
+        "gmm1_weight_scale is missing: weights of torch.int8 need torch.float32 [2, 128]",
     ),
     "scale for floats": (1, 0, lambda a: {"s2": torch.ones(2, 16)}, "gmm2_weight_scale must be None or empty"),
     "bits in mode 1": (
@@ -482,7 +476,7 @@ def test_wrong_arguments(pool: RankPool, what: str, strategy: str) -> None:
     first, second = pool.run(2, wrong, what, strategy)
     kind, message = second
     assert first == second and kind == "RuntimeError" and WRONG[what][3] in message, (first, second)
-    assert "deep_ep.fused_deep_moe" in message or what == "ids"
+    assert "deep_ep.fused_deep_moe" in message
 
 
 def wrong_in_a_graph(ctx: RankContext, what: str) -> str:
@@ -496,7 +490,7 @@ def wrong_in_a_graph(ctx: RankContext, what: str) -> str:
     return error_of(run, *given.values(), quant_mode=quant, fuse_mode=mode, group=group.group_name)[1]
 
 
-@pytest.mark.parametrize("what", ["quant_mode", "w2 of the other mode", "no scale", "fp32 in mode 2"])
+@pytest.mark.parametrize("what", ["w2 of the other mode", "no scale", "fp32 in mode 2"])
 def test_wrong_arguments_in_a_graph(pool: RankPool, what: str) -> None:
     (message,) = pool.run(1, wrong_in_a_graph, what)
     assert f"deep_ep.fused_deep_moe: {WRONG[what][3]}" in message, message

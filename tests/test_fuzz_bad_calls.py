@@ -21,8 +21,8 @@ from ranks import STRATEGIES, RankContext, RankPool
 from torch import Tensor
 
 import deep_ep
-from deep_ep import arguments, quantization, reference
-from deep_ep.low_latency import PaddedHandle, _padded
+from deep_ep import PaddedHandle, arguments, quantization, reference
+from deep_ep.ops import low_latency_dispatch_padded as padded_op
 from deep_ep.ops.dispatch import DispatchHandle
 from deep_ep.ops.low_latency_dispatch import LowLatencyHandle
 from deep_ep.rank_rows import RankHandle
@@ -76,11 +76,11 @@ class Routing:
         of = self.low_latency[rank]
         counts, ends = of.num_recv_tokens_per_expert, of.recv_channel_prefix_matrix.reshape(-1)
         packed = LowLatencyHandle(of.recv_src_idx, ends, M, hidden, E, counts, of.send_head)
-        return packed if kind == "low_latency" else _padded(_Sizes(R), packed)[0]  # type: ignore[arg-type]
-
-
-class _Sizes(NamedTuple):
-    size: int
+        if kind == "low_latency":
+            return packed
+        rows = torch.zeros(len(of.recv_src_idx), 1)
+        padded = padded_op.of_packed((rows, counts, of.recv_src_idx, ends, of.send_head), [], R, M)
+        return padded_op._in_order(padded, M, hidden, E).handle
 
 
 class World:

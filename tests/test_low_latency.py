@@ -4,6 +4,8 @@ T local tokens, H hidden, K top-k, E experts, R ranks, L = E/R local experts, M 
 N = R·M·min(K, L) packed rows.
 """
 
+import math
+import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,7 +31,9 @@ from deep_ep import quantization, reference
 from deep_ep.groups import info_of
 from deep_ep.npu_ops import COMM_ALGS
 from deep_ep.ops import low_latency_combine as combine_op
+from deep_ep.ops import low_latency_combine_padded as padded_combine_op
 from deep_ep.ops import low_latency_dispatch as dispatch_op
+from deep_ep.ops import low_latency_dispatch_padded as padded_dispatch_op
 
 QUANT_MODES = quantization.MODES
 THRESHOLDS = {"none": 1e-5, "int8": 3e-3, "mx_fp4_e2m1": 4e-2}  # of calc_diff; fp8: 2e-3
@@ -324,6 +328,181 @@ def test_gradients(pool: RankPool, rows: str, straight_through: bool) -> None:
             assert_same("compiled", b, a)
 
 
+# Rows with gaps cost what has come, whatever there is room for
+
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def pages(tensor: Tensor) -> int:
+    """How many pages of its memory have been touched."""
+    first, last = tensor.data_ptr() // PAGE, (tensor.data_ptr() + tensor.nbytes - 1) // PAGE
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(8 * first)
+        entries = file.read(8 * (last - first + 1))
+    return sum(entry >> 62 > 0 for entry in memoryview(entries).cast("Q"))
+
+
+def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def touched_pages(ctx: RankContext, strategy: str, mode: str, hooks: bool, tokens: int) -> list[tuple[int, int]]:
+    """By call, the pages that were touched, and the most that the rows that have come can lie in."""
+    buffer, M, H = make_buffer(ctx, Settings(strategy, "rank")), 256, 4096
+    case = Case((tokens, tokens), H=H, K=4, local_experts=8, dtype=torch.bfloat16, ids="distinct", absent=0.0)
+    x, ids, weights, _ = (given[ctx.rank] for given in make_inputs(case))
+    found = []
+    for _ in range(3):  # the second one may get memory of the first
+        recv_x, count, handle, _, hook = buffer.low_latency_dispatch(
+            x, ids, M, case.E, quant_mode=mode, return_recv_hook=hooks
+        )
+        if hook is not None:
+            hook()
+        rows = int(count.sum())
+        for part in recv_x if isinstance(recv_x, tuple) else (recv_x,):
+            row_bytes = part.nbytes // (case.local_experts * 2 * M)
+            found.append((pages(part), rows * (row_bytes // PAGE + 2)))
+        del recv_x, part
+        y = untouched((case.local_experts, 2 * M, H), torch.bfloat16)
+        for l, n in enumerate(count.tolist()):
+            y[l, :n] = 1
+        before = pages(y)
+        out, _, hook = buffer.low_latency_combine(y, ids, weights, handle, return_recv_hook=hooks)
+        if hook is not None:
+            hook()
+        found.append((pages(y), before))
+        torch.testing.assert_close(out, weights.sum(1, keepdim=True).expand(tokens, H).bfloat16())
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 200], ids=["few tokens", "more than is attached"])
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize("mode", ["none", "block_fp8_e4m3"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_only_rows_that_have_come_are_touched(
+    pool: RankPool, strategy: str, mode: str, hooks: bool, tokens: int
+) -> None:
+    for found in pool.run(2, touched_pages, strategy, mode, hooks, tokens):
+        assert all(touched <= most for touched, most in found), found
+
+
+def repeated_ids(ctx: RankContext, strategy: str) -> tuple[str, str]:
+    buffer = make_buffer(ctx, Settings(strategy, "rank"))
+    ids = torch.tensor([[0, 1, 0 if ctx.rank == 1 else 2]])
+    error = error_of(buffer.low_latency_dispatch, torch.ones(1, 8), ids, 1, 8, use_fp8=False)
+    rows, *_ = buffer.low_latency_dispatch(torch.ones(1, 8), ids[:, :2], 1, 8, use_fp8=False)
+    assert rows.sum() == (32 if ctx.rank == 0 else 0)
+    return error
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ids_that_repeat_are_refused_on_all_ranks(pool: RankPool, strategy: str) -> None:
+    for kind, message in pool.run(2, repeated_ids, strategy):
+        assert kind == "RuntimeError" and "topk_idx has the id 0 of token 0 twice" in message, message
+
+
+# Tokens that are masked
+
+
+def masked(ctx: RankContext, settings: Settings) -> None:
+    torch._dynamo.reset()
+    buffer, M, r = make_buffer(ctx, settings), 9, ctx.rank
+    case = Case((6, 9), H=128, K=3, local_experts=4, ids="distinct")
+    x, ids, weights, _ = (given[r] for given in make_inputs(case))
+    mask = torch.arange(len(x)) % 3 != r
+    leaf, weights = x.clone().requires_grad_(settings.quant_mode == "none"), weights.clone().requires_grad_()
+
+    def step(x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        recv_x, count, handle, *_ = buffer.low_latency_dispatch(
+            x, ids, M, case.E, quant_mode=settings.quant_mode, x_active_mask=mask
+        )
+        y = recv_x
+        if isinstance(recv_x, tuple):
+            flat = [part.flatten(0, 1) if settings.rows == "rank" else part for part in recv_x]
+            y = quantization.dequantize(*flat).view(*recv_x[0].shape[:-1], case.H).to(x.dtype)
+        out = buffer.low_latency_combine(2 * y, ids, weights, handle, x_active_mask=mask)[0]
+        return out, count, y
+
+    run = step if settings.backend == "eager" else torch.compile(step, backend=settings.backend, fullgraph=True)
+    out, count, rows = run(leaf, ids, weights, mask)
+    wanted, wanted_count, wanted_rows = step(leaf, ids.where(mask.unsqueeze(1), -1), weights, None)
+    assert_same("count", count, wanted_count)
+    assert_same("rows", rows.detach(), wanted_rows.detach())
+    assert_same("out", out.detach(), wanted.detach())
+    assert not out[~mask].any() and out[mask & (ids >= 0).any(1)].any()
+    needed = [leaf, weights] if leaf.requires_grad else [weights]
+    grads = torch.autograd.grad(out.sum(), needed)
+    for grad, expected in zip(grads, torch.autograd.grad(wanted.sum(), needed), strict=True):
+        assert_same("grad", grad, expected)
+        assert not grad[~mask].any() and grad[mask & (ids >= 0).any(1)].any()
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["none", "int8"])
+@pytest.mark.parametrize("rows", ["expert", "rank"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_masked_tokens_send_nothing_and_come_back_as_zeros(
+    pool: RankPool, strategy: str, rows: str, mode: str, backend: str
+) -> None:
+    pool.run(2, masked, Settings(strategy, rows, mode, backend))
+
+
+def masked_functions(ctx: RankContext, strategy: str) -> list[tuple[str, str]]:
+    group, last = ctx.prepared_group(strategy), ctx.rank == ctx.size - 1
+    x, ids, mask = torch.ones(3, 8), torch.tensor([[0, 1]]).repeat(3, 1), torch.tensor([True, False, True])
+    buffer = make_buffer(ctx, Settings(strategy, "rank"))
+    sends = (
+        partial(deep_ep.low_latency_dispatch, x, ids, 3, 2, group=group),
+        partial(buffer.low_latency_dispatch, x, ids, 3, 2, use_fp8=False),
+    )
+    errors = []
+    for wrong in (mask[1:], mask.int(), mask.unsqueeze(1)):
+        errors += [error_of(send, x_active_mask=wrong if last else mask) for send in sends]
+    out = sends[0](x_active_mask=mask)
+    combine = partial(deep_ep.low_latency_combine, out.recv_x, ids, torch.ones(3, 2), out.handle, group=group)
+    errors += [error_of(combine, x_active_mask=mask[1:] if last else mask), error_of(combine)]
+    assert_same("combined", combine(x_active_mask=mask), 2 * x * mask.unsqueeze(1))
+    return errors
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_wrong_mask_is_refused_on_all_ranks(pool: RankPool, strategy: str) -> None:
+    says = ["[2]"] * 2 + ["torch.int32 [3]"] * 2 + ["[3, 1]"] * 2 + ["[2]"]
+    for *errors, (kind, without) in pool.run(2, masked_functions, strategy):
+        assert kind == "RuntimeError" and "not dispatched" in without, without
+        for (_, message), got in zip(errors, says, strict=True):
+            assert "x_active_mask must" in message and f"got {got}" in message, message
+
+
+def composed(ctx: RankContext, quant_mode: str) -> None:
+    """Where there is no kernel for rows with gaps, they are made of others: the same, to the bit."""
+    group, M = ctx.prepared_group("default").group_name, 9
+    case = Case((6, 9), H=128, K=3, local_experts=4, dtype=torch.bfloat16, ids="distinct")
+    x, ids, weights, _ = (given[ctx.rank] for given in make_inputs(case))
+    parts: list[Tensor] = []
+    if quant_mode != "none":
+        parts = list(quantization.quantize(x, quant_mode, low_latency=True))
+        x = quantization.pack(*parts)
+    sizes = case.E, case.R, group
+    names = ("recv_x", "recv_scales", "recv_count", "src_info", "layout", "recv_src_idx", "layout_range", "send_head")
+    results = overload("low_latency_dispatch_padded", "default")(x, ids, parts, M, *sizes)
+    again = padded_dispatch_op._around("default")(x, ids, parts, M, *sizes)
+    for name, a, wanted in zip(names, again, results, strict=True):
+        assert a.dtype == wanted.dtype and a.shape == wanted.shape, name
+        assert_same(name, as_bytes(a).to(torch.int16), as_bytes(wanted).to(torch.int16))
+    y = torch.randn(case.local_experts, 2 * M, case.H)
+    rest = ids, weights, *results[5:], *sizes
+    combined = overload("low_latency_combine_padded", "default")(y, *rest)
+    assert_same("combined", padded_combine_op._around("default")(y, *rest), combined)
+
+
+@pytest.mark.parametrize("quant_mode", ["none", "int8", "block_fp8_e4m3", "mx_fp4_e2m1"])
+def test_rows_with_gaps_out_of_those_without(pool: RankPool, quant_mode: str) -> None:
+    pool.run(2, composed, quant_mode)
+
+
 def under_another_default_dtype(ctx: RankContext, strategy: str) -> None:
     """Clients set torch's default dtype to bf16; nothing may depend on it."""
     buffer = make_buffer(ctx, Settings(strategy, "expert"))
@@ -589,6 +768,32 @@ def opcheck(ctx: RankContext, strategy: str) -> None:
     check(overload("low_latency_dispatch_start", strategy), (x.detach(), ids, 5, *sizes), test_utils=tests)
     rest = (y.detach(), ids, weights.detach(), *out[2:], *sizes)
     check(overload("low_latency_combine_start", strategy), rest, test_utils=tests)
+
+
+def opcheck_padded(ctx: RankContext, strategy: str) -> None:
+    group = ctx.prepared_group(strategy).group_name
+    case = Case((3, 5), H=32, ids="distinct")
+    x, ids, weights, _ = (given[ctx.rank] for given in make_inputs(case))
+    sizes = case.E, case.R, group
+    check = partial(torch.library.opcheck, raise_exception=True)
+    op, tests = overload("low_latency_dispatch_padded", strategy), ("test_schema", "test_faketensor")
+    out = op(x, ids, [], 5, *sizes)
+    check(op, (x.requires_grad_(), ids, [], 5, *sizes))
+    x = x.detach()
+    data, scales = quantization.quantize(x, "int8", low_latency=True)
+    rows = quantization.pack(data, scales)
+    check(op, (rows, ids, [data, scales], 5, *sizes), test_utils=tests)
+    y = torch.randn(out[0].shape)
+    combine = overload("low_latency_combine_padded", strategy)
+    check(combine, (y.requires_grad_(), ids, weights.requires_grad_(), *out[5:], *sizes))
+    check(overload("low_latency_dispatch_padded_start", strategy), (x, ids, [], 5, *sizes), test_utils=tests)
+    rest = (y.detach(), ids, weights.detach(), *out[5:], *sizes)
+    check(overload("low_latency_combine_padded_start", strategy), rest, test_utils=tests)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_opcheck_of_rows_with_gaps(pool: RankPool, strategy: str) -> None:
+    pool.run(2, opcheck_padded, strategy)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -8,6 +8,7 @@ import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -225,12 +226,52 @@ def never_waited(ctx: RankContext, strategy: str) -> None:
         rows, _, handle, _, hook = buffer.low_latency_dispatch(x, ids, 4, E, use_fp8=False, **{how: True})
         combined, _, _ = buffer.low_latency_combine(2 * rows, ids, weights, handle, **{how: True})
         assert_same("combined", combined, 2 * x)
-        assert (hook is not None) == (how == "return_recv_hook")
+        assert callable(hook)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_under_rows_expert_nobody_waits(pool: RankPool, strategy: str) -> None:
     pool.run(2, never_waited, strategy)
+
+
+def in_turn(ctx: RankContext, strategy: str) -> None:
+    """Two threads share a group's calls, as micro-batches do; one waits for its call while the other makes its own."""
+    buffer, (x, ids) = make_buffer(ctx, strategy, "rank"), inputs(ctx)
+    to_ranks = ids.div(E // ctx.size, rounding_mode="floor").sort(1).values.diff().ne(0).sum(1, keepdim=True) + 1
+    turn = threading.Barrier(2, timeout=60)
+
+    def micro_batches(begins: bool) -> None:
+        for step in range(6):
+            # The one that begins has T = 3 tokens on every rank, the other has none on some.
+            num_tokens = 3 if begins or (step + ctx.rank) % 2 else 0
+            batch = (x + step)[:num_tokens]
+            if not begins:
+                turn.wait()
+            rows, *_, handle, _ = send(buffer, batch, ids[:num_tokens])
+            turn.wait()
+            turn.wait()
+            combined, _, event = buffer.combine(rows, handle, async_finish=True)
+            if begins:
+                turn.wait()
+            event.current_stream_wait()
+            assert_same("combined", combined, batch * to_ranks[:num_tokens])
+            turn.wait()
+
+    def until_one_fails(begins: bool) -> None:
+        try:
+            micro_batches(begins)
+        except BaseException:
+            turn.abort()
+            raise
+
+    with ThreadPoolExecutor(2) as threads:
+        for _ in threads.map(until_one_fails, (True, False)):
+            pass
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_threads_may_call_in_turn(pool: RankPool, strategy: str) -> None:
+    pool.run(2, in_turn, strategy)
 
 
 # Static buffers
@@ -292,6 +333,68 @@ def overwritten_x(ctx: RankContext, strategy: str, backend: str) -> tuple[str, s
 def test_x_must_not_be_overwritten(pool: RankPool, strategy: str, backend: str) -> None:
     for _, message in pool.run(2, overwritten_x, strategy, backend, timeout=240):
         assert "x was written to between" in message or "x is written to between" in message, message
+
+
+def overwritten_in_inference(ctx: RankContext, strategy: str) -> None:
+    """Rank 0 writes to what it sends before the other one has begun."""
+    buffer, group = make_buffer(ctx, strategy, "rank"), ctx.prepared_group(strategy)
+
+    def overwriting(name: str, start: Callable[..., Any], *sent: Tensor) -> Any:
+        key = f"overwritten in inference: {strategy}, {name}"
+        if ctx.rank != 0:
+            ctx.store.wait([key])
+        result = start(*sent)
+        for tensor in sent:
+            tensor.zero_()
+        ctx.store.set(key, "")
+        return result
+
+    with torch.inference_mode():
+        x = inputs(ctx)[0].repeat(1, 512)
+        ids, weights = inputs(ctx)[1].clone(), torch.full((3, K), 0.5)
+        sends = {"num_experts": E, "group": group, "num_worst_tokens": 12}
+        out = deep_ep.dispatch(x, ids, weights, **sends)
+        started = overwriting("dispatch", lambda x: deep_ep.dispatch_start(x, ids, weights, **sends), x.clone())
+        assert_same("recv_x", deep_ep.wait(started).recv_x, out.recv_x)
+        started = overwriting(
+            "combine", lambda y: deep_ep.combine_start(y, out.handle, group=group), out.recv_x.clone()
+        )
+        assert_same("combined", deep_ep.wait(started), x)
+
+        rows, *_, handle, _ = send(buffer, x, ids)
+        again, *_, event = overwriting(
+            "cached", lambda x: buffer.dispatch(x, handle=handle, async_finish=True), x.clone()
+        )
+        event.current_stream_wait()
+        assert_same("rows", again, rows)
+        summed, _, event = overwriting(
+            "Buffer.combine", lambda y: buffer.combine(y, handle, async_finish=True), rows.clone()
+        )
+        event.current_stream_wait()
+        assert_same("summed", summed, buffer.combine(rows, handle)[0])
+
+        hooked = {"use_fp8": False, "return_recv_hook": True}
+        plain, *_ = buffer.low_latency_dispatch(x, ids, 4, E, use_fp8=False)
+        rows, _, low_handle, _, hook = overwriting(
+            "low_latency_dispatch",
+            lambda x, ids: buffer.low_latency_dispatch(x, ids, 4, E, **hooked),
+            *(x.clone(), ids.clone()),
+        )
+        hook()
+        assert_same("low-latency rows", rows, plain)
+        combined, _, hook = overwriting(
+            "low_latency_combine",
+            lambda *sent: buffer.low_latency_combine(*sent, low_handle, return_recv_hook=True),
+            *(rows.clone(), ids.clone(), weights.clone()),
+        )
+        hook()
+        assert_same("low-latency combined", combined, x)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_in_inference_mode_what_is_overwritten_was_sent(pool: RankPool, strategy: str) -> None:
+    """There, torch does not count writes, so that no wait could tell."""
+    pool.run(2, overwritten_in_inference, strategy)
 
 
 # Before the wait

@@ -60,7 +60,7 @@ Checks& Checks::tensor(const char* name, const Tensor& tensor, std::initializer_
 
 Checks& Checks::rows(const char* name, const Tensor& tensor, Shape shape) {
   this->tensor(name, tensor, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, shape);
-  return require(!passed() || tensor.size(1) > 0, name, " must have a hidden size of at least 1");
+  return require(!passed() || tensor.size(tensor.dim() - 1) > 0, name, " must have a hidden size of at least 1");
 }
 
 Checks& Checks::experts(int64_t num_experts, int64_t num_ranks, int64_t group_size) {
@@ -92,6 +92,8 @@ Tensor empty_tensor(const Tensor& like, Shape shape, ScalarType dtype) {
                                                          device_type, device_index, &made));
   return Tensor(made);
 }
+
+uint64_t row_bytes_of(const Tensor& tensor) { return (tensor.dim() == 1 ? 1 : tensor.size(1)) * tensor.element_size(); }
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -162,15 +164,61 @@ Checks check_low_latency_dispatch(const Tensor& x, const Tensor& topk_idx, int64
   return checks;
 }
 
-Checks check_handle(const char* rows_name, const Tensor& expert_rows, const Tensor& topk_idx,
-                    const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts, int64_t num_ranks,
-                    int64_t group_size) {
+Checks check_low_latency_dispatch_padded(const Tensor& x, const Tensor& topk_idx, const std::vector<Tensor>& parts,
+                                         int64_t num_max_dispatch_tokens_per_rank, int64_t num_experts,
+                                         int64_t num_ranks, int64_t group_size) {
+  Checks checks =
+      check_low_latency_dispatch(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, num_ranks, group_size);
+  if (!checks.passed()) return checks;
+  const int64_t K = topk_idx.size(1), most = kMaxRows / num_experts;
+  checks.require(num_max_dispatch_tokens_per_rank <= most, "num_max_dispatch_tokens_per_rank must be 1..", most,
+                 ", got ", num_max_dispatch_tokens_per_rank);
+  const int64_t* ids = topk_idx.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < topk_idx.numel() && checks.passed(); ++i)
+    for (int64_t other = i - i % K; other < i; ++other)
+      checks.require(ids[i] < 0 || ids[i] != ids[other], "topk_idx has the id ", ids[i], " of token ", i / K,
+                     " twice; a token's ids must be distinct");
+  if (parts.empty()) return checks;
+  checks.require(parts.size() == 2, "parts must be two tensors or none, got ", parts.size());
+  if (!checks.passed()) return checks;
+  uint64_t bytes = 0;
+  for (const Tensor& part : parts) {
+    checks.require(part.dim() == 1 || part.dim() == 2, "parts must have one or two dimensions, got ", part.dim());
+    if (checks.passed()) bytes += row_bytes_of(part);
+  }
+  return checks.require(bytes <= row_bytes_of(x), "parts must fit into rows of ", row_bytes_of(x), " bytes, got ",
+                        bytes);
+}
+
+namespace {
+
+Checks check_handle(const char* rows_name, const Tensor& expert_rows, Shape shape, int64_t num_rows,
+                    const Tensor& topk_idx, const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts,
+                    int64_t num_ranks, int64_t group_size) {
   Checks checks(expert_rows);
-  checks.rows(rows_name, expert_rows, {Checks::kAny, Checks::kAny});
-  if (checks.passed()) checks.tensor("recv_src_idx", recv_src_idx, {ScalarType::Int}, {expert_rows.size(0), 3});
+  checks.rows(rows_name, expert_rows, shape);
+  if (checks.passed()) checks.tensor("recv_src_idx", recv_src_idx, {ScalarType::Int}, {num_rows, 3});
   check_topk_idx(checks, topk_idx, Checks::kAny);
   if (checks.passed()) checks.tensor("send_head", send_head, {ScalarType::Int}, {topk_idx.size(0), topk_idx.size(1)});
   return checks.experts(num_experts, num_ranks, group_size);
+}
+
+}  // namespace
+
+Checks check_handle(const char* rows_name, const Tensor& expert_rows, const Tensor& topk_idx,
+                    const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts, int64_t num_ranks,
+                    int64_t group_size) {
+  const int64_t N = expert_rows.dim() > 0 ? expert_rows.size(0) : 0;
+  return check_handle(rows_name, expert_rows, {Checks::kAny, Checks::kAny}, N, topk_idx, recv_src_idx, send_head,
+                      num_experts, num_ranks, group_size);
+}
+
+Checks check_padded_handle(const char* rows_name, const Tensor& expert_rows, const Tensor& topk_idx,
+                           const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts, int64_t num_ranks,
+                           int64_t group_size) {
+  const int64_t L = num_ranks > 0 ? num_experts / num_ranks : Checks::kAny;
+  return check_handle(rows_name, expert_rows, {L, Checks::kAny, Checks::kAny}, Checks::kAny, topk_idx, recv_src_idx,
+                      send_head, num_experts, num_ranks, group_size);
 }
 
 }  // namespace deep_ep

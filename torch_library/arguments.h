@@ -37,6 +37,7 @@ class Checks {
   explicit Checks(const Tensor& like) : device_(like.device().type()) {}
 
   Checks& tensor(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> dtypes, Shape shape);
+  // Of the dtypes that ops take, with a last dimension of at least 1.
   Checks& rows(const char* name, const Tensor& tensor, Shape shape);
   // E, R and K as every op has them; group_size 0 when no group is involved.
   Checks& experts(int64_t num_experts, int64_t num_ranks, int64_t group_size);
@@ -57,6 +58,9 @@ class Checks {
   std::string wrong_;
 };
 
+// The bytes of a row of a tensor of one or two dimensions.
+uint64_t row_bytes_of(const Tensor& tensor);
+
 // A tensor with any values, contiguous, of at most two dimensions, where `like` is. (Called by its name, as
 // torch::stable::new_empty does, an op takes several times as long to find as to run.)
 Tensor empty_tensor(const Tensor& like, Shape shape, ScalarType dtype);
@@ -70,11 +74,19 @@ Checks check_dispatch(const Tensor& x, const Tensor& topk_idx, const Tensor& top
                       int64_t num_ranks, int64_t num_worst_tokens, int64_t group_size);
 Checks check_low_latency_dispatch(const Tensor& x, const Tensor& topk_idx, int64_t num_max_dispatch_tokens_per_rank,
                                   int64_t num_experts, int64_t num_ranks, int64_t group_size);
+// Of the same with a block of rows for each expert, and rows of `parts`.
+Checks check_low_latency_dispatch_padded(const Tensor& x, const Tensor& topk_idx, const std::vector<Tensor>& parts,
+                                         int64_t num_max_dispatch_tokens_per_rank, int64_t num_experts,
+                                         int64_t num_ranks, int64_t group_size);
 // The arguments that combine, combine_backward and dispatch_backward share; `expert_rows` [N, H] is the one called
 // `rows_name`.
 Checks check_handle(const char* rows_name, const Tensor& expert_rows, const Tensor& topk_idx,
                     const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts, int64_t num_ranks,
                     int64_t group_size);
+// The same for rows [L, rows of an expert, H].
+Checks check_padded_handle(const char* rows_name, const Tensor& expert_rows, const Tensor& topk_idx,
+                           const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts, int64_t num_ranks,
+                           int64_t group_size);
 
 }  // namespace deep_ep
 

@@ -15,6 +15,7 @@ namespace deep_ep {
 namespace {
 
 struct Started {
+  std::string name;  // of the op, as wait gets it
   Op op;
   std::shared_future<Results> results;
   std::weak_ptr<Group> group;  // of the thread that will have them
@@ -91,8 +92,8 @@ Started find(const char* caller, const Tensor& ticket, const std::string& op) {
   checks.require(started.has_value(), "ticket must be what ", op,
                  "_start returned in this process, and is good for one wait");
   if (checks.passed())
-    checks.require(name_of(started->op) == op, "ticket must be what ", op, "_start returned, got that of ",
-                   name_of(started->op), "_start");
+    checks.require(started->name == op, "ticket must be what ", op, "_start returned, got that of ", started->name,
+                   "_start");
   if (!checks.passed()) throw Error(str("deep_ep.", caller, ": ", checks.wrong()));
   return *started;
 }
@@ -106,9 +107,9 @@ const Results& results_of(const Started& started) {
 
 }  // namespace
 
-Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> body) {
+Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> body, const char* name) {
   if (turn.group().spoils()) spoil(early);
-  Tensor ticket = ticket_for({op, body.get_future(), turn.weak_group(), std::move(early)});
+  Tensor ticket = ticket_for({name, op, body.get_future(), turn.weak_group(), std::move(early)});
   Worker& worker = turn.group().worker();
   worker.run(Worker::Task([body = std::move(body), turn = std::move(turn)]() mutable { body(std::move(turn)); }));
   return ticket;
@@ -117,7 +118,7 @@ Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> 
 Tensor hold(Op op, Results results) {
   std::promise<Results> promise;
   promise.set_value(results);
-  return ticket_for({op, promise.get_future(), {}, std::move(results)});
+  return ticket_for({name_of(op), op, promise.get_future(), {}, std::move(results)});
 }
 
 void spoil(const Results& results) {

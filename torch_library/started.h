@@ -20,8 +20,9 @@ using Results = std::vector<Tensor>;
 
 // Runs `body` on the thread of the group, in its turn (src/group.h). It keeps the tensors that it was given alive, and
 // the caller must not write to them before the wait. `early`: the tensors that `body` returns, where they can be made
-// before the call; until it has ended, what they hold is undefined, and if it fails it stays so.
-Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> body);
+// before the call; until it has ended, what they hold is undefined, and if it fails it stays so. `name`: what wait
+// knows the op by.
+Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> body, const char* name);
 
 // What `make` gives, if the arguments are right; where there is no memory for it they are not, and no rank takes part.
 template <typename Make>
@@ -39,7 +40,7 @@ auto make_early(Checks& checks, Make&& make) -> std::optional<decltype(make())> 
 void spoil(const Results& results);
 
 template <typename Body>
-Tensor start(Op op, Turn turn, Results early, Body body) {
+Tensor start(Op op, Turn turn, Results early, Body body, const char* name = nullptr) {
   ThreadCalls& calls = ThreadCalls::mine();
   auto of_call = [early, failed = calls.failed, form = calls.form, gradient = std::exchange(calls.gradient, 0),
                   body = std::move(body)](Turn turn) mutable {
@@ -54,7 +55,8 @@ Tensor start(Op op, Turn turn, Results early, Body body) {
       throw;
     }
   };
-  Tensor ticket = start(op, std::move(turn), std::move(early), std::packaged_task<Results(Turn)>(std::move(of_call)));
+  Tensor ticket = start(op, std::move(turn), std::move(early), std::packaged_task<Results(Turn)>(std::move(of_call)),
+                        name != nullptr ? name : name_of(op));
   ++calls.entered;
   calls.completed = true;
   return ticket;

@@ -13,16 +13,21 @@ from . import ep_strategy, npu, strategies
 from .buffer import AlignedHandle, Buffer, InternodeHandle
 from .config import Config
 from .ep_strategy import LowLatencyStrategy, NormalStrategy
-from .fused_weights import FusedWeights, FuseMode, fused_weights, quantize_weight
+from .fused_weights import FusedWeights, FuseMode, fused_bias, fused_weights, quantize_weight
 from .groups import destroy, init
-from .low_latency import PaddedHandle
-from .ops import combine_backward, dispatch_backward, fused_deep_moe_backward  # noqa: F401  (registers them)
+from .ops import (  # noqa: F401  (registers them)
+    combine_backward,
+    dispatch_backward,
+    fused_deep_moe_backward,
+    fused_deep_moe_options_backward,
+)
 from .ops.combine import combine, combine_start
 from .ops.dispatch import DispatchHandle, DispatchOutput, dispatch, dispatch_start
 from .ops.fused_deep_moe import fused_deep_moe
 from .ops.get_dispatch_layout import get_dispatch_layout
 from .ops.low_latency_combine import low_latency_combine
 from .ops.low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, low_latency_dispatch
+from .ops.low_latency_dispatch_padded import PaddedHandle
 from .ops.wait import Started, wait
 from .rank_rows import RankHandle
 from .strategies.low_latency_strategy import CapacityHandle, OpsHandle
@@ -74,6 +79,7 @@ __all__ = [
     "dispatch",
     "dispatch_start",
     "ep_strategy",
+    "fused_bias",
     "fused_deep_moe",
     "fused_weights",
     "get_dispatch_layout",

@@ -347,12 +347,12 @@ def agree(
     """
     with _Call(op, group, x) as call:
         # A header has one number to spare, for both.
-        headers = call.agree(call.device_error or error, x, topk_idx, num_experts, 2 * M + quant_mode)
+        headers = call.agree(call.device_error or error, x, topk_idx, num_experts, 8 * M + quant_mode)
         for rank, header in enumerate(headers):
             given = zip(
                 ("num_max_dispatch_tokens_per_rank", "quant_mode"),
-                divmod(headers[0].W, 2),
-                divmod(header.W, 2),
+                divmod(headers[0].W, 8),
+                divmod(header.W, 8),
                 strict=True,
             )
             for what, first, other in given:
@@ -568,6 +568,41 @@ def low_latency_combine(
         )
 
 
+def low_latency_combine_padded(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    layout_range: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+) -> Tensor:
+    """As low_latency_combine, with x [L, R·M, H]: each local expert's rows from the first of its R·M on."""
+    with _Call("low_latency_combine", group, x) as call:
+        handle = topk_idx, topk_weights, recv_src_idx, send_head
+        error = checks.low_latency_combine_padded(
+            x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks
+        )
+        if error:
+            return _combine(call, error, x, *handle, num_experts, num_ranks, layout_range)
+        block = x.shape[1]
+        error = _blocks_error(layout_range, num_ranks, block)
+        return _combine(call, error, x.flatten(0, 1), *handle, num_experts, num_ranks, layout_range, block)
+
+
+def _blocks_error(layout_range: Tensor, num_ranks: int, block: int) -> str | None:
+    """Without one, and with all rows at the experts that their senders name, each block begins where it should."""
+    ends = layout_range.view(-1, num_ranks)[:, -1]
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    wrong = ((counts < 0) | (counts > block)).nonzero()
+    if not wrong.numel():
+        return None
+    l = int(wrong[0])
+    return f"layout_range says {int(counts[l])} rows of local expert {l}; x has {block} for each expert"
+
+
 def _combine(
     call: _Call,
     error: str | None,
@@ -579,8 +614,10 @@ def _combine(
     num_experts: int,
     num_ranks: int,
     layout_range: Tensor | None = None,
+    block: int = 0,
 ) -> Tensor:
-    """`error`: what is wrong with the arguments by themselves. layout_range: of low latency."""
+    """`error`: what is wrong with the arguments by themselves. layout_range: of low latency, with `block` rows of x for
+    each local expert, unless that is 0."""
     error = (
         call.device_error
         or checks.group_size(num_ranks, call.size)
@@ -590,6 +627,12 @@ def _combine(
     routes = None if error else _routes(recv_src_idx, topk_idx, send_head, num_experts, num_ranks, layout_range)
     call.agree(error, x, topk_idx, num_experts, routes=routes)
     assert routes
+    if block:
+        assert layout_range is not None
+        ends = layout_range.view(-1, num_ranks)[:, -1].long()
+        expert = torch.searchsorted(ends, routes.rows, right=True)
+        begins = torch.cat([ends.new_zeros(1), ends])
+        routes = routes._replace(rows=expert * block + routes.rows - begins[expert])
     return _return_rows(call, x, routes, topk_idx, topk_weights)
 
 

@@ -26,30 +26,31 @@ INTEGERS = frozenset(
 def adapted(function: Callable[P, T]) -> Callable[P, T]:
     """`function`, with its arguments x, topk_idx and topk_weights as the ops take them."""
     names = list(inspect.signature(function).parameters)
-    known = [(names.index(name), name, take) for name, take in _TAKES.items() if name in names]
+    known = [(names.index(name), name, *how) for name, how in _TAKES.items() if name in names]
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> T:
-        taken = list(args)
-        for place, name, take in known:
-            if place < len(taken):
-                taken[place] = take(taken[place])
-            elif name in kwargs:
-                kwargs[name] = take(kwargs[name])
-        return function(*taken, **kwargs)
+        for place, name, dtype, take in known:
+            value = args[place] if place < len(args) else kwargs.get(name)
+            if type(value) is Tensor and (dtype is None or value.dtype is dtype) and value.is_contiguous():
+                continue
+            if isinstance(value, Tensor):
+                if place < len(args):
+                    args = *args[:place], take(value), *args[place + 1 :]
+                else:
+                    kwargs[name] = take(value)
+        return function(*args, **kwargs)
 
     return call
 
 
-def _rows(x: Any) -> Any:
-    """Contiguous; quantised rows are packed from any strides."""
-    return x.contiguous() if isinstance(x, Tensor) else x
+def _rows(x: Tensor) -> Tensor:
+    """Contiguous. (Quantised rows, data and scales, are packed from any strides.)"""
+    return x.contiguous()
 
 
-def _ids(ids: Any) -> Any:
+def _ids(ids: Tensor) -> Tensor:
     """int64, contiguous. ValueError: not of an integer dtype."""
-    if not isinstance(ids, Tensor):
-        return ids
     if ids.dtype not in INTEGERS:
         raise ValueError(f"topk_idx must be of an integer dtype, got {ids.dtype}")
     wide = ids.to(torch.int64)
@@ -58,16 +59,19 @@ def _ids(ids: Any) -> Any:
     return wide.contiguous()
 
 
-def _weights(weights: Any) -> Any:
+def _weights(weights: Tensor) -> Tensor:
     """fp32, contiguous. ValueError: not bf16, fp16 or fp32."""
-    if not isinstance(weights, Tensor):
-        return weights
     if weights.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"topk_weights must be torch.float32, torch.bfloat16 or torch.float16, got {weights.dtype}")
     return weights.to(torch.float32).contiguous()
 
 
-_TAKES: dict[str, Callable[[Any], Any]] = {"x": _rows, "topk_idx": _ids, "topk_weights": _weights}
+_TAKES: dict[str, tuple[torch.dtype | None, Callable[[Tensor], Tensor]]] = {
+    "x": (None, _rows),
+    "topk_idx": (torch.int64, _ids),
+    "topk_weights": (torch.float32, _weights),
+}
+"""By argument: what it is to be, and how to make it that."""
 
 
 # Leading dimensions

@@ -417,13 +417,14 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                 them, and N grows by at most L * (expert_alignment - 1), which is by how much it does grow with
                 num_worst_tokens.
             previous_event: the call begins after it, and waits for it.
-            async_finish: under rows="rank" the call does not wait for peers; the event does. What the call returned
-                is undefined until then. Its gradients are those of a call where this one was made, in whatever grad
-                mode or thread the event is waited for. x must not be written to before, which is a RuntimeError of the
-                event. What is wrong on other ranks is raised by the event, too. Every rank waits for its events
-                in the order of the calls; other calls of the group wait for a call that has been started. Without a
-                handle and with num_worst_tokens=0 the number of rows has to be known first: then the call is finished
-                when it returns. Under rows="expert" it always is, as programs that never wait expect.
+            async_finish: under rows="rank" the call does not wait for peers; the event does. What the call returned is
+                undefined until then. Its gradients are those of a call where this one was made, in whatever grad mode
+                or thread the event is waited for. x must not be written to before, which is a RuntimeError of the
+                event; in inference mode a copy is sent. What is wrong on other ranks is raised by the event, too. Every
+                rank waits for its events in the order of the calls; other calls of the group wait for a call that has
+                been started. Without a handle and with num_worst_tokens=0 the number of rows has to be known first:
+                then the call is finished when it returns. Under rows="expert" it always is, as programs that never wait
+                expect.
             allocate_on_comm_stream: accepted for compatibility; as upstream, it needs previous_event and async_finish.
             config: see Config.
             dispatch_wait_recv_cost_stats: int32 or int64 [R]; the call adds to every peer's entry the microseconds

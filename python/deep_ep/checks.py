@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._library import library
+from .fused_options import FORMATS, Format, FusedOptions, in_tiles, quant_mode_of
 
 MAX_ROWS = 2**31 - 1
 """Rows are numbered in int32."""
@@ -207,6 +208,32 @@ def low_latency_combine(
     )
 
 
+def low_latency_combine_padded(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    recv_src_idx: Tensor,
+    layout_range: Tensor,
+    send_head: Tensor,
+    num_experts: int,
+    num_ranks: int,
+) -> str | None:
+    device = x.device
+    if error := _experts(num_experts, num_ranks) or _topk_idx(topk_idx, device):
+        return error
+    if error := _tensor("x", x, FLOATS, device, {"L": num_experts // num_ranks, "R·M": None, "H": None}):
+        return error
+    if not differ(x.shape[2], 0):
+        return "x must have a hidden size of at least 1"
+    T, K = topk_idx.shape
+    return (
+        _tensor("recv_src_idx", recv_src_idx, (torch.int32,), device, {"N": None, "3": 3})
+        or _tensor("send_head", send_head, (torch.int32,), device, {"T": T, "K": K})
+        or _topk_weights(topk_weights, topk_idx)
+        or _tensor("layout_range", layout_range, (torch.int32,), device, {"E": num_experts})
+    )
+
+
 def dispatch_backward(
     grad_recv_x: Tensor,
     grad_recv_topk_weights: Tensor,
@@ -252,39 +279,56 @@ def fused_deep_moe(
     quant_mode: int,
     strategy: str,
     overload: str,
+    options: FusedOptions,
 ) -> str | None:
-    if quant_mode not in (0, 1):
-        return f"quant_mode must be 0 (none) or 1 (int8), got {quant_mode}"
-    error = _fused(
-        x,
-        topk_idx,
-        topk_weights,
-        gmm1_weight,
-        gmm2_weight,
-        num_max_dispatch_tokens_per_rank,
-        num_experts,
-        num_ranks,
-        strategy,
-        overload,
-        torch.int8 if quant_mode == 1 else x.dtype,
-    )
+    if quant_mode not in range(len(FORMATS)):
+        names = ", ".join(f"{number} ({form.quant_mode})" for number, form in enumerate(FORMATS))
+        return f"quant_mode must be one of {names}, got {quant_mode}"
+    form, sizes = FORMATS[quant_mode], (num_max_dispatch_tokens_per_rank, num_experts, num_ranks)
+    error = _fused(x, topk_idx, topk_weights, gmm1_weight, gmm2_weight, *sizes, strategy, overload, form, options)
     if error:
         return error
-    L, H, columns = gmm1_weight.shape
-    dtype = torch.float32 if overload == "default" else torch.int64
-    for name, scale, N in (
-        ("gmm1_weight_scale", gmm1_weight_scale, columns),
-        ("gmm2_weight_scale", gmm2_weight_scale, H),
-    ):
-        if quant_mode == 1 and not differ(scale.numel(), 0):
-            return f"{name} is missing: quant_mode 1 needs {dtype} {[L, N]}"
-        if quant_mode == 0 and differ(scale.numel(), 0):
-            return f"{name} must be None or empty with quant_mode 0, got {list(scale.shape)}"
-        if quant_mode == 1 and (
-            error := _tensor(name, scale, (dtype,), x.device, {"L": L, "2I" if N is columns else "H": N})
+    weights: list[tuple[str, Tensor, Tensor | None, Tensor | None]] = [
+        ("", gmm1_weight, gmm1_weight_scale, gmm2_weight_scale)
+    ]
+    if options.shared_gmm1_weight is not None:
+        scales = options.shared_gmm1_weight_scale, options.shared_gmm2_weight_scale
+        weights.append(("shared_", options.shared_gmm1_weight, *scales))
+    for prefix, weight, scale1, scale2 in weights:
+        L, H, columns = weight.shape[0], x.shape[1], weight.shape[2] * form.packed
+        if error := (
+            _fused_scale(f"{prefix}gmm1_weight_scale", scale1, form, overload, x.device, L, "2I", columns, H)
+            or _fused_scale(f"{prefix}gmm2_weight_scale", scale2, form, overload, x.device, L, "H", H, columns // 2)
         ):
             return error
     return None
+
+
+def _fused_scale(
+    name: str,
+    scale: Tensor | None,
+    form: Format,
+    overload: str,
+    device: torch.device,
+    L: int,
+    N: str,
+    width: int,
+    K: int,
+) -> str | None:
+    """Of weights with `width` columns, which are called `N`, and K rows."""
+    is_missing = scale is None or not differ(scale.numel(), 0)
+    if form.dtype is None:
+        if scale is None or is_missing:
+            return None
+        return f"{name} must be None or empty with quant_mode 0, got {list(scale.shape)}"
+    dtype = torch.float32 if overload == "default" else torch.int64
+    shape: dict[str, Any] = {"L": L, N: width}
+    if form.is_mx:
+        blocks = "I/64" if N == "H" else "H/64"
+        dtype, shape = torch.float8_e8m0fnu, {"L": L, blocks: -(-K // 64), N: width, "2": 2}
+    if scale is None or is_missing:
+        return f"{name} is missing: weights of {form.dtype} need {dtype} {list(shape.values())}"
+    return _tensor(name, scale, (dtype,), device, shape, any_strides=True)
 
 
 def fused_deep_moe_backward(
@@ -299,9 +343,11 @@ def fused_deep_moe_backward(
     num_ranks: int,
     strategy: str,
     overload: str,
+    options: FusedOptions,
 ) -> str | None:
     sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
-    return _fused(x, topk_idx, topk_weights, gmm1_weight, gmm2_weight, *sizes, strategy, overload, x.dtype) or _tensor(
+    weights = gmm1_weight, gmm2_weight
+    return _fused(x, topk_idx, topk_weights, *weights, *sizes, strategy, overload, FORMATS[0], options) or _tensor(
         "grad_out", grad_out, (x.dtype,), x.device, {"T": x.shape[0], "H": x.shape[1]}
     )
 
@@ -317,9 +363,10 @@ def _fused(
     num_ranks: int,
     strategy: str,
     overload: str,
-    dtype: torch.dtype,
+    form: Format,
+    options: FusedOptions,
 ) -> str | None:
-    """`dtype`: that of the weights."""
+    """All but scales. `form`: that of the weights."""
     if strategy not in ("default", "alltoall"):
         return f"strategy must be default or alltoall, got {strategy!r}"
     if error := dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, 0):
@@ -327,21 +374,62 @@ def _fused(
     M = num_max_dispatch_tokens_per_rank
     if not 1 <= M <= MAX_ROWS:
         return f"num_max_dispatch_tokens_per_rank must be 1..{MAX_ROWS}, got {M}"
-    permuted = overload == "default"
-    if permuted and isinstance(x.shape[0], int) and x.shape[0] > M:
+    if overload == "default" and isinstance(x.shape[0], int) and x.shape[0] > M:
         return f"x has {x.shape[0]} tokens; allowed are at most num_max_dispatch_tokens_per_rank = {M}"
     L, H = num_experts // num_ranks, x.shape[1]
-    shape = {"L": L, "H": H, "2I": None}
-    if error := _tensor("gmm1_weight", gmm1_weight, (dtype,), x.device, shape, any_strides=True):
+    if form.quant_mode == "int8" and quant_mode_of(gmm1_weight) == 0:
+        allowed = ", ".join(str(one.dtype) for one in FORMATS if one.dtype is not None)
+        return f"gmm1_weight must be one of {allowed} with quant_mode 1, got {gmm1_weight.dtype}"
+    if form.is_mx and H % 32:
+        return f"x must have a hidden size that is divisible by 32 for weights of {form.dtype}, got {H}"
+    tiles = in_tiles(overload, form)
+    if error := _fused_weights("", x, gmm1_weight, gmm2_weight, L, form, tiles):
         return error
-    columns = gmm1_weight.shape[2]
+    columns = gmm1_weight.shape[2] * form.packed
+    for name, bias, shape in (
+        ("gmm1_bias", options.gmm1_bias, {"L": L, "2I": columns}),
+        ("gmm2_bias", options.gmm2_bias, {"L": L, "H": H}),
+    ):
+        if bias is not None and (error := _tensor(name, bias, (torch.float32,), x.device, shape, any_strides=True)):
+            return error
+    shared = options.shared_gmm1_weight, options.shared_gmm2_weight
+    if shared[0] is not None and shared[1] is not None:
+        if error := _fused_weights("shared_", x, shared[0], shared[1], 1, form, tiles):
+            return error
+        if num_experts + num_ranks > MAX_EXPERTS:
+            return f"num_experts must be 1..{MAX_EXPERTS - num_ranks} beside a shared expert, got {num_experts}"
+    elif shared != (None, None) or options.shared_gmm1_weight_scale is not None:
+        return "shared_gmm1_weight and shared_gmm2_weight must both be given, or neither of them and no scale"
+    mask = options.x_active_mask
+    if mask is not None and (error := _tensor("x_active_mask", mask, (torch.bool,), x.device, {"T": x.shape[0]})):
+        return error
+    # A comparison with NaN is false.
+    if not 0 <= options.swiglu_limit < float("inf"):
+        return f"swiglu_limit must be 0 (none) or a positive number, got {options.swiglu_limit}"
+    for name, number in (("swiglu_alpha", options.swiglu_alpha), ("swiglu_beta", options.swiglu_beta)):
+        if not -float("inf") < number < float("inf"):
+            return f"{name} must be a finite number, got {number}"
+    return None
+
+
+def _fused_weights(
+    prefix: str, x: Tensor, gmm1_weight: Tensor, gmm2_weight: Tensor, L: int, form: Format, tiles: bool
+) -> str | None:
+    """`prefix`: of the names of the arguments."""
+    H, dtypes, packed = x.shape[1], (form.dtype or x.dtype,), form.packed
+    name, per = f"{prefix}gmm1_weight", f"/{packed}" if packed > 1 else ""
+    if error := _tensor(name, gmm1_weight, dtypes, x.device, {"L": L, "H": H, f"2I{per}": None}, any_strides=True):
+        return error
+    columns = gmm1_weight.shape[2] * packed
     if columns < 2 or columns % 2:
-        return f"gmm1_weight must have an even number of columns (2I), I of gate and I of up, got {columns}"
-    if permuted and columns % TILE:
-        return f"gmm1_weight must have a multiple of {TILE} columns (2I), tiles of gate and up, got {columns}"
+        return f"{name} must have an even number of columns (2I), I of gate and I of up, got {columns}"
+    multiple = TILE if tiles else 64 if form.is_mx else 2
+    if columns % multiple:
+        why = "tiles of gate and up" if tiles else "in blocks of 32"
+        return f"{name} must have a multiple of {multiple} columns (2I), {why}, got {columns}"
     I = columns // 2
-    shape = {"L": L, "H": H, "I": I} if permuted else {"L": L, "I": I, "H": H}
-    return _tensor("gmm2_weight", gmm2_weight, (dtype,), x.device, shape, any_strides=True)
+    shape = {"L": L, "H": H, "I": I} if tiles else {"L": L, "I": I, f"H{per}": H // packed}
+    return _tensor(f"{prefix}gmm2_weight", gmm2_weight, dtypes, x.device, shape, any_strides=True)
 
 
 # What only the values in tensors show
@@ -366,6 +454,16 @@ def range_error(name: str, what: str, tensor: Tensor, bound: int) -> str | None:
 
 def ids_error(topk_idx: Tensor, num_experts: int) -> str | None:
     return range_error("topk_idx", "id", topk_idx, num_experts)
+
+
+def repeated_error(topk_idx: Tensor) -> str | None:
+    """Where every expert has room for a token once."""
+    ids = topk_idx.unsqueeze(2)
+    wrong = ((ids == topk_idx.unsqueeze(1)).tril(-1) & (ids >= 0)).nonzero()
+    if not wrong.numel():
+        return None
+    t, k, _ = wrong[0].tolist()
+    return f"topk_idx has the id {int(topk_idx[t, k])} of token {t} twice; a token's ids must be distinct"
 
 
 def crowded_error(topk_idx: Tensor, L: int) -> str | None:

@@ -157,6 +157,12 @@ def _integer(name: str, value: Any) -> str | None:
     return f"{name} must be an int, got {value if isinstance(value, float) else _got(value)}"
 
 
+def _number(name: str, value: Any) -> str | None:
+    if isinstance(value, int | float) or (hasattr(value, "__float__") and not isinstance(value, Tensor)):
+        return None
+    return f"{name} must be a number, got {_got(value)}"
+
+
 def _event(name: str, value: Any) -> str | None:
     return None if hasattr(value, "event") else f"{name} must be an EventOverlap, got {_got(value)}"
 
@@ -217,6 +223,8 @@ def _kind(annotation: Any, is_strict: bool = True) -> Kind | None:
         return _tensor
     if annotation is int:
         return _integer
+    if annotation is float:
+        return _number
     if annotation is EventOverlap:
         return _event
     if annotation == tuple[Tensor, Tensor]:

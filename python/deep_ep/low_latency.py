@@ -5,41 +5,27 @@ M num_max_dispatch_tokens_per_rank · N = R·M·min(K, L) packed rows.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import calls, cost, quantization
+from .arguments import flat
 from .checks import differ
 from .collective import collective
 from .ep_strategy import LowLatencyEPCommStrategy, Rows
 from .groups import GroupInfo
-from .handles import readable_by_name
 from .ops import low_latency_combine as combine_op
+from .ops import low_latency_combine_padded as padded_combine_op
 from .ops import low_latency_dispatch as dispatch_op
 from .ops import low_latency_dispatch_int8 as dispatch_int8_op
+from .ops import low_latency_dispatch_padded as padded_dispatch_op
 from .ops.low_latency_dispatch import LowLatencyHandle
+from .ops.low_latency_dispatch_padded import PaddedHandle, PaddedOutput
 from .overlap import Plan, issue
 from .runtime import OfOps, Runtime, of_strategy
 from .utils import EventHandle, EventOverlap
-
-
-@readable_by_name
-class PaddedHandle(NamedTuple):
-    """The handle under rows="rank", where every expert has R·M rows. The first five are upstream DeepEP's."""
-
-    src_info: Tensor
-    """int32 [L, R·M]: the token of every row, -1 in rows that hold nothing."""
-    layout_range: Tensor
-    """int64 [L, R]: begin << 32 | count of the rows of each rank."""
-    num_max_dispatch_tokens_per_rank: int
-    hidden: int
-    num_experts: int
-    packed: LowLatencyHandle
-    place: Tensor
-    """int64 [N]: where each packed row is among the L·R·M padded ones; 0 for unused rows."""
-
 
 Handle = LowLatencyHandle | PaddedHandle
 
@@ -74,6 +60,7 @@ class LowLatencyCalls:
         topk_weights: Tensor | None = None,
         quant_mode: str | None = None,
         dispatch_wait_recv_cost_stats: Tensor | None = None,
+        x_active_mask: Tensor | None = None,
     ) -> tuple[Rows, Tensor, Handle, EventOverlap, Callable[[], None]]:
         """Sends every token once to each of its experts, with static shapes.
 
@@ -89,17 +76,18 @@ class LowLatencyCalls:
             round_scale, use_ue8m0: scales of the latter, see `deep_ep.quantization.quantize`; other modes have their
                 own.
             use_mxfp4: send mx_fp4_e2m1 rows instead.
-            async_finish: under rows="rank" the call does not wait for peers; the event does. What the call returned
-                is undefined until then, in any grad mode and thread; cumulative_local_expert_recv_stats is added to
-                there. x and topk_idx must not be written to before, which is a RuntimeError of the event. What is
-                wrong on other ranks is raised by the event, too. Every rank waits for it before it uses what the
-                call returned; other calls of the group wait for a call that has been started. Under rows="expert"
-                the call is finished when it returns, as programs that never wait expect.
+            async_finish: under rows="rank" the call does not wait for peers; the event does. What the call returned is
+                undefined until then, in any grad mode and thread; cumulative_local_expert_recv_stats is added to there.
+                x and topk_idx must not be written to before, which is a RuntimeError of the event; in inference mode
+                copies are sent. What is wrong on other ranks is raised by the event, too. Every rank waits for it
+                before it uses what the call returned; other calls of the group wait for a call that has been started.
+                Under rows="expert" the call is finished when it returns, as programs that never wait expect.
             return_recv_hook: the same with a hook instead of an event; only one of the two may be asked for.
             topk_weights: accepted for compatibility; low_latency_combine takes them.
             quant_mode: one of deep_ep.quantization.MODES instead of what use_fp8, use_mxfp4 and
                 SGLANG_DEEPEP_BF16_DISPATCH say.
             dispatch_wait_recv_cost_stats: as in `dispatch`. Unchanged where the op itself quantises.
+            x_active_mask: bool [T], None for all: the tokens that are sent. With it, low_latency_combine wants it, too.
 
         Returns:
             recv_x: under rows="expert" [N, H], ordered by local expert, source rank, token, without gaps; under
@@ -113,12 +101,14 @@ class LowLatencyCalls:
             RuntimeError: as `deep_ep.low_latency_dispatch`; x requires a gradient, rows are quantised and the Buffer
                 was not made with straight_through=True (with it, recv_x is always one tensor in x's dtype, of
                 dequantised values); after `destroy`.
-            ValueError: an unknown quant_mode; H does not suit it; cumulative_local_expert_recv_stats has another shape
-                or dtype; both async_finish and return_recv_hook.
+            ValueError: an unknown quant_mode; H does not suit it; cumulative_local_expert_recv_stats or x_active_mask
+                has another shape or dtype; both async_finish and return_recv_hook.
         """
         more: dict[str, Any] = {}
         if dispatch_wait_recv_cost_stats is not None:
             more["dispatch_wait_recv_cost_stats"] = dispatch_wait_recv_cost_stats
+        if x_active_mask is not None:
+            more["x_active_mask"] = x_active_mask
         strategy = self._begin(self.low_latency_strategy)
         if not isinstance(strategy, OfOps):
             assert self.runtime is not None
@@ -155,6 +145,7 @@ class LowLatencyCalls:
         out: Tensor | None = None,
         use_logfmt: bool = False,
         combine_wait_recv_cost_stats: Tensor | None = None,
+        x_active_mask: Tensor | None = None,
     ) -> tuple[Tensor, EventOverlap, Callable[[], None]]:
         """Sums up each token's rows with its weights, in fp32, in the order of k, rounded once.
 
@@ -171,19 +162,22 @@ class LowLatencyCalls:
             use_logfmt: accepted for compatibility; upstream may then send rows in 10 bits a value, here they travel as
                 they are.
             combine_wait_recv_cost_stats: as dispatch_wait_recv_cost_stats.
+            x_active_mask: as given to low_latency_dispatch. combined_x is 0 for tokens that it leaves out.
 
         Returns:
             combined_x [T, H], event, hook.
 
         Raises:
             RuntimeError: as `deep_ep.low_latency_combine`.
-            ValueError: out has another shape or dtype; both async_finish and return_recv_hook.
+            ValueError: out or x_active_mask has another shape or dtype; both async_finish and return_recv_hook.
         """
         more: dict[str, Any] = {}
         if use_logfmt:
             more["use_logfmt"] = use_logfmt
         if combine_wait_recv_cost_stats is not None:
             more["combine_wait_recv_cost_stats"] = combine_wait_recv_cost_stats
+        if x_active_mask is not None:
+            more["x_active_mask"] = x_active_mask
         return self._begin(self.low_latency_strategy).low_latency_combine(
             x=x,
             topk_idx=topk_idx,
@@ -232,10 +226,12 @@ class LowLatencyOfOps(OfOps, LowLatencyEPCommStrategy):
         topk_weights: Tensor | None = None,
         quant_mode: str | None = None,
         dispatch_wait_recv_cost_stats: Tensor | None = None,
+        x_active_mask: Tensor | None = None,
     ) -> tuple[Rows, Tensor, Handle, EventOverlap, Callable[[], None]]:
         """As `Buffer.low_latency_dispatch`."""
         info = self._live()
         cost.check("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, self.group_size)
+        x, topk_idx = flat(x, dispatch_op.active(topk_idx, x_active_mask))
         _check_one_way(async_finish, return_recv_hook)
         flags = use_fp8, use_ue8m0, use_mxfp4
         quant_mode = mode_of(quant_mode, *flags, rows=self._rows, as_bf16=self.runtime.bf16_low_latency)
@@ -256,7 +252,7 @@ class LowLatencyOfOps(OfOps, LowLatencyEPCommStrategy):
                     f"low_latency_dispatch: x requires a gradient, and quantised rows ({quant_mode}) have none; make "
                     'the Buffer with straight_through=True, or pass quant_mode="none"'
                 )
-            elif quant_mode == "int8" and dispatch_int8_op.is_for(info, x):
+            elif quant_mode == "int8" and self._rows == "expert" and dispatch_int8_op.is_for(info, x):
                 return self._dispatch_int8(
                     *(info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, stats),
                     *(async_finish, return_recv_hook),
@@ -265,13 +261,9 @@ class LowLatencyOfOps(OfOps, LowLatencyEPCommStrategy):
                 sent = quantization.quantize(x, quant_mode, **options)
                 x = quantization.pack(*sent)
         calls.form(quantization.described(x if sent is None else sent))
-        call = info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts
-
-        def received(out: dispatch_op.LowLatencyOutput) -> tuple[Rows, Tensor, Handle]:
-            return self._received(info, out, sent)
-
-        plan, cost_stats = Plan(dispatch_op, [call], received), dispatch_wait_recv_cost_stats
-        results, wait = issue(plan, self._overlaps(async_finish or return_recv_hook), None, cost_stats, self.rank)
+        plan = self._dispatch_plan(info, x, topk_idx, sent, num_max_dispatch_tokens_per_rank, num_experts)
+        overlaps, cost_stats = self._goes_on(x, async_finish or return_recv_hook), dispatch_wait_recv_cost_stats
+        results, wait = issue(plan, overlaps, None, cost_stats, self.rank)
 
         def complete() -> None:
             if wait is not None:
@@ -298,31 +290,33 @@ class LowLatencyOfOps(OfOps, LowLatencyEPCommStrategy):
         out, scales = dispatch_int8_op.call(info, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
         if stats is not None:
             stats.add_(out.recv_count.to(torch.int32))
-        results = self._with_rows(info, out, (out.recv_x, scales))
-        return *results, *_event_and_hook(async_finish, None)
+        return (out.recv_x, scales), out.recv_count, out.handle, *_event_and_hook(async_finish, None)
 
-    def _received(
-        self, info: GroupInfo, out: dispatch_op.LowLatencyOutput, sent: tuple[Tensor, Tensor] | None
-    ) -> tuple[Rows, Tensor, Handle]:
-        """recv_x, recv_count and handle as a client gets them. `sent`: the (data, scales) that the rows hold."""
-        rows: tuple[Tensor, ...] = (out.recv_x,)
-        hidden = out.handle.hidden
+    def _dispatch_plan(
+        self, info: GroupInfo, x: Tensor, topk_idx: Tensor, sent: tuple[Tensor, Tensor] | None, M: int, num_experts: int
+    ) -> Plan:
+        """`sent`: the (data, scales) that rows of x hold. The results are recv_x, recv_count and handle."""
+        hidden = x.shape[-1]
         if sent is not None:
-            data, scales = quantization.unpack(out.recv_x, *sent)
+            data = sent[0]
             hidden = data.shape[1] * (2 if data.dtype == torch.float4_e2m1fn_x2 else 1)
-            if self._rows == "expert":
-                scales = quantization.in_one_row(scales)
-            rows = data, scales
-        return self._with_rows(info, out._replace(handle=out.handle._replace(hidden=hidden)), rows)
-
-    def _with_rows(
-        self, info: GroupInfo, out: dispatch_op.LowLatencyOutput, rows: tuple[Tensor, ...]
-    ) -> tuple[Rows, Tensor, Handle]:
-        packed = out.handle
         if self._rows == "expert":
-            return _one_or_two(rows), out.recv_count, packed
-        handle, indices = _padded(info, packed)
-        return _one_or_two(tuple(_pad(part, indices) for part in rows)), out.recv_count.int(), handle
+
+            def received(out: dispatch_op.LowLatencyOutput) -> tuple[Rows, Tensor, LowLatencyHandle]:
+                rows: Rows = out.recv_x
+                if sent is not None:
+                    data, scales = quantization.unpack(out.recv_x, *sent)
+                    rows = data, quantization.in_one_row(scales)
+                return rows, out.recv_count, out.handle._replace(hidden=hidden)
+
+            return Plan(dispatch_op, [(info, x, topk_idx, M, num_experts)], received)
+
+        def padded(out: PaddedOutput) -> tuple[Rows, Tensor, PaddedHandle]:
+            rows = out.recv_x if sent is None else (out.recv_x, out.recv_scales)
+            return rows, out.recv_count, out.handle
+
+        parts = [] if sent is None else list(sent)
+        return Plan(padded_dispatch_op, [(info, x, topk_idx, parts, M, num_experts, hidden)], padded)
 
     @collective("low_latency_combine")
     def low_latency_combine(
@@ -337,19 +331,22 @@ class LowLatencyOfOps(OfOps, LowLatencyEPCommStrategy):
         out: Tensor | None = None,
         use_logfmt: bool = False,
         combine_wait_recv_cost_stats: Tensor | None = None,
+        x_active_mask: Tensor | None = None,
     ) -> tuple[Tensor, EventOverlap, Callable[[], None]]:
         """As `Buffer.low_latency_combine`."""
+        topk_idx = dispatch_op.active(topk_idx, x_active_mask)
         _check_one_way(async_finish, return_recv_hook)
+        op: Any = combine_op
         packed = handle
         if isinstance(handle, PaddedHandle):
-            packed = handle.packed
+            op, packed = padded_combine_op, handle.packed
             R, M, L = self.group_size, handle.num_max_dispatch_tokens_per_rank, handle.num_experts // self.group_size
             if x.dim() != 3 or differ(x.shape[0], L) or differ(x.shape[1], R * M):
                 raise ValueError(
                     f"x must have the shape [L, R·M, H] of low_latency_dispatch's recv_x with L = {L} and "
                     f"R·M = {R * M}, got {list(x.shape)}"
                 )
-            x = x.flatten(0, 1).index_select(0, handle.place)
+            x = x.contiguous()
         call = self._live(), x, topk_idx, topk_weights, LowLatencyHandle(*packed)
         stats = combine_wait_recv_cost_stats
         cost.check("combine_wait_recv_cost_stats", stats, self.group_size)
@@ -359,10 +356,14 @@ class LowLatencyOfOps(OfOps, LowLatencyEPCommStrategy):
                 raise ValueError(f"out must be {x.dtype} {[T, *others]}, got {out.dtype} {list(out.shape)}")
             if out.requires_grad and out.is_leaf and torch.is_grad_enabled():
                 raise ValueError("out must not be a leaf that requires a gradient: it is written to")
-        overlaps = self._overlaps(async_finish or return_recv_hook)
+        overlaps = self._goes_on(x, async_finish or return_recv_hook)
         into = None if out is None else out[: topk_idx.shape[0]]
-        combined, wait = issue(Plan(combine_op, [call], lambda result: result), overlaps, into, stats, self.rank)
+        combined, wait = issue(Plan(op, [call], lambda result: result), overlaps, into, stats, self.rank)
         return combined, *_event_and_hook(async_finish, wait)
+
+    def _goes_on(self, x: Tensor, is_asked: bool) -> bool:
+        """Whether a call goes on when it returns. On an NPU no call waits for peers."""
+        return self._overlaps(is_asked) and x.device.type != "npu"
 
 
 def mode_of(
@@ -378,38 +379,6 @@ def mode_of(
             quantised = "block_fp8_e4m3"
         quant_mode = quantised if (use_fp8 or use_mxfp4) and not as_bf16 else "none"
     return quantization.check_mode(quant_mode)
-
-
-def _padded(info: GroupInfo, packed: LowLatencyHandle) -> tuple[PaddedHandle, Tensor]:
-    """The padded form of `packed`, and the packed row that each padded one takes: int64 [L, R·M], N for none."""
-    M, E, R = packed.num_max_dispatch_tokens_per_rank, packed.num_experts, info.size
-    L, N, device = E // R, packed.src_info.shape[0], packed.src_info.device
-    end = packed.layout_range.long().view(L, R)
-    before = torch.cat([end.new_zeros(1), end.view(-1)[:-1]]).view(L, R)
-    first, count = before[:, :1], packed.recv_count.view(L, 1)
-    torch._assert_async(
-        (count <= R * M).all(), "low_latency_dispatch: an expert has more than R·M rows: a token's ids must be distinct"
-    )
-    slot = torch.arange(R * M, device=device)
-    indices = (first + slot).where(slot < count, N)
-    layout_range = (before - first) << 32 | (end - before)
-    src_info = torch.cat([packed.src_info[:, 1], packed.src_info.new_full((1,), -1)])[indices]
-    row = torch.arange(N, device=device)
-    expert = (row.unsqueeze(1) >= end[:, -1]).sum(1).clamp(max=L - 1)
-    place = (expert * R * M + row - first.view(-1)[expert]).where(packed.src_info[:, 0] >= 0, 0)
-    return PaddedHandle(src_info, layout_range, M, packed.hidden, E, packed, place), indices
-
-
-def _pad(rows: Tensor, indices: Tensor) -> Tensor:
-    """Packed rows [N, ...] in their padded places [L, R·M, ...]; the others are 0."""
-    if rows.dtype.itemsize == 1 and rows.dtype != torch.uint8:  # torch has no index_select of its small floats
-        return _pad(rows.view(torch.uint8), indices).view(rows.dtype)
-    with_zero = torch.cat([rows, rows.new_zeros((1, *rows.shape[1:]))])
-    return with_zero.index_select(0, indices.view(-1)).view(*indices.shape, *rows.shape[1:])
-
-
-def _one_or_two(rows: tuple[Tensor, ...]) -> Rows:
-    return rows[0] if len(rows) == 1 else (rows[0], rows[1])
 
 
 def _check_one_way(async_finish: bool, return_recv_hook: bool) -> None:

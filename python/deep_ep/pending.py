@@ -21,6 +21,9 @@ from . import communicator
 from .calls import Failed, mine
 from .communicator import Communicator
 
+Write = Callable[[list[Tensor], list[Tensor]], None]
+"""(tensors that were made for results, results): writes these to those, behind torch's back."""
+
 
 class _Call(Future):
     """One that goes on. Its result is a list of tensors."""
@@ -30,17 +33,17 @@ class _Call(Future):
         self.op = op
         self._group = group
         self._early: list[Tensor] = []
+        self._write: Write = write_all
         self._lock = threading.Lock()
 
-    def arriving(self, make: Callable[[], Sequence[Tensor]] | None) -> list[Tensor]:
+    def arriving(self, make: Callable[[], Sequence[Tensor]] | None, write: Write) -> list[Tensor]:
         """The tensors of the result, which are made now if they can be, and are filled in when it is there.
 
         Without, it raises what the call raised.
         """
         with self._lock:
             if make is not None and (not self.done() or self.exception() is not None):
-                self._early = list(make())
-                spoil(self._early)
+                self._early, self._write = list(make()), write
                 return self._early
         return self.wait()
 
@@ -60,8 +63,8 @@ class _Call(Future):
                 results = kernel(*arguments)
             results = [results] if isinstance(results, Tensor) else list(results)
             with self._lock:
-                for early, result in zip(self._early, results, strict=False):
-                    write(early, result)
+                if self._early:
+                    self._write(self._early, results)
                 self.set_result(self._early or results)
         except BaseException as error:
             if failed is not None:
@@ -75,6 +78,23 @@ def write(to: Tensor, of: Tensor) -> None:
     """Writes behind torch's back: autograd, version counters and grad mode do not see it."""
     with torch.inference_mode():
         to.data.copy_(of)
+
+
+def write_all(early: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """Writes every result."""
+    for to, of in zip(early, results, strict=False):
+        write(to, of)
+
+
+def spoiled(make: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor]]:
+    """`make`, with values out of nothing."""
+
+    def made(*arguments: Any) -> Sequence[Tensor]:
+        tensors = make(*arguments)
+        spoil(tensors)
+        return tensors
+
+    return made
 
 
 def spoil(tensors: Sequence[Tensor]) -> None:
@@ -140,12 +160,14 @@ def finish(op: str, ticket: Tensor) -> list[Tensor]:
     return call.wait()
 
 
-def arriving(op: str, ticket: Tensor, make: Callable[[], Sequence[Tensor]] | None) -> list[Tensor]:
+def arriving(
+    op: str, ticket: Tensor, make: Callable[[], Sequence[Tensor]] | None = None, write: Write = write_all
+) -> list[Tensor]:
     """The same, without waiting for the call if `make` makes the tensors that will hold the results.
 
     The ticket stays good for `finish`.
     """
-    return _find("arriving", op, ticket).arriving(make)
+    return _find("arriving", op, ticket).arriving(make, write)
 
 
 def _find(caller: str, op: str, ticket: Tensor) -> _Call:

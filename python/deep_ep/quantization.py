@@ -156,6 +156,16 @@ def in_one_row(scales: Tensor) -> Tensor:
     return scales.view(-1) if scales.dtype == torch.float8_e8m0fnu else scales
 
 
+def dequantize_columns(data: Tensor, scales: Tensor) -> Tensor:
+    """fp32 [K, N] of a matrix in one of the MX formats whose blocks of 32 numbers lie along K.
+
+    data: [K, N], or float4_e2m1fn_x2 [K, N/2]; scales: float8_e8m0fnu [K/32, N].
+    """
+    values, powers = _numbers(data), _power_of_two(_view(scales, torch.uint8))
+    K, N = values.shape
+    return (values.view(K // MX_BLOCK, MX_BLOCK, N) * powers.unsqueeze(1)).view(K, N)
+
+
 def pack(data: Tensor, scales: Tensor) -> Tensor:
     """bf16 [T, B/2]: in each row the bytes of data [T, D] and then of scales [T] or [T, S], of any dtypes, and zeros
     up to B, a multiple of 64.

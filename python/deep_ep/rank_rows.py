@@ -144,13 +144,12 @@ def dispatch(
     L = E // info.size
     metadata = None
     if topk_idx is not None:
-        if topk_idx.dim() != 2 or topk_idx.dtype != torch.int64:
-            raise ValueError(f"topk_idx must be torch.int64 [T, K], got {topk_idx.dtype} {list(topk_idx.shape)}")
+        if topk_idx.dim() != 2:
+            raise ValueError(f"topk_idx must have the shape [T, K], got {list(topk_idx.shape)}")
         weights = torch.ones_like(topk_idx, dtype=torch.float32) if topk_weights is None else topk_weights
-        if weights.dtype != torch.float32 or weights.dim() != 2 or weights.shape[1] != topk_idx.shape[1]:
+        if weights.dim() != 2 or weights.shape[1] != topk_idx.shape[1]:
             raise ValueError(
-                f"topk_weights must be torch.float32 [T, K] with K = {topk_idx.shape[1]}, "
-                f"got {weights.dtype} {list(weights.shape)}"
+                f"topk_weights must have the shape [T, K] with K = {topk_idx.shape[1]}, got {list(weights.shape)}"
             )
         for name, tensor in (("topk_idx", topk_idx), ("topk_weights", weights)):
             if checks.differ(tensor.shape[0], is_token_in_rank.shape[0]):
@@ -243,12 +242,10 @@ def combine(info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...], topk_weights
         ValueError: not a handle of this contract, or topk_weights of another dtype or shape.
         RuntimeError: as `deep_ep.combine`.
     """
-    if topk_weights is not None and (topk_weights.dim() != 2 or topk_weights.dtype != torch.float32):
-        raise ValueError(
-            f"topk_weights must be torch.float32 [N, K], got {topk_weights.dtype} {list(topk_weights.shape)}"
-        )
+    if topk_weights is not None and topk_weights.dim() != 2:
+        raise ValueError(f"topk_weights must have the shape [N, K], got {list(topk_weights.shape)}")
     known = op_handle(handle)
     calls = [(info, x, known)]
     if topk_weights is not None:
-        calls.append((info, topk_weights.contiguous(), known))
+        calls.append((info, topk_weights, known))
     return Plan(combine_op, calls, lambda combined, of_weights=None: (combined, of_weights))

@@ -23,6 +23,7 @@ from torchair._ge_concrete_graph import ge_apis
 from torchair._ge_concrete_graph.fx2ge_converter import GeConcreteGraph
 from torchair.ge import _ge_graph
 
+from deep_ep.fused_options import FusedOptions
 from deep_ep.npu import ge, windows
 
 NODES: dict[str, Callable[..., Any]] = {}
@@ -328,7 +329,7 @@ def run_deep_ep(op_type: str, **given: Any) -> Any:
     names = [argument.name for argument in op._schema.arguments]
     if "num_worst_tokens" in names:
         given["num_worst_tokens"] = 0 if op_type.endswith("Exact") else int(given["num_worst_tokens"])
-    not_in_graphs = {"comm_alg": "", "strategy": "default"}
+    not_in_graphs = {"comm_alg": "", "strategy": "default", **FusedOptions()._asdict()}
     return op(**given, **{name: value for name, value in not_in_graphs.items() if name in names})
 
 

@@ -20,6 +20,7 @@ from torchair._ge_concrete_graph import fx2ge_converter
 from torchair.ge._ge_graph import Data, GeGraph, default_ge_graph, torch_type_to_ge_type
 
 from deep_ep import npu_ops
+from deep_ep.fused_options import FusedOptions
 from deep_ep.npu import ge
 
 T, W = 5, 50
@@ -52,6 +53,7 @@ NUMBERS = {
     "comm_alg": "fullmesh_v2",
     "quant_mode": 1,
     "strategy": "default",
+    **FusedOptions()._asdict(),
 }
 
 

@@ -56,9 +56,9 @@ def converts(ctx: RankContext, rows: str, mode: str, low_latency: bool) -> None:
     assert not [node.type for node in graph.nodes if node.type in HOST_SYNCS]
 
 
-@pytest.mark.parametrize("mode", quantization.MODES[1:])
-def test_low_latency(pool: RankPool, mode: str) -> None:
-    pool.run(2, converts, "expert", mode, True, timeout=240)
+@pytest.mark.parametrize("rows, mode", [*(("expert", m) for m in quantization.MODES[1:]), ("rank", "block_fp8_e4m3")])
+def test_low_latency(pool: RankPool, rows: str, mode: str) -> None:
+    pool.run(2, converts, rows, mode, True, timeout=240)
 
 
 @pytest.mark.parametrize("rows, mode", [("rank", "block_fp8_e4m3"), ("expert", "mx_fp4_e2m1")])

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import deep_ep  # noqa: F401  (the torch ops)
+from deep_ep.fused_options import FusedOptions
 from deep_ep.twin import model, native
 
 pytestmark = pytest.mark.skipif(
@@ -271,6 +272,7 @@ def fake_results(op_type: str, inputs: list[Input], attrs: dict[str, int | str])
     names = [param["name"] for param in op_definitions.definitions()[op_type]["inputs"]]
     with FakeTensorMode(shape_env=ShapeEnv()):
         given: dict[str, Any] = {"num_worst_tokens": 0, "comm_alg": "", "strategy": "default", **attrs}
+        given |= FusedOptions()._asdict()
         for name, (dtype, shape, value) in zip(names, inputs, strict=True):
             given[name] = torch.empty(shape, dtype=getattr(torch, dtype)) if value is None else value
         results = op(**{a.name: given[a.name] for a in op._schema.arguments})

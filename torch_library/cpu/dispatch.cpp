@@ -38,7 +38,7 @@ void place_tokens(const int64_t* ids, int64_t count, const Routing& routing, int
 
 // All results of N rows but recv_x.
 Dispatched make_results(const Tensor& x, const Tensor& topk_idx, bool low_latency, int64_t num_experts,
-                        int64_t num_ranks, int64_t N) {
+                        int64_t num_ranks, int64_t N, const Blocks* blocks) {
   const int64_t T = x.size(0), K = topk_idx.size(1), R = num_ranks, L = num_experts / R;
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
     return empty_tensor(x, shape, dtype);
@@ -51,7 +51,33 @@ Dispatched make_results(const Tensor& x, const Tensor& topk_idx, bool low_latenc
   if (!low_latency)
     out.rest = {empty({N, K}, ScalarType::Long), empty({N, K}, ScalarType::Float), empty({}, ScalarType::Long),
                 empty({R, R}, ScalarType::Int), empty({R, L}, ScalarType::Int)};
+  if (blocks != nullptr)
+    out.padded = {.recv_count = empty({L}, ScalarType::Int),
+                  .src_info = empty({L, blocks->size}, ScalarType::Int),
+                  .layout = empty({L, R}, ScalarType::Long)};
   return out;
+}
+
+// Makes what rows come to.
+void take_blocks(RecvRows& recv, const Blocks& blocks, const Tensor& x, Dispatched& out) {
+  recv.make_blocks(blocks, x);
+  out.recv_x = recv.blocks().rows();
+  out.padded->recv_scales = recv.blocks().scales();
+}
+
+// Of rows in blocks: where each one that arrives at `rank` belongs; and everything but the rows, but for tokens.
+std::vector<int64_t> arrange(const Routing& routing, int rank, const Blocks& blocks, const Dispatched::Padded& out) {
+  auto* counts = out.recv_count.mutable_data_ptr<int32_t>();
+  auto* layout = out.layout.mutable_data_ptr<int64_t>();
+  std::fill_n(counts, blocks.count, 0);
+  std::fill_n(out.src_info.mutable_data_ptr<int32_t>(), blocks.count * blocks.size, -1);
+  std::vector<int64_t> places;
+  places.reserve(routing.delivered(rank));
+  routing.segments(rank, [&](int64_t l, int64_t s, int64_t first, int64_t end) {
+    layout[l * routing.num_ranks() + s] = static_cast<int64_t>(counts[l]) << 32 | (end - first);
+    for (; first < end; ++first) places.push_back(l * blocks.size + counts[l]++);
+  });
+  return places;
 }
 
 // Bytes that a rank takes for a row of recv_x and of what goes with it.
@@ -95,15 +121,19 @@ std::string too_much_memory(const Operation& op, const Routing& routing, int64_t
 }  // namespace
 
 EarlyDispatched early_results(const Group& group, const Tensor& x, const Tensor& topk_idx, bool low_latency,
-                              int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens) {
-  EarlyDispatched early{.out = make_results(x, topk_idx, low_latency, num_experts, num_ranks, num_worst_tokens)};
-  early.out.recv_x = early.recv.make_early(group, x, num_worst_tokens, sizeof(RowMeta), low_latency);
+                              int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens, const Blocks* blocks) {
+  EarlyDispatched early{.out =
+                            make_results(x, topk_idx, low_latency, num_experts, num_ranks, num_worst_tokens, blocks)};
+  if (blocks != nullptr)
+    take_blocks(early.recv, *blocks, x, early.out);
+  else
+    early.out.recv_x = early.recv.make_early(group, x, num_worst_tokens, sizeof(RowMeta), low_latency);
   return early;
 }
 
 Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                          const std::optional<Tensor>& topk_weights, int64_t num_experts, int64_t num_ranks,
-                         int64_t num_worst_tokens, std::optional<EarlyDispatched> early) {
+                         int64_t num_worst_tokens, std::optional<EarlyDispatched> early, const Blocks* blocks) {
   const bool low_latency = !topk_weights.has_value();
   Contribution mine;
   Post& post = mine.post;
@@ -131,6 +161,11 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
     mine.attached_bytes = attached.bytes;
     mine.attach = [&, attached](std::byte* to) { attached.write(to, x.const_data_ptr(), ids, weights); };
   }
+  if (blocks != nullptr && !early)
+    early = make_early(checks, [&] {
+      return early_results(turn.group(), x, topk_idx, true, num_experts, num_ranks, num_worst_tokens, blocks);
+    });
+  const bool spoils = turn.group().spoils();
   mine.rejected = checks.wrong();
   RecvRows recv = early ? std::move(early->recv) : RecvRows();
   mine.reserved = recv.reserved();
@@ -165,7 +200,14 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
   const int64_t delivered = routing->delivered(op.rank());
   const int64_t N = routing->total_rows(op.rank());
   recv.allocate(op);
-  Dispatched out = early ? early->out : make_results(x, topk_idx, low_latency, num_experts, R, N);
+  Dispatched out = early ? early->out : make_results(x, topk_idx, low_latency, num_experts, R, N, nullptr);
+  std::vector<int64_t> places;
+  int32_t* src_info = nullptr;
+  if (blocks != nullptr) {
+    if (spoils) recv.blocks().clear();
+    recv.set_places(places = arrange(*routing, op.rank(), *blocks, *out.padded));
+    src_info = out.padded->src_info.mutable_data_ptr<int32_t>();
+  }
   auto* source = out.recv_src_idx.mutable_data_ptr<int32_t>();
   std::fill(source + 3 * delivered, source + 3 * N, -1);
   int64_t* recv_ids = nullptr;
@@ -186,6 +228,7 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
     source[3 * n] = static_cast<int32_t>(from);
     source[3 * n + 1] = meta.token;
     source[3 * n + 2] = meta.k;
+    if (src_info != nullptr) src_info[places[n]] = meta.token;
   };
   const auto weight_of = [&](const float* weights, int64_t i) { return low_latency ? 0.0f : weights[i]; };
   const auto* rows = static_cast<const std::byte*>(x.const_data_ptr());
@@ -210,7 +253,7 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
           if (l < 0 || l >= L) continue;
           const int64_t n = next[l * R + s]++;
           if (n >= delivered) continue;
-          std::memcpy(recv.rows() + n * row_bytes, row, row_bytes);
+          recv.put(n, row);
           describe(n, l, s, {t, k, weight_of(its_weights, t * K + k)});
         }
     }

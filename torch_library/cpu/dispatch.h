@@ -16,20 +16,27 @@ struct Dispatched {
     Tensor recv_topk_idx, recv_topk_weights, num_dropped, rank_prefix_matrix, channel_prefix_matrix;
   };
   std::optional<Rest> rest;
+  // What blocks of rows add.
+  struct Padded {
+    Tensor recv_scales, recv_count, src_info, layout;
+  };
+  std::optional<Padded> padded;
 };
 
 // The op dispatch or, without topk_weights, low_latency_dispatch; `checks` has been made of its arguments. `early`: its
-// results, where they were made before.
+// results, where they were made before. `blocks`: rows of low latency lie in blocks on this rank.
 struct EarlyDispatched {
   RecvRows recv;
   Dispatched out;
 };
 Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                          const std::optional<Tensor>& topk_weights, int64_t num_experts, int64_t num_ranks,
-                         int64_t num_worst_tokens, std::optional<EarlyDispatched> early = std::nullopt);
+                         int64_t num_worst_tokens, std::optional<EarlyDispatched> early = std::nullopt,
+                         const Blocks* blocks = nullptr);
 
 // For right arguments, with num_worst_tokens rows.
 EarlyDispatched early_results(const Group& group, const Tensor& x, const Tensor& topk_idx, bool low_latency,
-                              int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens);
+                              int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens,
+                              const Blocks* blocks = nullptr);
 
 }  // namespace deep_ep

@@ -6,12 +6,19 @@
 #include <optional>
 
 #include "arguments.h"
+#include "blocks.h"
 #include "private_memory.h"
 
 namespace deep_ep {
 
 class RecvRows {
  public:
+  // Rows arrive elsewhere, to be copied into blocks.
+  void make_blocks(const Blocks& blocks, const Tensor& like) { blocks_.emplace(blocks, like); }
+  BlockRows& blocks() { return *blocks_; }
+  // Where row n of those that arrive belongs, in blocks.
+  void set_places(std::vector<int64_t> places) { places_ = std::move(places); }
+
   // For an operation that begins later: the tensor of as many rows, to which they will come. `sparse`: few of them may.
   Tensor make_early(const Group& group, const Tensor& like, int64_t rows, uint64_t meta_bytes, bool sparse) {
     rows_ = rows;
@@ -30,7 +37,7 @@ class RecvRows {
   }
 
   // What the rank brings to the operation, of the pool.
-  std::optional<Block> reserved() const { return early_ ? std::optional(reserved_) : std::nullopt; }
+  std::optional<Block> reserved() const { return early_ || blocks_ ? std::optional(reserved_) : std::nullopt; }
 
   // Decides for every rank where its rows of `like`'s dtype and hidden size go. delivered(r) rows arrive at rank r, in
   // a tensor of total(r) rows.
@@ -53,7 +60,7 @@ class RecvRows {
 
   // Before rows arrive. Those that were attached are written to rows() by this rank itself.
   void allocate(Operation& op) {
-    if (early_) return;
+    if (early_ || blocks_) return;
     const uint64_t used = delivered_ * row_bytes_, bytes = rows_ * row_bytes_;
     zero_behind_ = op.all_attached() && bytes - used >= kManyZeros;
     try {
@@ -70,8 +77,20 @@ class RecvRows {
 
   std::byte* rows() const { return memory_.get(); }
 
-  // Where row `first` of a chunk that arrived at `chunk` now lies for good.
+  // Row n has arrived at `row`, and is copied to where it belongs.
+  void put(int64_t n, const std::byte* row) {
+    if (blocks_)
+      blocks_->put(places_[n], row);
+    else
+      std::memcpy(rows() + n * row_bytes_, row, row_bytes_);
+  }
+
+  // Rows first..end-1 have arrived at `chunk`. Where the first of them now lies for good, unless rows are in blocks.
   std::byte* settle(int64_t first, int64_t end, std::byte* chunk) {
+    if (blocks_) {
+      for (int64_t n = first; n < end; ++n, chunk += row_bytes_) put(n, chunk);
+      return nullptr;
+    }
     std::byte* to = memory_ ? rows() + first * row_bytes_ : chunk;
     if (to != chunk) std::memcpy(to, chunk, (end - first) * row_bytes_);
     return to;
@@ -79,6 +98,7 @@ class RecvRows {
 
   // The tensor, once all rows have arrived; the rows behind them are set to 0.
   Tensor take(Operation& op, const Tensor& like) {
+    if (blocks_) return blocks_->rows();
     const uint64_t used = delivered_ * row_bytes_, bytes = rows_ * row_bytes_;
     if (!memory_) memory_ = op.keep(bytes);
     if (!zero_behind_) std::memset(rows() + used, 0, bytes - used);
@@ -100,6 +120,8 @@ class RecvRows {
   int64_t delivered_ = 0;
   bool pooled_ = false;
   bool zero_behind_ = false;  // the rows behind those that arrive are 0 already
+  std::optional<BlockRows> blocks_;
+  std::vector<int64_t> places_;
   std::optional<Tensor> early_;
   Block reserved_;
   std::shared_ptr<std::byte> memory_;  // none yet: rows arrive in the pool

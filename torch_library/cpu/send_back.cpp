@@ -15,10 +15,9 @@ void SendBack::attach_to(Contribution& mine) const {
   mine.attach = [back = *this, rows_sent](std::byte* to) {
     std::memcpy(to, back.scalars, back.handle.num_rows * back.scalar_bytes());
     to += back.rows_at(back.handle.num_rows);
-    const auto* rows = static_cast<const std::byte*>(back.rows);
     const uint64_t row_bytes = back.row_bytes();
     for (int64_t n = 0; n < rows_sent && row_bytes > 0; ++n)
-      if (back.handle.goes_away(n)) std::memcpy(to + n * row_bytes, rows + n * row_bytes, row_bytes);
+      if (back.handle.goes_away(n)) std::memcpy(to + n * row_bytes, back.row(n), row_bytes);
   };
 }
 
@@ -40,6 +39,9 @@ void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
     return Place{static_cast<const std::byte*>(rows) + n * row_bytes(),
                  static_cast<const std::byte*>(scalars) + n * scalar_bytes()};
   };
+  const auto own_place = [&](int64_t n) {
+    return Place{row(n), reinterpret_cast<const std::byte*>(scalars) + n * scalar_bytes()};
+  };
   // What a token sums up: one is done while the next one's rows are fetched.
   std::vector<const void*> parts(2 * K);
   std::vector<float> factors(2 * K);
@@ -54,7 +56,7 @@ void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
         if (head < 0) continue;
         // What this rank sent to itself is where it was.
         const int64_t from = handle.destination(slot);
-        const Place place = from == op.rank() ? place_in(rows, scalars, head) : arrived(slot, from, head);
+        const Place place = from == op.rank() ? own_place(head) : arrived(slot, from, head);
         if (has_scalars) std::memcpy(scalars_out + slot, place.scalar, sizeof(float));
         parts[at + count] = place.row;
         factors[at + count++] = weights != nullptr ? weights[slot] : 1.0f;
@@ -80,7 +82,7 @@ void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
   op.exchange(
       handle.returns(), regions, row_bytes(), scalar_bytes(),
       [&](const Entry& entry, std::byte* scalar) {
-        const Place place = place_in(rows, scalars, entry.row);
+        const Place place = own_place(entry.row);
         std::memcpy(scalar, place.scalar, scalar_bytes());
         return place.row;
       },
@@ -108,13 +110,36 @@ HandleArguments::HandleArguments(Op op, const Group& group, const Checks& checks
             group.rank(),
             layout_range != nullptr ? layout_range->const_data_ptr<int32_t>() : nullptr};
   post.tokens = handle.num_tokens;
-  post.hidden = expert_rows.size(1);
+  post.hidden = expert_rows.size(expert_rows.dim() - 1);
   post.top_k = handle.top_k;
   post.experts = num_experts;
   post.dtype = static_cast<int64_t>(dtype_of(expert_rows));
   post.rows = handle.num_rows;
   contribution.words = handle.words(contribution.rejected);
 }
+
+namespace {
+
+// Where each row is if every expert has a block of so many; sets `wrong` if that is not what layout_range says.
+std::vector<int64_t> places_in_blocks(const Handle& handle, int64_t block, std::string& wrong) {
+  std::vector<int64_t> places(handle.num_rows);
+  const int64_t R = handle.num_ranks, L = handle.num_experts / R;
+  int64_t begin = 0;
+  for (int64_t l = 0; l < L && wrong.empty(); ++l) {
+    const int64_t end = handle.layout_range[(l + 1) * R - 1];
+    if (end < begin || end > handle.num_rows || end - begin > block)
+      wrong = str("layout_range says rows ", begin, " to ", end, " of local expert ", l, "; x has ", block,
+                  " for each expert, and recv_src_idx ", handle.num_rows, " in all");
+    else
+      for (int64_t n = begin; n < end; ++n) places[n] = l * block + n - begin;
+    begin = end;
+  }
+  for (int64_t n = begin; n < handle.num_rows && wrong.empty(); ++n)
+    if (handle.recv_src_idx[3 * n] >= 0) wrong = str("recv_src_idx has row ", n, "; by layout_range there are ", begin);
+  return places;
+}
+
+}  // namespace
 
 Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
@@ -124,8 +149,9 @@ Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const
   SendBack back{.handle = arguments.handle};
   if (arguments.right()) {
     back.dtype = dtype_of(x);
-    back.hidden = x.size(1);
+    back.hidden = arguments.contribution.post.hidden;
     back.rows = x.const_data_ptr();
+    if (x.dim() == 3) back.places = places_in_blocks(arguments.handle, x.size(1), arguments.contribution.rejected);
     back.weights = topk_weights.const_data_ptr<float>();
     back.attach_to(arguments.contribution);
   }
@@ -135,7 +161,7 @@ Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const
     return Handle::check(op);
   });
 
-  Tensor combined = early ? *early : empty_tensor(x, {topk_idx.size(0), x.size(1)});
+  Tensor combined = early ? *early : empty_tensor(x, {topk_idx.size(0), back.hidden});
   back.sums = combined.mutable_data_ptr();
   back.run(op, regions);
   op.finish();
@@ -144,12 +170,13 @@ Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const
 
 Tensor start_combine(Op op, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                      const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
-                     int64_t num_experts, int64_t num_ranks, std::optional<Tensor> layout_range) {
-  const auto early = make_early(checks, [&] { return empty_tensor(x, {topk_idx.size(0), x.size(1)}); });
-  return start(op, std::move(turn), early ? Results{*early} : Results{}, [=](Turn turn) {
+                     int64_t num_experts, int64_t num_ranks, std::optional<Tensor> layout_range, const char* name) {
+  const auto early = make_early(checks, [&] { return empty_tensor(x, {topk_idx.size(0), x.size(x.dim() - 1)}); });
+  const auto body = [=](Turn turn) {
     return Results{combine_rows(op, std::move(turn), checks, x, topk_idx, topk_weights, recv_src_idx, send_head,
                                 num_experts, num_ranks, layout_range ? &*layout_range : nullptr, early)};
-  });
+  };
+  return start(op, std::move(turn), early ? Results{*early} : Results{}, body, name);
 }
 
 }  // namespace deep_ep

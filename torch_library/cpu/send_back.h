@@ -11,7 +11,8 @@ struct SendBack {
   Handle handle{};
   DType dtype = DType::f32;
   int64_t hidden = 0;              // 0: no rows, scalars only
-  const void* rows = nullptr;      // [N, hidden]
+  const void* rows = nullptr;      // [N, hidden], or in blocks:
+  std::vector<int64_t> places;     // unless empty: where row n is among `rows`
   const float* weights = nullptr;  // [T, K] of this rank's tokens; nullptr: all 1
   void* sums = nullptr;            // [T, hidden]: sum over k of weight * row, in k order
   bool has_scalars = false;
@@ -19,6 +20,9 @@ struct SendBack {
   float* scalars_out = nullptr;    // [T, K]; 0 where no row was sent
 
   uint64_t row_bytes() const { return hidden * bytes_of(dtype); }
+  const std::byte* row(int64_t n) const {
+    return static_cast<const std::byte*>(rows) + (places.empty() ? n : places[n]) * row_bytes();
+  }
   uint64_t scalar_bytes() const { return has_scalars ? sizeof(float) : 0; }
 
   // Attaches what there is to send.
@@ -48,8 +52,8 @@ struct HandleArguments {
   Contribution contribution;
 };
 
-// Each token's weighted sum of the rows x [N, H], as the operation `op`: what combine and low_latency_combine are made
-// of. `early`: the result, where it was made before.
+// Each token's weighted sum of the rows x [N, H], or [L, rows of an expert, H], as the operation `op`: what combine and
+// the low-latency combines are made of. `early`: the result, where it was made before.
 Tensor combine_rows(Op op, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
                     int64_t num_experts, int64_t num_ranks, const Tensor* layout_range = nullptr,
@@ -58,6 +62,7 @@ Tensor combine_rows(Op op, Turn turn, Checks checks, const Tensor& x, const Tens
 // Begins the same.
 Tensor start_combine(Op op, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                      const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
-                     int64_t num_experts, int64_t num_ranks, std::optional<Tensor> layout_range = std::nullopt);
+                     int64_t num_experts, int64_t num_ranks, std::optional<Tensor> layout_range = std::nullopt,
+                     const char* name = nullptr);
 
 }  // namespace deep_ep

@@ -69,11 +69,12 @@ def register(
     alltoall: Callable[..., Any] | None = None,
     kernel: Callable[..., Any] | None = None,
     cpu: Callable[..., Any] | None = None,
+    npu: Callable[..., Any] | None = None,
     ops: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     convert: dict[str, Callable[..., Any]],
-    decompose: Callable[..., Any] | None = None,
+    decompose: Callable[..., Any] | dict[str, Callable[..., Any]] | None = None,
     communicates: bool = True,
     start: Start | None = None,
 ) -> None:
@@ -84,12 +85,12 @@ def register(
             `kernel`.
         alltoall: the kernel of the overload `.alltoall`, for every device, where there is such an overload.
         kernel: that of all overloads, for every device, where overloads are no strategies; called with `overload=`.
-        cpu: the kernel on the CPU, where it is not in C++.
+        cpu, npu: the kernel on the CPU and on an NPU, where it is not in C++.
         ops: the kernel of the overload `.ops`, for every device, where there is such an overload.
         setup_context, backward: the autograd formula; `backward` is called with `overload=`, the name of the overload
             whose gradient is wanted. None: the results have no gradients.
         convert: the GE converter of each overload (see `deep_ep.npu.ge`).
-        decompose: the overload `.alltoall` out of torch's operators, which torchair converts.
+        decompose: the overload `.alltoall`, or overloads by their names, out of operators that torchair converts.
         communicates: whether ranks talk to each other in it.
         start: of `<name>_start`, which is registered with it, where there is one.
     """
@@ -97,6 +98,8 @@ def register(
         _fragment.impl(f"{name}.alltoall", completing(alltoall), "CompositeExplicitAutograd")
     if cpu is not None:
         _fragment.impl(name, cpu, "CPU")
+    if npu is not None:
+        _fragment.impl(name, npu, "PrivateUse1")
     if ops is not None:
         _fragment.impl(f"{name}.ops", ops, "CompositeExplicitAutograd")
     packet = getattr(torch.ops.deep_ep, name)
@@ -105,13 +108,15 @@ def register(
         _compile.prepare()
         return fake(*args, overload=overload) if ops is not None or kernel is not None else fake(*args)
 
-    if decompose is not None:
-        ge.decomposition(packet.alltoall, decompose)
+    decompositions = decompose if isinstance(decompose, dict) else {"alltoall": decompose} if decompose else {}
+    for overload, decomposition in decompositions.items():
+        ge.decomposition(getattr(packet, overload), decomposition)
     for overload in packet.overloads():
         op = getattr(packet, overload)
         if kernel is not None:
-            noted = profile.noted(op, functools.partial(kernel, overload=overload))
-            _fragment.impl(op, noted, "CompositeExplicitAutograd")
+            _fragment.impl(
+                op, functools.partial(profile.noted(op, kernel), overload=overload), "CompositeExplicitAutograd"
+            )
         torch.library.register_fake(op, functools.partial(prepared_fake, overload=overload), lib=_fragment)
         if backward is not None:
             formula = functools.partial(backward, overload=overload)
@@ -132,7 +137,11 @@ def register(
         setup_context=start.setup_context,
         backward=start.backward,
         convert={overload: ge.starting(converter) for overload, converter in convert.items()},
-        decompose=None if decompose is None else ge.starting_of(decompose),
+        decompose={
+            overload: ge.starting_of(decomposition)
+            for overload, decomposition in decompositions.items()
+            if overload == "alltoall"  # that of wait
+        },
     )
 
 

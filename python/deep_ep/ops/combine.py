@@ -17,7 +17,7 @@ from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from ._registration import Start, refuse, register, reject
 from .dispatch import DispatchHandle
-from .wait import Completion, Started, completes, issued, no_rows
+from .wait import Completion, Started, as_issued, completes, issued, no_rows
 
 
 @collective("combine")
@@ -60,7 +60,7 @@ def call(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> Tensor:
 def start(info: GroupInfo, x: Tensor, handle: DispatchHandle) -> Started:
     """As `call`, for `complete`."""
     op = getattr(torch.ops.deep_ep.combine_start, info.normal.value)
-    tensors, num_experts = _tensors(x, handle), _num_experts(info, handle)
+    tensors, num_experts = _tensors(as_issued(x), handle), _num_experts(info, handle)
     ticket = op(*tensors, num_experts, info.size, info.name)
     return issued(ticket, info, info.normal.value, "combine", tensors, num_experts, 0, handle.topk_idx.shape[:-1])
 

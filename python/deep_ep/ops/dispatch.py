@@ -19,7 +19,7 @@ from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from . import get_dispatch_layout
 from ._registration import Start, refuse, register, reject
-from .wait import Completion, Started, completes, issued, no_rows
+from .wait import Completion, Started, as_issued, completes, issued, no_rows
 
 
 @readable_by_name
@@ -118,10 +118,10 @@ def dispatch_start(
     """Begins a dispatch and does not wait for peers; `deep_ep.wait` completes it and gives the DispatchOutput.
 
     The arguments are those of `deep_ep.dispatch`. x must not be written to before the wait, which raises a RuntimeError
-    if it was; topk_idx and topk_weights may. In exact mode the number of rows is known at the wait. What is wrong on
-    this rank is raised here, what is wrong on others at the wait. Gradients are those of a call where this one stands,
-    in whatever grad mode or thread the wait is. Other calls of the group run behind this one, in the order of the
-    program. Every rank waits for its calls, in the same order.
+    if it was (in inference mode a copy of it is sent); topk_idx and topk_weights may. In exact mode the number of rows
+    is known at the wait. What is wrong on this rank is raised here, what is wrong on others at the wait. Gradients are
+    those of a call where this one stands, in whatever grad mode or thread the wait is. Other calls of the group run
+    behind this one, in the order of the program. Every rank waits for its calls, in the same order.
     """
     arguments = info_of(group), x, topk_idx, topk_weights, num_experts, num_worst_tokens
     refuse(call, wrong, *arguments)
@@ -164,6 +164,7 @@ def start(
 ) -> Started:
     """As `call`, for `complete`."""
     topk_idx, topk_weights = _own(topk_idx, topk_weights)
+    x = as_issued(x)
     op = getattr(torch.ops.deep_ep.dispatch_start, info.normal.value)
     tokens, arguments = topk_idx.shape[:-1], flat(x, topk_idx, topk_weights)
     ticket = op(*arguments, num_experts, info.size, num_worst_tokens, info.name)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import checks, fused_kernel
+from ..fused_options import FusedOptions
 from ._registration import no_second_derivative, register, reject
 from .fused_deep_moe import OVERLOADS, node
 
@@ -25,16 +26,18 @@ def fake(
     num_ranks: int,
     group: str,
     strategy: str,
-    *,
+    *given: Any,
     overload: str,
 ) -> tuple[Tensor, ...]:
-    """grad_x [T, H], grad_topk_weights fp32 [T, K], and the gradients of both weights, like these."""
+    """grad_x [T, H], grad_topk_weights fp32 [T, K], and the gradients of weights and given options, like these."""
+    options = FusedOptions(*given)
     sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
     error = checks.fused_deep_moe_backward(
-        grad_out, x, topk_idx, topk_weights, gmm1_weight, gmm2_weight, *sizes, strategy, overload
+        grad_out, x, topk_idx, topk_weights, gmm1_weight, gmm2_weight, *sizes, strategy, overload, options
     )
     reject("fused_deep_moe_backward", error)
-    return tuple(like.new_empty(like.shape) for like in (x, topk_weights, gmm1_weight, gmm2_weight))
+    likes = x, topk_weights, gmm1_weight, gmm2_weight, *options.differentiable
+    return tuple(like.new_empty(like.shape) for like in likes if like is not None)
 
 
 def convert(

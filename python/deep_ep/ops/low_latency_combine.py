@@ -19,13 +19,19 @@ from ..groups import Group, GroupInfo, info_of
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from ._registration import Start, register, reject
-from .low_latency_dispatch import LowLatencyHandle
-from .wait import Completion, Started, completes, issued, no_rows
+from .low_latency_dispatch import LowLatencyHandle, active
+from .wait import Completion, Started, as_issued, completes, issued, no_rows
 
 
 @collective("low_latency_combine")
 def low_latency_combine(
-    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: LowLatencyHandle, *, group: Group = None
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    handle: LowLatencyHandle,
+    *,
+    x_active_mask: Tensor | None = None,
+    group: Group = None,
 ) -> Tensor:
     """Sums up each token's rows with its weights. Collective over the group; differentiable in x and topk_weights.
 
@@ -34,6 +40,7 @@ def low_latency_combine(
         topk_idx: [T, K], as given to low_latency_dispatch; others are an error.
         topk_weights: [T, K] fp32, bf16 or fp16, which becomes fp32.
         handle: of the low_latency_dispatch that brought the rows.
+        x_active_mask: as given to low_latency_dispatch.
         group: the group of that dispatch.
 
     Returns:
@@ -42,7 +49,9 @@ def low_latency_combine(
 
     Raises:
         RuntimeError: as `deep_ep.combine`.
+        ValueError: x_active_mask has another shape or dtype.
     """
+    topk_idx = active(topk_idx, x_active_mask)
     return call(info_of(group), x, topk_idx, topk_weights, handle)
 
 
@@ -58,7 +67,8 @@ def start(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, ha
     """As `call`, for `complete`. The tensors must not be written to before."""
     overload = info.low_latency.value
     op = getattr(torch.ops.deep_ep.low_latency_combine_start, overload)
-    tensors = x, *flat(topk_idx, topk_weights), handle.src_info, handle.layout_range, handle.send_head
+    sent = map(as_issued, (x, *flat(topk_idx, topk_weights)))
+    tensors = *sent, handle.src_info, handle.layout_range, handle.send_head
     ticket = op(*tensors, handle.num_experts, info.size, info.name, info.comm_alg)
     return issued(ticket, info, overload, "low_latency_combine", tensors, handle.num_experts, 0, topk_idx.shape[:-1])
 

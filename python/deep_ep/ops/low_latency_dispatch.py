@@ -20,7 +20,7 @@ from ..handles import readable_by_name
 from ..npu import alltoall as graph_alltoall
 from ..npu import ge
 from ._registration import Start, register, reject
-from .wait import Completion, Started, completes, issued, no_rows
+from .wait import Completion, Started, as_issued, completes, issued, no_rows
 
 
 @readable_by_name
@@ -57,6 +57,7 @@ def low_latency_dispatch(
     num_max_dispatch_tokens_per_rank: int,
     num_experts: int,
     *,
+    x_active_mask: Tensor | None = None,
     group: Group = None,
 ) -> LowLatencyOutput:
     """Sends every token once to each of its experts. Collective over the group; differentiable in x.
@@ -67,12 +68,30 @@ def low_latency_dispatch(
             ids of one rank: distinct ids always do.
         num_max_dispatch_tokens_per_rank: M, the same on all ranks.
         num_experts: E, a multiple of R.
+        x_active_mask: bool [T], None for all: the tokens that are sent. With it, low_latency_combine wants it, too.
         group: a group prepared with `deep_ep.init`.
 
     Raises:
         RuntimeError: as `deep_ep.dispatch`; under the strategy ops, if torch_npu or an NPU is missing.
+        ValueError: x_active_mask has another shape or dtype.
     """
+    topk_idx = active(topk_idx, x_active_mask)
     return call(info_of(group), x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
+
+
+def active(topk_idx: Tensor, x_active_mask: Tensor | None) -> Tensor:
+    """topk_idx [T, K] with no expert for tokens that x_active_mask, bool [T], leaves out. T may be several dimensions.
+
+    ValueError: x_active_mask has another shape or dtype.
+    """
+    if x_active_mask is None:
+        return topk_idx
+    shape, tokens = x_active_mask.shape, topk_idx.shape[:-1]
+    if x_active_mask.dtype != torch.bool or len(shape) == 0:
+        raise ValueError(f"x_active_mask must be torch.bool [T], got {x_active_mask.dtype} {list(shape)}")
+    if len(shape) != len(tokens) or any(checks.differ(*sizes) for sizes in zip(shape, tokens, strict=True)):
+        raise ValueError(f"x_active_mask must have T entries like topk_idx {list(topk_idx.shape)}, got {list(shape)}")
+    return torch.where(x_active_mask.unsqueeze(-1), topk_idx, -1)
 
 
 def call(
@@ -91,7 +110,7 @@ def start(
     """As `call`, for `complete`. The tensors must not be written to before."""
     overload = info.low_latency.value
     op = getattr(torch.ops.deep_ep.low_latency_dispatch_start, overload)
-    M, arguments = num_max_dispatch_tokens_per_rank, flat(x, topk_idx)
+    M, arguments = num_max_dispatch_tokens_per_rank, tuple(map(as_issued, flat(x, topk_idx)))
     ticket = op(*arguments, M, num_experts, info.size, info.name, info.comm_alg)
     return issued(ticket, info, overload, "low_latency_dispatch", arguments, num_experts, M, topk_idx.shape[:-1])
 

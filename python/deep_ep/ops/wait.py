@@ -96,6 +96,11 @@ def issued(
     return Started(ticket, info, overload, op, arguments, *sizes, torch.is_grad_enabled(), versions, is_token_in_rank)
 
 
+def as_issued(tensor: Tensor) -> Tensor:
+    """What a call that goes on reads of an argument: a copy in inference mode, where torch counts no writes."""
+    return tensor.clone() if not torch.compiler.is_compiling() and tensor.is_inference() else tensor
+
+
 def no_rows(like: Tensor, num_rows: int) -> Tensor:
     """[num_rows, H] as `like` [N, H] is, without a value in it, to see what results would look like."""
     if torch.compiler.is_compiling():
@@ -129,6 +134,10 @@ class Completion(NamedTuple):
     backward: Callable[..., Tensor] | None = None
     """(overload, saved, gradients of the results, (num_experts, num_ranks, group)) -> the ticket of the backward
     call."""
+    early: Callable[..., list[Tensor]] | None = None
+    """As `fake`, for results that .alltoall will write to, where memory of any values will not do."""
+    write: Callable[[list[Tensor], list[Tensor]], None] | None = None
+    """(those, results): writes them, behind torch's back."""
 
 
 _completions: dict[str, Completion] = {}
@@ -201,9 +210,12 @@ def alltoall_arriving(ticket: Tensor, op: str, arguments: list[Tensor], *sizes: 
     """As .default. Results whose number of rows is not known come when the call has ended."""
     if error := checks.ticket(ticket):
         raise RuntimeError(f"deep_ep.arriving: {error}")
-    is_exact = op == "dispatch" and sizes[2] == 0
-    make = None if is_exact else functools.partial(_completions[op].fake, "alltoall", *arguments, *sizes[:-1])
-    return pending.arriving(op, ticket, make)
+    completion = _completions[op]
+    if op == "dispatch" and sizes[2] == 0:
+        return pending.arriving(op, ticket)
+    make = completion.early or pending.spoiled(completion.fake)
+    make = functools.partial(make, "alltoall", *arguments, *sizes[:-1])
+    return pending.arriving(op, ticket, make, completion.write or pending.write_all)
 
 
 def alltoall(ticket: Tensor, op: str, arguments: list[Tensor], *sizes: Any) -> list[Tensor]:
