@@ -262,8 +262,8 @@ class DeepEP:
 
 
 class CalledFromCpp:
-    """deep_ep's low-latency ops with room for M = T tokens per rank, or GlooDispatcher, by C++ and without backward.
-    Results live until the next call.
+    """deep_ep's ops, low-latency ones with room for M = T tokens per rank, or GlooDispatcher, by C++ and without
+    backward. Results live until the next call.
     """
 
     in_a_row = 1
@@ -272,7 +272,7 @@ class CalledFromCpp:
         self.name = name
         self.sum_eps = torch.finfo(torch.float32).eps
         sizes = point.tokens, point.hidden, point.topk, point.experts, point.ranks
-        self.calls = native.Calls(name == GLOO, *sizes, DTYPES[point.dtype], group.group_name)
+        self.calls = native.Calls("gloo" if name == GLOO else point.mode, *sizes, DTYPES[point.dtype], group.group_name)
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, Any]:
         return self.calls.dispatch(x, topk_idx, topk_weights, self.in_a_row), (topk_idx, topk_weights)
@@ -343,17 +343,18 @@ def make_dispatchers(group: dist.ProcessGroup, point: Point) -> list[Dispatcher 
     """
     E, rank = point.experts, group.rank()
     competitors: list[Dispatcher | Memory] = []
-    from_cpp = point.mode == "low_latency" and not point.backward
-    if from_cpp:
-        competitors += [CalledFromCpp(DEEP_EP, group, point), DeepEPLowLatency(group, point, "alltoall")]
-    elif point.mode == "low_latency":
-        competitors += [DeepEPLowLatency(group, point, overload) for overload in ("default", "alltoall")]
-    elif point.rows == "rank":
+
+    def overload(name: str) -> Dispatcher:
+        if point.mode == "low_latency":
+            return DeepEPLowLatency(group, point, name)
+        return DeepEP(group, E, name)
+
+    if point.rows == "rank":
         competitors += [DeepEPBuffer(group, E)]
     else:
-        competitors += [DeepEP(group, E, overload) for overload in ("default", "alltoall")]
-    if point.rows == "expert":
-        competitors += [CalledFromCpp(GLOO, group, point) if from_cpp else GlooDispatcher(group, E, GLOO)]
+        competitors += [CalledFromCpp(DEEP_EP, group, point) if point.from_cpp else overload("default")]
+        competitors += [overload("alltoall")]
+        competitors += [CalledFromCpp(GLOO, group, point) if point.from_cpp else GlooDispatcher(group, E, GLOO)]
         if point.dtype != "fp32":
             competitors += [GlooDispatcher(group, E, GLOO_LOWP, DTYPES[point.dtype])]
     if not point.backward:

@@ -14,9 +14,9 @@ between times of the same repetition. Before anything is timed, the result of ev
 expected one.
 
 Where OpenMPI is installed (Debian: libopenmpi-dev, openmpi-bin) its mpirun starts the ranks, and MPI competes. MPI is
-called from C++. So are, for low latency without backward, deep_ep through torch's dispatcher and gloo as frameworks
-use it through c10d, in inference mode. All other ops of deep_ep are called through torch.ops and gloo through
-torch.distributed, both from Python.
+called from C++. So are, for low latency and for T <= 256 under rows="expert", all without backward, deep_ep through
+torch's dispatcher and gloo as frameworks use it through c10d, in inference mode. All other ops of deep_ep are called
+through torch.ops and gloo through torch.distributed, both from Python.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch
 from benchmarks import goals
 from benchmarks.dispatchers import COPY, DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED, NAMES, needed_bytes
 from benchmarks.plot import plot
-from benchmarks.points import DTYPES, MODES, ROWS, Point
+from benchmarks.points import DTYPES, FEW, MODES, ROWS, Point
 from benchmarks.rank import num_cores, run
 from benchmarks.report import Results, summarize, table
 
@@ -58,7 +58,7 @@ def quick() -> list[Point]:
     for ranks in RANKS:
         point = Point(ranks, only=(DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED, COPY))
         points += [point, replace(point, hidden=7168), replace(point, backward=True)]
-        points += [replace(point, tokens=tokens) for tokens in goals.FEW]
+        points += [replace(point, tokens=tokens) for tokens in FEW]
         points += [replace(point, tokens=tokens, hidden=7168, mode="low_latency") for tokens in (1, 8)]
     return points + growth((2,), (1024, 32768))
 
@@ -74,7 +74,7 @@ def full() -> list[Point]:
     """Every axis around what the goals are about."""
     points = []
     for point in (Point(ranks) for ranks in RANKS):
-        sizes = product((*goals.FEW, 1024, 4096), (2048, 7168))
+        sizes = product((*FEW, 1024, 4096), (2048, 7168))
         points += [replace(point, tokens=tokens, hidden=hidden) for tokens, hidden in sizes]
         points += [replace(point, topk=topk, experts=experts) for topk, experts in ((1, 64), (2, 8), (8, 256))]
         points += [replace(point, dtype=dtype) for dtype in ("fp16", "fp32")]

@@ -8,10 +8,8 @@ from statistics import geometric_mean, median
 
 from benchmarks import overhead
 from benchmarks.dispatchers import COPY, DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED
-from benchmarks.points import Point
+from benchmarks.points import FEW, Point
 from benchmarks.report import TOTAL, Results, Value, paired
-
-FEW = (16, 64, 256)  # T of decoding and of small micro-batches
 
 
 def mean_of(values: Iterable[Value]) -> float:

@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL:
         "exchange_unpack": [exchange],
         "exchange_pack_back": [exchange, pointer],
         "exchange_unpack_back": [exchange, pointer],
-        "calls_make": [ctypes.c_bool, *[number] * 6, ctypes.c_char_p],
+        "calls_make": [*[number] * 7, ctypes.c_char_p],
         "calls_drop": [pointer],
         "calls_dispatch": [pointer, pointer, pointer, pointer, number, ctypes.POINTER(number)],
         "calls_combine": [pointer, pointer, number, pointer, pointer, number],
@@ -92,11 +92,14 @@ class Buffers:
 
 
 class Calls:
-    """deep_ep's low-latency ops, or gloo as frameworks use it, called by C++ in inference mode: calls.cpp."""
+    """Ops of deep_ep, or gloo as frameworks use it, called by C++ in inference mode: calls.cpp.
+
+    what: "normal" or "low_latency" ops, or "gloo".
+    """
 
     def __init__(
         self,
-        of_gloo: bool,
+        what: str,
         tokens: int,
         hidden: int,
         top_k: int,
@@ -107,7 +110,8 @@ class Calls:
     ) -> None:
         self.dtype, self.shape = dtype, (tokens, hidden)
         code = (torch.float32, torch.float16, torch.bfloat16).index(dtype)
-        self.calls = library().calls_make(of_gloo, tokens, hidden, top_k, experts, ranks, code, group.encode())
+        number = ("normal", "low_latency", "gloo").index(what)
+        self.calls = library().calls_make(number, tokens, hidden, top_k, experts, ranks, code, group.encode())
         weakref.finalize(self, library().calls_drop, self.calls)
 
     def _at(self, address: int, num_rows: int) -> Tensor:

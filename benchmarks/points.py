@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = ("expert", "rank")
 MODES = ("normal", "low_latency")
+FEW = (16, 64, 256)  # T of decoding and of small micro-batches in normal mode
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class Point:
     @property
     def stages(self) -> list[str]:
         return ["dispatch", "combine", "backward"] if self.backward else ["dispatch", "combine"]
+
+    @property
+    def from_cpp(self) -> bool:
+        """Whether others are called from C++ as MPI is: to call them from Python takes as long as to send few rows."""
+        few = self.mode == "low_latency" or self.tokens <= max(FEW)
+        return few and self.rows == "expert" and not self.backward
 
     @property
     def payload(self) -> int:

@@ -616,7 +616,7 @@ def check_buffer_arguments(ctx: RankContext) -> None:
     assert event.event is None
     with pytest.raises(ValueError, match="topk_idx must be None with a handle"):
         buffer.dispatch(x, handle=handle, topk_idx=ids)
-    for foreign in (weights.double(), torch.cat([weights, weights], 1)):
+    for foreign in (weights + 1, torch.cat([weights, weights], 1)):
         with pytest.raises(ValueError, match="topk_weights must be None or those given to dispatch"):
             buffer.combine(recv_x, handle, topk_weights=foreign)
     with pytest.raises(ValueError, match="bias"):

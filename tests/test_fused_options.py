@@ -500,7 +500,7 @@ def test_no_gradient_of_quantised_weights(pool: RankPool, form: str) -> None:
 # Compiled
 
 
-def compiled(ctx: RankContext, layer: Layer, strategy: str, backend: str) -> None:
+def compiled(ctx: RankContext, layer: Layer, strategy: str, backend: str, dynamic: bool) -> None:
     group = ctx.prepared_group(strategy)
     name, keywords = group.group_name, {"quant_mode": int(layer.format != "none"), "fuse_mode": layer.mode}
 
@@ -508,7 +508,7 @@ def compiled(ctx: RankContext, layer: Layer, strategy: str, backend: str) -> Non
         return deep_ep.fused_deep_moe(*arguments, **keywords, **options, group=name)
 
     torch._dynamo.reset()
-    run = torch.compile(step, backend=backend, fullgraph=True)
+    run = torch.compile(step, backend=backend, fullgraph=True, dynamic=dynamic or None)
     for tokens in (layer.tokens, layer.tokens[::-1]):
         inputs = Inputs(replace(layer, tokens=tokens))
         leaves = [by_rank[ctx.rank] for by_rank in leaves_of(inputs)] if layer.format == "none" else []
@@ -526,6 +526,8 @@ def compiled(ctx: RankContext, layer: Layer, strategy: str, backend: str) -> Non
     ("form", "mode", "strategy", "backend"),
     [
         ("none", 1, "default", "aot_eager"),
+        ("none", 1, "default", "dynamic aot_eager"),
+        ("mx_fp8_e5m2", 1, "default", "dynamic aot_eager"),
         ("mx_fp8_e4m3", 1, "default", "aot_eager"),
         ("mx_fp4_e2m1", 2, "alltoall", "aot_eager"),
         *(
@@ -533,6 +535,7 @@ def compiled(ctx: RankContext, layer: Layer, strategy: str, backend: str) -> Non
             for case in (
                 ("none", 2, "alltoall", "aot_eager"),
                 ("none", 1, "default", "inductor"),
+                ("none", 1, "default", "dynamic inductor"),
                 ("mx_fp8_e4m3", 1, "default", "inductor"),
                 ("mx_fp4_e2m1", 1, "default", "inductor"),
             )
@@ -541,7 +544,8 @@ def compiled(ctx: RankContext, layer: Layer, strategy: str, backend: str) -> Non
 )
 def test_compiled(pool: RankPool, form: str, mode: int, strategy: str, backend: str) -> None:
     layer = Layer(tokens=(5, 3), format=form, mode=FuseMode(mode), dtype=torch.bfloat16, **ALL)
-    pool.run(2, compiled, layer, strategy, backend, timeout=240)
+    *dynamic, backend = backend.split()
+    pool.run(2, compiled, layer, strategy, backend, bool(dynamic), timeout=240)
 
 
 def opcheck(ctx: RankContext, layer: Layer) -> None:

@@ -364,6 +364,9 @@ def touched_pages(ctx: RankContext, strategy: str, mode: str, hooks: bool, token
         for part in recv_x if isinstance(recv_x, tuple) else (recv_x,):
             row_bytes = part.nbytes // (case.local_experts * 2 * M)
             found.append((pages(part), rows * (row_bytes // PAGE + 2)))
+        if isinstance(recv_x, Tensor):
+            out, *_ = buffer.low_latency_combine(recv_x, ids, weights, handle)
+            torch.testing.assert_close(out.float(), x.float() * weights.sum(1, keepdim=True), rtol=0.02, atol=0.05)
         del recv_x, part
         y = untouched((case.local_experts, 2 * M, H), torch.bfloat16)
         for l, n in enumerate(count.tolist()):
@@ -377,7 +380,7 @@ def touched_pages(ctx: RankContext, strategy: str, mode: str, hooks: bool, token
     return found
 
 
-@pytest.mark.parametrize("tokens", [1, 200], ids=["few tokens", "more than is attached"])
+@pytest.mark.parametrize("tokens", [1, 256], ids=["few tokens", "more than is attached"])
 @pytest.mark.parametrize("hooks", [False, True])
 @pytest.mark.parametrize("mode", ["none", "block_fp8_e4m3"])
 @pytest.mark.parametrize("strategy", STRATEGIES)

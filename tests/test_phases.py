@@ -48,6 +48,21 @@ def test_phases(pool: RankPool) -> None:
     pool.run(2, check_phases)
 
 
+def check_little_goes_away(ctx: RankContext) -> None:
+    """3 MB of rows of which half stay: what goes away is attached to what ranks meet with, and nothing is exchanged."""
+    group = ctx.prepared_group("default")
+    x = torch.randn(T, 6144, generator=torch.Generator().manual_seed(ctx.rank))
+    ids = torch.tensor([[0, 2], [3, 1]]).repeat(T // 2, 1)
+    out = deep_ep.dispatch(x, ids, num_experts=E, group=group)
+    before = phases(group).get("combine", {}).get("copy", 0.0)
+    assert torch.equal(deep_ep.combine(out.recv_x, out.handle, group=group), 2 * x)
+    assert phases(group)["combine"]["copy"] == before
+
+
+def test_little_goes_away(pool: RankPool) -> None:
+    pool.run(2, check_little_goes_away)
+
+
 def check_alltoall(ctx: RankContext) -> None:
     with pytest.raises(RuntimeError, match="alltoall keeps neither log nor times"):
         phases(ctx.prepared_group("alltoall"))

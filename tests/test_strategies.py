@@ -400,7 +400,9 @@ class Operators:
     ) -> torch.Tensor:
         given |= {"assist_info": assist_info, "counts": counts, "weights": weights}
         self.calls.append({"T": len(expert_ids)} | given)
-        return low_latency_combine.call(self.info, x, self.ids, weights, self.handle)
+        combined = low_latency_combine.call(self.info, x, self.ids, weights, self.handle)
+        mask = given["x_active_mask"]
+        return combined if mask is None else combined.where(mask.unsqueeze(1), torch.nan)  # undefined there
 
 
 def by_operators(ctx: RankContext) -> None:
@@ -457,10 +459,11 @@ def by_operators(ctx: RankContext) -> None:
         # Rows that are quantised here, and an own mask; nothing is padded.
         buffer.low_latency_strategy = strategies.OpsLowLatencyCommStrategy(buffer.runtime, group, "fullmesh_v2")
         mask = torch.arange(T) < 3
-        own = buffer.low_latency_strategy.low_latency_dispatch(x, ids, M, E, x_active_mask=mask, use_fp8=False)
+        strategy = buffer.low_latency_strategy
+        own = strategy.low_latency_dispatch(x, ids.int(), M, E, x_active_mask=mask, use_fp8=False)
         *_, call = operators.calls
         assert (call["T"], call["comm_alg"], call["x_active_mask"] is mask) == (T, "fullmesh_v2", True)
-        combined = buffer.low_latency_combine(own[0], ids, weights, own[2])[0]
+        combined = buffer.low_latency_combine(own[0], ids, weights.bfloat16(), own[2])[0]
         assert_same("masked", combined, total.where(mask.unsqueeze(1), 0))
         (data, scales), *_ = buffer.low_latency_dispatch(x, ids, M, E)
         (of_default, scales_of_default), *_ = default.low_latency_dispatch(x, ids, M, E)

@@ -1,5 +1,5 @@
-// Dispatch and combine as programs in C++ call them: deep_ep's low-latency ops through torch's dispatcher, and gloo as
-// frameworks use it. One call from Python for any number of operations in a row.
+// Dispatch and combine as programs in C++ call them: deep_ep's ops through torch's dispatcher, and gloo as frameworks
+// use it. One call from Python for any number of operations in a row.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
@@ -53,8 +53,33 @@ c10::TypedOperatorHandle<Signature> op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// With room for M = T tokens per rank.
 class DeepEP : public Calls {
+ public:
+  using Calls::Calls;
+
+  Tensor dispatch(const Tensor& x, const Tensor& ids, const Tensor& weights) override {
+    using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+    static const auto call =
+        op<Results(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, c10::SymInt, c10::string_view)>(
+            "deep_ep::dispatch");
+    Results results = call.call(x, ids, weights, s.experts, s.ranks, 0, s.group);
+    recv_src_idx_ = std::move(std::get<8>(results));
+    send_head_ = std::move(std::get<9>(results));
+    return std::move(std::get<0>(results));
+  }
+
+  Tensor combine(const Tensor& y, const Tensor& ids, const Tensor& weights) override {
+    static const auto call = op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                       int64_t, int64_t, c10::string_view)>("deep_ep::combine");
+    return call.call(y, ids, weights, recv_src_idx_, send_head_, s.experts, s.ranks, s.group);
+  }
+
+ private:
+  Tensor recv_src_idx_, send_head_;
+};
+
+// With room for M = T tokens per rank.
+class DeepEPLowLatency : public Calls {
  public:
   using Calls::Calls;
 
@@ -170,13 +195,14 @@ struct Arguments {
 
 extern "C" {
 
-// dtype: 0: fp32, 1: fp16, 2: bf16.
-Calls* calls_make(bool of_gloo, int64_t tokens, int64_t hidden, int64_t top_k, int64_t experts, int64_t ranks,
+// what: 0: deep_ep, 1: deep_ep's low latency, 2: gloo. dtype: 0: fp32, 1: fp16, 2: bf16.
+Calls* calls_make(int64_t what, int64_t tokens, int64_t hidden, int64_t top_k, int64_t experts, int64_t ranks,
                   int64_t dtype, const char* group) {
   constexpr at::ScalarType types[] = {at::kFloat, at::kHalf, at::kBFloat16};
   Sizes sizes{tokens, hidden, top_k, experts, ranks, types[dtype], group};
-  if (of_gloo) return new Gloo(std::move(sizes));
-  return new DeepEP(std::move(sizes));
+  if (what == 0) return new DeepEP(std::move(sizes));
+  if (what == 1) return new DeepEPLowLatency(std::move(sizes));
+  return new Gloo(std::move(sizes));
 }
 
 void calls_drop(Calls* calls) { delete calls; }

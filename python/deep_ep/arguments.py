@@ -24,46 +24,50 @@ INTEGERS = frozenset(
 
 
 def adapted(function: Callable[P, T]) -> Callable[P, T]:
-    """`function`, with its arguments x, topk_idx and topk_weights as the ops take them."""
+    """`function`, with its arguments x, topk_idx and topk_weights as the ops take them.
+
+    x as (data, scales) stays as it is: that is packed from any strides.
+    """
     names = list(inspect.signature(function).parameters)
     known = [(names.index(name), name, *how) for name, how in _TAKES.items() if name in names]
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> T:
+        taken = list(args)
         for place, name, dtype, take in known:
-            value = args[place] if place < len(args) else kwargs.get(name)
-            if type(value) is Tensor and (dtype is None or value.dtype is dtype) and value.is_contiguous():
+            value = taken[place] if place < len(taken) else kwargs.get(name)
+            if not isinstance(value, Tensor):
                 continue
-            if isinstance(value, Tensor):
-                if place < len(args):
-                    args = *args[:place], take(value), *args[place + 1 :]
-                else:
-                    kwargs[name] = take(value)
-        return function(*args, **kwargs)
+            # Not if it is contiguous: where its number of rows is a symbol, nobody can tell.
+            value = (value if value.dtype is dtype else take(value)).contiguous()
+            if place < len(taken):
+                taken[place] = value
+            else:
+                kwargs[name] = value
+        return function(*taken, **kwargs)
 
     return call
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Contiguous. (Quantised rows, data and scales, are packed from any strides.)"""
-    return x.contiguous()
+    return x
 
 
 def _ids(ids: Tensor) -> Tensor:
-    """int64, contiguous. ValueError: not of an integer dtype."""
+    """int64. ValueError: not of an integer dtype."""
     if ids.dtype not in INTEGERS:
         raise ValueError(f"topk_idx must be of an integer dtype, got {ids.dtype}")
     wide = ids.to(torch.int64)
     if ids.dtype == torch.uint64:  # what int64 cannot hold is no expert's id, and not -1 either
         wide = torch.where(wide < 0, torch.iinfo(torch.int64).max, wide)
-    return wide.contiguous()
+    return wide
 
 
 def _weights(weights: Tensor) -> Tensor:
-    """fp32, contiguous. ValueError: not bf16, fp16 or fp32."""
+    """fp32. ValueError: not bf16, fp16 or fp32."""
     if weights.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"topk_weights must be torch.float32, torch.bfloat16 or torch.float16, got {weights.dtype}")
-    return weights.to(torch.float32).contiguous()
+    return weights.to(torch.float32)
 
 
 _TAKES: dict[str, tuple[torch.dtype | None, Callable[[Tensor], Tensor]]] = {

@@ -38,7 +38,7 @@ from .ops.dispatch import DispatchHandle
 from .other_calls import OtherCalls
 from .overlap import Plan, begin_after, event_of, issue
 from .rank_rows import RankHandle
-from .runtime import OfOps, Runtime, of_strategy
+from .runtime import OfOps, Runtime, is_of_ops, of_strategy
 from .utils import EventHandle, EventOverlap
 from .windows import finalize_here
 
@@ -297,7 +297,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
     def normal_strategy(self, strategy: Any) -> None:
         methods = "get_dispatch_layout", "dispatch", "combine"
         self._normal = self._strategy("normal_strategy", strategy, get_normal_strategy, methods)
-        if isinstance(self._normal, OfOps):
+        if is_of_ops(self._normal):
             self._info = replace(self._info, normal=self._normal.info.normal)
 
     @property
@@ -309,7 +309,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
     def low_latency_strategy(self, strategy: Any) -> None:
         methods = "low_latency_dispatch", "low_latency_combine"
         self._low_latency = self._strategy("low_latency_strategy", strategy, get_low_latency_strategy, methods)
-        if isinstance(self._low_latency, OfOps):
+        if is_of_ops(self._low_latency):
             info = self._low_latency.info
             self._info = replace(self._info, low_latency=info.low_latency, comm_alg=info.comm_alg)
 
@@ -328,14 +328,14 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             raise ValueError(
                 f"{argument} must be of the group '{self.group.group_name}', got one of '{given.group.group_name}'"
             )
-        if isinstance(given, OfOps) and given.runtime.rows != self._rows:
+        if is_of_ops(given) and given.runtime.rows != self._rows:
             raise ValueError(f'{argument} must have rows="{self._rows}", got one with rows="{given.runtime.rows}"')
         return given
 
     def _begin(self, strategy: Any) -> Any:
         """The strategy, for a call. What fails in a program's own is for that to tell the other ranks."""
         self._live()
-        if not isinstance(strategy, OfOps):
+        if not is_of_ops(strategy):
             calls.leave()
         return strategy
 
@@ -367,7 +367,7 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
 
         ValueError: allocate_on_comm_stream without previous_event or without async_finish; T is larger than the rounds.
         """
-        return self._begin(self.normal_strategy).get_dispatch_layout(
+        return self._begin(self._normal).get_dispatch_layout(
             topk_idx=topk_idx,
             num_experts=num_experts,
             previous_event=previous_event,
@@ -451,9 +451,9 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
             RuntimeError: as `deep_ep.dispatch`; x requires a gradient but is quantised, and the Buffer has no
                 straight_through; after `destroy`.
         """
-        if config is None and not isinstance(self.normal_strategy, OfOps):
+        if config is None and not is_of_ops(self._normal):
             config = self.get_dispatch_config(self.group_size)
-        return self._begin(self.normal_strategy).dispatch(
+        return self._begin(self._normal).dispatch(
             x=x,
             handle=handle,
             num_tokens_per_rank=num_tokens_per_rank,
@@ -509,9 +509,9 @@ class Buffer(LowLatencyCalls, FusedCalls, OtherCalls):
                 they are), or an argument of another dtype or shape.
             RuntimeError: as `deep_ep.combine`; after `destroy`.
         """
-        if config is None and not isinstance(self.normal_strategy, OfOps):
+        if config is None and not is_of_ops(self._normal):
             config = self.get_combine_config(self.group_size)
-        return self._begin(self.normal_strategy).combine(
+        return self._begin(self._normal).combine(
             x=x,
             handle=handle,
             topk_weights=topk_weights,

@@ -50,42 +50,41 @@ def collective(ops: str | Ops, is_typed: bool = True) -> Callable[[Callable[P, T
             name: kind for name, one in parameters.items() if is_typed and (kind := _kind(one.annotation)) is not None
         }
         by_place = [(name, kinds.get(name)) for name in names]
+        # A default need not be looked at.
+        by_name = {name: (kind, parameters[name].default) for name, kind in kinds.items()}
         is_method = names[0] == "self"
         adapting = adapted(function) if is_typed else function
-
-        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-            for (name, kind), value in zip(by_place, args, strict=False):
-                if kind is not None and (wrong := kind(name, value)):
-                    raise ValueError(wrong)
-            for name, value in kwargs.items():
-                kind = kinds.get(name)
-                if kind is not None and (wrong := kind(name, value)):
-                    raise ValueError(wrong)
-            return adapting(*args, **kwargs)
-
-        checking = checked if kinds else adapting
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             if torch.compiler.is_compiling():
                 return adapting(*args, **kwargs)
-            if calls.is_within():
-                return checking(*args, **kwargs)
-            begun = calls.begin()
+            begun = None if calls.is_within() else calls.begin()
             try:
-                return checking(*args, **kwargs)
+                if is_typed:
+                    for (name, kind), value in zip(by_place, args, strict=False):
+                        if kind is not None and (wrong := kind(name, value)):
+                            raise ValueError(wrong)
+                    for name, value in kwargs.items():
+                        if name in by_name:
+                            kind, default = by_name[name]
+                            if value is not default and (wrong := kind(name, value)):
+                                raise ValueError(wrong)
+                return adapting(*args, **kwargs)
             except Exception as error:
-                entered, completed = calls.entered(begun)
-                # An op that has been entered has told the others.
-                if calls.is_within() and (completed or entered == 0):
-                    given = dict(zip(names, args, strict=False)) | kwargs
-                    where = given["self"] if is_method else given.get("group")
-                    # Dynamo may run this function without tracing it, and trace what it calls.
-                    fail = torch.compiler.disable(_fail) if "torch._dynamo" in sys.modules else _fail
-                    fail(where, ops_of, given, entered, str(error))
+                if begun is not None and calls.is_within():
+                    entered, completed = calls.entered(begun)
+                    # An op that has been entered has told the others.
+                    if completed or entered == 0:
+                        given = dict(zip(names, args, strict=False)) | kwargs
+                        where = given["self"] if is_method else given.get("group")
+                        # Dynamo may run this function without tracing it, and trace what it calls.
+                        fail = torch.compiler.disable(_fail) if "torch._dynamo" in sys.modules else _fail
+                        fail(where, ops_of, given, entered, str(error))
                 raise
             finally:
-                calls.end()
+                if begun is not None:
+                    calls.end()
 
         return call
 

@@ -39,8 +39,8 @@ class FusedCalls:
         gmm1_bias: Tensor | None = None,
         gmm2_bias: Tensor | None = None,
         swiglu_limit: float | None = None,
-        swiglu_alpha: float = 1.0,
-        swiglu_beta: float = 0.0,
+        swiglu_alpha: float | None = None,
+        swiglu_beta: float | None = None,
         shared_weights: FusedWeights | None = None,
         x_active_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:

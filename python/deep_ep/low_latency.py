@@ -24,7 +24,7 @@ from .ops import low_latency_dispatch_padded as padded_dispatch_op
 from .ops.low_latency_dispatch import LowLatencyHandle
 from .ops.low_latency_dispatch_padded import PaddedHandle, PaddedOutput
 from .overlap import Plan, issue
-from .runtime import OfOps, Runtime, of_strategy
+from .runtime import OfOps, Runtime, is_of_ops, of_strategy
 from .utils import EventHandle, EventOverlap
 
 Handle = LowLatencyHandle | PaddedHandle
@@ -33,7 +33,7 @@ Handle = LowLatencyHandle | PaddedHandle
 class LowLatencyCalls:
     """What Buffer inherits for decoding."""
 
-    low_latency_strategy: Any
+    _low_latency: Any
     runtime: Runtime | None
     _rows: str
 
@@ -109,8 +109,8 @@ class LowLatencyCalls:
             more["dispatch_wait_recv_cost_stats"] = dispatch_wait_recv_cost_stats
         if x_active_mask is not None:
             more["x_active_mask"] = x_active_mask
-        strategy = self._begin(self.low_latency_strategy)
-        if not isinstance(strategy, OfOps):
+        strategy = self._begin(self._low_latency)
+        if not is_of_ops(strategy):
             assert self.runtime is not None
             flags = use_fp8, use_ue8m0, use_mxfp4
             quant_mode = mode_of(quant_mode, *flags, rows=self._rows, as_bf16=self.runtime.bf16_low_latency)
@@ -178,7 +178,7 @@ class LowLatencyCalls:
             more["combine_wait_recv_cost_stats"] = combine_wait_recv_cost_stats
         if x_active_mask is not None:
             more["x_active_mask"] = x_active_mask
-        return self._begin(self.low_latency_strategy).low_latency_combine(
+        return self._begin(self._low_latency).low_latency_combine(
             x=x,
             topk_idx=topk_idx,
             topk_weights=topk_weights,

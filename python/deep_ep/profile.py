@@ -1,6 +1,5 @@
 """begin_profile and end_profile: a trace of a group's calls, which Chrome's and Perfetto's viewers open."""
 
-import functools
 import json
 import os
 import time
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch._ops import OpOverload
 
 from .groups import cpu_windows, has_npu_windows
 from .windows import Traced, Windows
@@ -41,18 +39,15 @@ def note(group: str, name: str, begin: int) -> None:
         session.spans.append(Traced(name, begin, time.monotonic_ns(), {}))
 
 
-def noted(op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel of an op that runs in Python, whose argument `group`, if it has one, names its group."""
-    name = op.name().removeprefix("deep_ep::")
-    places = [place for place, one in enumerate(op._schema.arguments) if one.name == "group"]
-    if not places:
-        return kernel
+def noted(op: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel of an op that runs in Python, whose argument `group` names its group."""
+    place = [argument.name for argument in op._schema.arguments].index("group")
+    name = str(op).removeprefix("deep_ep.").removesuffix(".default")
 
-    @functools.wraps(kernel)
     def run(*args: Any, **kwargs: Any) -> Any:
         begin = time.monotonic_ns()
         results = kernel(*args, **kwargs)
-        note(args[places[0]], name, begin)
+        note(args[place], name, begin)
         return results
 
     return run

@@ -1,7 +1,7 @@
 """What a Buffer and its strategies know of their group: DeepEP-Ascend's `buffer.runtime`."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -139,6 +139,11 @@ class Runtime(Profiling):
         return self.rank if self._num_servers == 1 else self.rank // RANKS_OF_A2_SERVER
 
 
+def is_of_ops(strategy: Any) -> TypeGuard["OfOps"]:
+    """Whether the strategy is over the ops of this library."""
+    return getattr(strategy, "_is_of_ops", False)  # isinstance takes longer, for classes with abstract methods
+
+
 class OfOps(EPCommStrategy):
     """What the strategies of this library have in common: the ops' overload that they call. Making one is collective.
 
@@ -151,6 +156,7 @@ class OfOps(EPCommStrategy):
     """
 
     overload: NormalStrategy | LowLatencyStrategy
+    _is_of_ops = True
 
     def __init__(self, runtime: Runtime | None = None, group: Group = None) -> None:
         if runtime is None:
@@ -198,7 +204,7 @@ def of_strategy(attribute: str, ops: str | Ops) -> Ops:
     """`ops` of a call of a Buffer, for `collective`, if the strategy that is its attribute is over ops."""
 
     def ops_of(given: dict[str, Any]) -> Sequence[str]:
-        if not isinstance(getattr(given["self"], attribute), OfOps):
+        if not is_of_ops(getattr(given["self"], attribute)):
             return ()
         return (ops,) if isinstance(ops, str) else ops(given)
 

@@ -8,16 +8,19 @@
 namespace deep_ep {
 
 void SendBack::attach_to(Contribution& mine) const {
-  int64_t rows_sent = 0;  // up to the last one for another rank
-  for (int64_t n = 0; n < handle.num_rows; ++n)
-    if (handle.goes_away(n)) rows_sent = n + 1;
-  mine.attached_bytes = rows_at(handle.num_rows) + rows_sent * row_bytes();
-  mine.attach = [back = *this, rows_sent](std::byte* to) {
-    std::memcpy(to, back.scalars, back.handle.num_rows * back.scalar_bytes());
-    to += back.rows_at(back.handle.num_rows);
+  int64_t rows_sent = 0;
+  for (int64_t n = 0; n < handle.num_rows; ++n) rows_sent += handle.goes_away(n);
+  mine.attached_bytes = Attached(*this, handle.num_rows).rows_at + rows_sent * row_bytes();
+  mine.attach = [back = *this](std::byte* to) {
+    const Attached at(back, back.handle.num_rows);
     const uint64_t row_bytes = back.row_bytes();
-    for (int64_t n = 0; n < rows_sent && row_bytes > 0; ++n)
-      if (back.handle.goes_away(n)) std::memcpy(to + n * row_bytes, back.row(n), row_bytes);
+    std::memcpy(to, back.scalars, back.handle.num_rows * back.scalar_bytes());
+    int32_t place = 0;
+    for (int64_t n = 0; n < back.handle.num_rows && row_bytes > 0; ++n) {
+      if (!back.handle.goes_away(n)) continue;
+      std::memcpy(to + at.places_at + n * sizeof place, &place, sizeof place);
+      std::memcpy(to + at.rows_at + place++ * row_bytes, back.row(n), row_bytes);
+    }
   };
 }
 
@@ -75,7 +78,10 @@ void SendBack::run(Operation& op, const std::vector<Region>& regions) const {
     op.enter(Phase::reduce);
     reduce(0, handle.num_tokens * K, [&](int64_t, int64_t from, int64_t row) {
       const std::byte* attached = op.attachment(static_cast<int>(from));
-      return place_in(attached + rows_at(op.post(static_cast<int>(from)).rows), attached, row);
+      const Attached at(*this, op.post(static_cast<int>(from)).rows);
+      int32_t place = 0;
+      if (hidden > 0) std::memcpy(&place, attached + at.places_at + row * sizeof place, sizeof place);
+      return Place{attached + at.rows_at + place * row_bytes(), attached + row * scalar_bytes()};
     });
     return;
   }

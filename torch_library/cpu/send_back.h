@@ -35,8 +35,15 @@ struct SendBack {
   void run(Operation& op, const std::vector<Region>& regions) const;
 
  private:
-  // Where the rows of a rank lie in its attachment, behind the scalars of `num_rows` rows.
-  uint64_t rows_at(int64_t num_rows) const { return round_up(num_rows * scalar_bytes(), kLine); }
+  // What a rank of `num_rows` rows attaches: the scalars of all; an int32 for each, its place among those that go to
+  // other ranks; and the latter, in row order.
+  struct Attached {
+    uint64_t places_at, rows_at;
+
+    Attached(const SendBack& back, int64_t num_rows)
+        : places_at(num_rows * back.scalar_bytes()),
+          rows_at(round_up(places_at + (back.hidden > 0 ? num_rows * sizeof(int32_t) : 0), kLine)) {}
+  };
 };
 
 // What an op that has a handle brings: made of its arguments, if they are right.

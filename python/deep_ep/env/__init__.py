@@ -123,7 +123,8 @@ VARIABLES = {
             range(sys.maxsize),
             'In low latency of a Buffer with the strategy ops and rows="expert", so many ranks, the first ones, have a '
             "shared expert and no other: E experts are spread over the rest, and every token goes to one of the first "
-            "as well. In other Buffers it must be 0: a shared expert is a module on every rank.",
+            "as well. In other Buffers it must be 0: a shared expert is a module on every rank, or "
+            "shared_weights of fused_deep_moe.",
         ),
         Variable(
             "DEEPEP_HCCL_BUFFSIZE",

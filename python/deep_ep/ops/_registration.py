@@ -24,7 +24,14 @@ class _Fragment(torch.library.Library):
 
 
 def _only_backward(overload: str, formula: Callable[..., Any]) -> Callable[..., Any]:
-    name = f"deep_ep.{overload.partition('.')[0]}"
+    packet, _, strategy = overload.partition(".")
+    name = f"deep_ep.{packet}"
+    op = getattr(getattr(torch.ops.deep_ep, packet), strategy or "default")
+
+    def without_gradient(keyset: Any, *args: Any) -> Any:
+        """What the formula would do, without what it takes to find that out."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def checked(keyset: Any, *args: Any) -> Any:
         is_transformed = torch._C._are_functorch_transforms_active()
@@ -37,11 +44,14 @@ def _only_backward(overload: str, formula: Callable[..., Any]) -> Callable[..., 
                 if is_transformed and arg.requires_grad and torch.is_grad_enabled():
                     raise RuntimeError(f"{name}: torch.func's derivatives are not supported; use torch.autograd.grad")
         # While torch traces, and without grad mode as in compiled code, it is not known.
-        if not torch.is_grad_enabled() or type(args[0]) not in (Tensor, torch.nn.Parameter):
+        if not torch.is_grad_enabled():
+            return without_gradient(keyset, *args)
+        if type(args[0]) not in (Tensor, torch.nn.Parameter):
             return formula(keyset, *args)
-        calls.gradient(2 if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args) else 1)
+        needed = torch._C._any_requires_grad(*args)
+        calls.gradient(2 if needed and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args) else 1)
         try:
-            return formula(keyset, *args)
+            return (formula if needed else without_gradient)(keyset, *args)
         finally:
             calls.gradient(0)
 
@@ -114,9 +124,8 @@ def register(
     for overload in packet.overloads():
         op = getattr(packet, overload)
         if kernel is not None:
-            _fragment.impl(
-                op, functools.partial(profile.noted(op, kernel), overload=overload), "CompositeExplicitAutograd"
-            )
+            noted = profile.noted(op, functools.partial(kernel, overload=overload))
+            _fragment.impl(op, noted, "CompositeExplicitAutograd")
         torch.library.register_fake(op, functools.partial(prepared_fake, overload=overload), lib=_fragment)
         if backward is not None:
             formula = functools.partial(backward, overload=overload)

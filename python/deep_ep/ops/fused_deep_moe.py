@@ -46,8 +46,8 @@ def fused_deep_moe(
     gmm1_bias: Tensor | None = None,
     gmm2_bias: Tensor | None = None,
     swiglu_limit: float | None = None,
-    swiglu_alpha: float = 1.0,
-    swiglu_beta: float = 0.0,
+    swiglu_alpha: float | None = None,
+    swiglu_beta: float | None = None,
     shared_weights: FusedWeights | None = None,
     x_active_mask: Tensor | None = None,
     group: Group = None,
@@ -84,7 +84,7 @@ def fused_deep_moe(
         fuse_mode: FuseMode, or its number.
         gmm1_bias, gmm2_bias: [L, 2I], in the order of gmm1_weight's columns, as `deep_ep.fused_bias` gives it, and
             [L, H], of any float dtype and strides.
-        swiglu_limit: None or 0 for none.
+        swiglu_limit, swiglu_alpha, swiglu_beta: None for no limit (as 0), 1 and 0.
         shared_weights: those of an expert that all tokens of this rank go to with the weight 1, with L = 1 and any I,
             in the format and layout of the others. A rank computes its own tokens with its own shared weights, so that
             their gradients are those of its tokens. All ranks give some, or none does.
@@ -115,8 +115,8 @@ def options_of(
     gmm1_bias: Tensor | None,
     gmm2_bias: Tensor | None,
     swiglu_limit: float | None,
-    swiglu_alpha: float,
-    swiglu_beta: float,
+    swiglu_alpha: float | None,
+    swiglu_beta: float | None,
     shared_weights: FusedWeights | None,
     x_active_mask: Tensor | None,
 ) -> FusedOptions:
@@ -129,9 +129,10 @@ def options_of(
         gmm2_bias if gmm2_bias is None else gmm2_bias.to(torch.float32),
         *shared,
         x_active_mask,
+        # Constants in a graph, where a default of the function's would be a symbol with dynamic=True.
         0.0 if swiglu_limit is None else swiglu_limit,
-        swiglu_alpha,
-        swiglu_beta,
+        1.0 if swiglu_alpha is None else swiglu_alpha,
+        0.0 if swiglu_beta is None else swiglu_beta,
     )
 
 
@@ -171,10 +172,10 @@ def call(
         x.new_empty((0, 0), dtype=scale_dtype) if scale is None else scale
         for scale in (gmm1_weight_scale, gmm2_weight_scale)
     ]
-    calls.form(
-        f"SwiGLU with the limit {options.swiglu_limit}, alpha {options.swiglu_alpha} and beta {options.swiglu_beta}, "
-        f"{'a' if options.has_shared_expert else 'no'} shared expert"
-    )
+    if not torch.compiler.is_compiling():
+        limit, alpha, beta = options.swiglu_limit, options.swiglu_alpha, options.swiglu_beta
+        shared = "a" if options.has_shared_expert else "no"
+        calls.form(f"SwiGLU with the limit {limit}, alpha {alpha} and beta {beta}, {shared} shared expert")
     op = getattr(torch.ops.deep_ep.fused_deep_moe, OVERLOADS[fuse_mode])
     combined, counts = op(
         *(*flat(x, topk_idx, topk_weights), gmm1_weight, scales[0], gmm2_weight, scales[1]),

@@ -233,7 +233,7 @@ class OpsLowLatencyCommStrategy(LowLatencyOfOps):
     def _prepare(self) -> GroupInfo:
         return self.runtime.prepare(None, self.overload, self.comm_alg)
 
-    @collective("low_latency_dispatch", is_typed=False)
+    @collective("low_latency_dispatch")
     def low_latency_dispatch(  # type: ignore[override]
         self,
         x: Tensor,
@@ -297,7 +297,7 @@ class OpsLowLatencyCommStrategy(LowLatencyOfOps):
         )
         return rows, out.recv_count, handle, event_of(async_finish), _nothing
 
-    @collective("low_latency_combine", is_typed=False)
+    @collective("low_latency_combine")
     def low_latency_combine(  # type: ignore[override]
         self,
         x: Tensor,
@@ -324,6 +324,9 @@ class OpsLowLatencyCommStrategy(LowLatencyOfOps):
         tensors = known.src_info, known.layout_range, known.expand_scales, known.x_active_mask
         sizes = known.num_max_dispatch_tokens_per_rank, known.num_experts
         combined = combine_op.call(self._live(), x, topk_idx, topk_weights, *tensors, *sizes, self._shared)[:T]
+        if known.x_active_mask is not None:  # what torch_npu leaves undefined
+            is_sent = known.x_active_mask[:T].view(T, -1).any(1, keepdim=True)
+            combined = torch.where(is_sent, combined, 0)
         if out is not None:
             combined = out[:T].copy_(combined)
         return combined, event_of(async_finish), _nothing
