@@ -248,7 +248,9 @@ Operation::Operation(Turn turn, Contribution mine, const std::function<std::stri
 
   try {
     enter(mine, check);
-  } catch (...) {
+  } catch (const std::exception& error) {
+    // Still in its turn, so that the call's next operation, whichever thread makes it, knows.
+    if (calls.failed) *calls.failed = error.what();
     abandon();
     throw;
   }

@@ -211,9 +211,9 @@ struct Contribution {
 struct ThreadCalls {
   uint64_t entered = 0;   // operations that it has entered, or left to the thread of their group
   bool completed = true;  // the newest of them has not failed here
-  // Of the call that it makes, if it makes one: why an operation that was left to the thread of the group has failed.
-  // The later ones of such a call are not entered, on any rank, and fail for that reason. Read and written in the
-  // turns of these operations.
+  // Of the call that it makes, if it makes one: why an operation has failed, here or on the thread of the group. The
+  // later ones of such a call are not entered, on any rank, and fail for that reason. Read and written in the turns of
+  // these operations.
   std::shared_ptr<std::string> failed;
   // What ranks must have in common in this call, in words, where an operation's post does not say it; or nothing.
   std::string form;

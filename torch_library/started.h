@@ -44,13 +44,12 @@ Tensor start(Op op, Turn turn, Results early, Body body, const char* name = null
   ThreadCalls& calls = ThreadCalls::mine();
   auto of_call = [early, failed = calls.failed, form = calls.form, gradient = std::exchange(calls.gradient, 0),
                   body = std::move(body)](Turn turn) mutable {
+    ThreadCalls::mine().failed = failed;
     ThreadCalls::mine().form = form;
     ThreadCalls::mine().gradient = gradient;
     try {
-      if (failed && !failed->empty()) throw Error(*failed);
       return body(std::move(turn));
-    } catch (const std::exception& error) {
-      if (failed) *failed = error.what();
+    } catch (...) {
       spoil(early);
       throw;
     }
