@@ -16,7 +16,7 @@ expected one.
 Where OpenMPI is installed (Debian: libopenmpi-dev, openmpi-bin) its mpirun starts the ranks, and MPI competes. MPI is
 called from C++. So are, for low latency and for T <= 256 under rows="expert", all without backward, deep_ep through
 torch's dispatcher and gloo as frameworks use it through c10d, in inference mode. All other ops of deep_ep are called
-through torch.ops and gloo through torch.distributed, both from Python.
+through torch.ops and gloo through torch.distributed, both from Python; for T <= 256 the table has both.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def quick() -> list[Point]:
         point = Point(ranks, only=(DEEP_EP, GLOO, GLOO_TUNED, MPI, MPI_MERGED, COPY))
         points += [point, replace(point, hidden=7168), replace(point, backward=True)]
         points += [replace(point, tokens=tokens) for tokens in FEW]
+        few = replace(point, from_python=True, only=(DEEP_EP, MPI, MPI_MERGED))
+        points += [replace(few, tokens=tokens) for tokens in FEW]
         points += [replace(point, tokens=tokens, hidden=7168, mode="low_latency") for tokens in (1, 8)]
     return points + growth((2,), (1024, 32768))
 

@@ -50,7 +50,11 @@ def _normal(point: Point) -> bool:
 
 
 def _few(point: Point) -> bool:
-    return _plain(point) and point.tokens in FEW and point.hidden == 2048
+    return _plain(point) and point.tokens in FEW and point.hidden == 2048 and not point.from_python
+
+
+def _few_from_python(point: Point) -> bool:
+    return point.from_python and _few(replace(point, from_python=False))
 
 
 def _low_latency(point: Point) -> bool:
@@ -109,6 +113,7 @@ GOALS = (
     Goal("  better MPI variant / deep_ep", 2.2, 1.3, _times(MPI, MPI_MERGED, where=_normal)),
     Goal("  deep_ep / memcpy of both payloads", 0.8, 1.1, _of_copies),
     Goal("T = 16, 64, 256: better MPI variant / deep_ep", 1.1, 0.85, _times(MPI, MPI_MERGED, where=_few), "x", True),
+    Goal("  deep_ep called from Python", 1.1, 0.85, _times(MPI, MPI_MERGED, where=_few_from_python), "x", True),
     Goal("1 to 8 tokens, H=7168, low latency: gloo / deep_ep", 50, 25, _times(GLOO, where=_low_latency)),
     Goal("  better MPI variant / deep_ep", 1.5, 1.2, _times(MPI, MPI_MERGED, where=_low_latency)),
     Goal("with backward: gloo as written / deep_ep", 15, 8, _times(GLOO, where=_backward, backward=True)),

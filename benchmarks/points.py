@@ -33,6 +33,7 @@ class Point:
     rows: str = "expert"  # the contract: one of ROWS
     mode: str = "normal"  # one of MODES; low latency has rows="expert" and M = T
     backward: bool = False
+    from_python: bool = False  # ops, also where `from_cpp` has them called from C++
     only: tuple[str, ...] = ()  # names of competitors; none: all
     repeats: int = 7
     # What calls in a row take: where ranks outnumber cores they leave a barrier up to 10 ms apart.
@@ -46,7 +47,7 @@ class Point:
     def from_cpp(self) -> bool:
         """Whether others are called from C++ as MPI is: to call them from Python takes as long as to send few rows."""
         few = self.mode == "low_latency" or self.tokens <= max(FEW)
-        return few and self.rows == "expert" and not self.backward
+        return few and self.rows == "expert" and not self.backward and not self.from_python
 
     @property
     def payload(self) -> int:
@@ -59,7 +60,7 @@ class Point:
     def __str__(self) -> str:
         text = f"R={self.ranks} T={self.tokens} H={self.hidden} K={self.topk} E={self.experts} {self.dtype}"
         text += f" rows={self.rows}" * (self.rows != "expert") + " low latency" * (self.mode == "low_latency")
-        return text + " with backward" * self.backward
+        return text + " with backward" * self.backward + " from Python" * self.from_python
 
 
 @dataclass(frozen=True)
