@@ -236,10 +236,13 @@ class Inputs:
         """fp64 [T, H]: what this rank must get."""
         layer, form = self.layer, FORMATS[self.layer.format]
 
+        def rounded(values: Tensor) -> Tensor:
+            return values if layer.format == "int8" else values.to(layer.dtype).double()
+
         def ffn(
             row: Tensor, gate_up: Tensor, down: Tensor, b1: Tensor | None = None, b2: Tensor | None = None
         ) -> Tensor:
-            h = gate_up @ row
+            h = rounded(gate_up @ row)
             h = h if b1 is None else h + b1.double()
             gate, up = h[: len(h) // 2], h[len(h) // 2 :]
             if limit := layer.act.get("swiglu_limit", 0):
@@ -249,7 +252,7 @@ class Inputs:
                 / (1 + torch.exp(-layer.act.get("swiglu_alpha", 1) * gate))
                 * (up + layer.act.get("swiglu_beta", 0))
             )
-            y = down @ form.rows(a[None])[0]
+            y = down @ form.rows(rounded(a)[None])[0]
             return y if b2 is None else y + b2.double()
 
         x = self.xs[rank].double()
@@ -342,6 +345,35 @@ def test_fp8_and_fp4_weights(pool: RankPool, form: str, strategy: str) -> None:
         ],
         strategy,
     )
+
+
+def rounding(ctx: RankContext, form: str) -> None:
+    middle = {"mx_fp8_e4m3": 1 + 1 / 16, "mx_fp8_e5m2": 1 + 1 / 8, "mx_fp4_e2m1": 1 + 1 / 4}[form]
+    H, I = 192, 64
+    gate_up, down = torch.zeros(1, 2 * I, H), torch.zeros(1, H, I)
+    for neuron, gate, up in ((0, 32, middle + 2**-10), (32, 32 + 2**-2, middle - 2**-7)):
+        for row, value in ((neuron, gate), (I + neuron, up)):  # the powers of 2 in value, each in a block of its own
+            powers = [2.0**p for p in range(5, -11, -1) if int(value * 2**10) >> (p + 10) & 1]
+            gate_up[0, row, : 32 * len(powers) : 32] = torch.tensor(powers)
+        down[0, neuron, neuron] = 1
+    (w1, s1, _), (w2, s2, _) = (FORMATS[form].weights(weight) for weight in (gate_up, down))
+    x = torch.zeros(1, H)
+    x[:, ::32] = 1
+    ids, topk_weights, group = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), ctx.prepared_group("default")
+    for dtype, number in ((torch.bfloat16, 1), (torch.float32, 2 * middle - 1)):
+        expected = torch.zeros(1, H, dtype=dtype)
+        expected[:, [0, 32]] = 32 * number
+        for mode in MODES:
+            arguments = x.to(dtype), ids, topk_weights, w1, s1, w2, s2, 1, 1
+            out, _ = deep_ep.fused_deep_moe(*arguments, quant_mode=1, fuse_mode=mode, group=group)
+            assert_same(f"{mode.name}, {dtype}", out, expected)
+
+
+@pytest.mark.parametrize("form", MX)
+def test_rounding_between_products(pool: RankPool, form: str) -> None:
+    """x @ W1 of one neuron, and the activation of another, are just above the middle of two neighbours of the format.
+    Rounded to bf16, as DeepEP-Ascend rounds both, they are the middle itself, and become the even neighbour."""
+    pool.run(1, rounding, form)
 
 
 @pytest.mark.parametrize(("what", "strategy"), WITH_OPTIONS)

@@ -10,7 +10,7 @@ expert computes, for a row x [H], with W1 [H, 2I] and W2 [I, H], biases b1 [2I] 
     int8   q, s = int8(x);  h = (q @ W1) * scale1 * s + b1, with the sum in int32 and the rest in fp32;  a = act(h);
            q, s = int8(a);  y = (q @ W2) * scale2 * s + b2               y rounded to x's dtype
     MX     h = mx(x) @ mx(W1) + b1;  a = act(h);  y = mx(a) @ mx(W2) + b2, of numbers times their scales, in fp32;
-                                                                         y rounded to x's dtype
+                                                                         mx(x) @ mx(W1), a and y rounded to x's dtype
 
     act(h) = gate * sigmoid(swiglu_alpha * gate) * (up + swiglu_beta), with gate = min(h[:I], swiglu_limit) and
              up = h[I:] cut to -swiglu_limit..swiglu_limit               in fp32
@@ -144,10 +144,12 @@ class _Experts:
             out += expert.b2
         return h, a
 
-    def compute_quantised(self, expert: _Expert, rows: tuple[Tensor, Tensor]) -> Tensor:
-        """y, fp32 [n, H], of data and scales of n rows."""
+    def compute_quantised(self, expert: _Expert, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """y, fp32 [n, H], of data and scales of n rows, where x had `dtype`."""
         assert expert.scale1 is not None and expert.scale2 is not None
-        a = self.act(*self.gate_up(expert, self._product(rows, expert.w1, expert.scale1)))
+        between = dtype if self._form.is_mx else torch.float32
+        h = self._product(rows, expert.w1, expert.scale1).to(between)
+        a = self.act(*self.gate_up(expert, h)).to(between)
         quantised = quantization.quantize(a, self._form.quant_mode, low_latency=True)
         y = self._product(quantised, expert.w2, expert.scale2)
         return y if expert.b2 is None else y + expert.b2
@@ -283,7 +285,7 @@ def forward(
     else:
         data, scales = quantization.unpack(received.recv_x, *sent)
         for expert, block in _blocks(counts):
-            y[block] = experts.compute_quantised(experts.all[expert], (data[block], scales[block]))
+            y[block] = experts.compute_quantised(experts.all[expert], (data[block], scales[block]), x.dtype)
     ids, weights_of_rows, all_experts = routing
     combined = getattr(torch.ops.deep_ep.combine, strategy)(
         y, ids, weights_of_rows, received.recv_src_idx, received.send_head, all_experts, num_ranks, group
