@@ -228,7 +228,8 @@ def _check_inputs(start: torch.fx.Node, wait: torch.fx.Node) -> None:
     if op.endswith("_backward"):
         return
     names = [argument.name for argument in start.target._schema.arguments]  # type: ignore[union-attr]
-    sent = [pair for pair in zip(names, start.args, strict=True) if _storages([pair[1]])]
+    given = [(name, one) for name, value in zip(names, start.args, strict=True) for one in pytree.tree_leaves(value)]
+    sent = [pair for pair in given if _storages([pair[1]])]
     for (name, before), now in zip(sent, wait.args[2], strict=True):  # type: ignore[arg-type]
         if before is not now:
             raise RuntimeError(
