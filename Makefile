@@ -26,7 +26,7 @@ help:
 	@echo "make train-npu   the same with graphs for NPUs and the AscendC kernels, over stand-ins for CANN and for an NPU"
 	@echo "make bench       the CPU backend against gloo, MPI and the speed of memory (ARGS=--help: other configurations)"
 	@echo "make test        the whole suite, which is test-npu and test-cpu"
-	@echo "make test-quick  within 2 minutes; test-long: with many more random cases"
+	@echo "make test-quick  about 3 minutes; test-long: with many more random cases"
 	@echo "make mutate-kernels   faults in the AscendC kernels, one at a time: how many the twin catches"
 	@echo "make lint types  check the style of the code and its types; format: rewrite the files in that style"
 	@echo "make docs        docs/api.md out of docstrings, schemas and the table of the environment"
