@@ -221,7 +221,8 @@ def pad(rows: Tensor, layout_range: Tensor, num_ranks: int, block: int, value: i
     slot = torch.arange(block, device=ends.device)
     source = (begins.unsqueeze(1) + slot).where(slot < (ends - begins).unsqueeze(1), rows.shape[0])
     one_more = torch.cat([rows, rows.new_full((1, *rows.shape[1:]), value)])
-    return one_more.index_select(0, source.view(-1)).view(*source.shape, *rows.shape[1:]).view(dtype)
+    padded = one_more.index_select(0, source.view(-1)).view(*source.shape, *rows.shape[1:])
+    return padded if rows.dtype == dtype else padded.view(dtype)  # which has no gradient
 
 
 def _pad_used(rows: Tensor, place: Tensor, block: int, num_blocks: int) -> Tensor:

@@ -20,6 +20,7 @@ from ..low_latency import LowLatencyOfOps, mode_of
 from ..ops import moe_distribute_combine as combine_op
 from ..ops import moe_distribute_dispatch as dispatch_op
 from ..ops.low_latency_dispatch import LowLatencyHandle
+from ..ops.low_latency_dispatch_padded import pad, places
 from ..overlap import event_of
 from ..runtime import OfOps, Runtime
 from ..utils import EventOverlap
@@ -103,13 +104,12 @@ class AllToAllLowLatencyCommStrategy(LowLatencyOfOps):
             return recv_x, recv_count, handle, event, hook
         # Under rows="expert" calls are finished when they return.
         assert isinstance(handle, LowLatencyHandle)
-        with_room, indices = _with_room(handle, self.group_size)
-        N = handle.src_info.shape[0]
+        with_room = _with_room(handle, self.group_size)
         rows: Rows
         if isinstance(recv_x, tuple):
-            rows = _spread(recv_x[0], N, indices), _spread(recv_x[1], N, indices)
+            rows = _spread(recv_x[0], handle), _spread(recv_x[1], handle)
         else:
-            rows = _spread(recv_x, N, indices)
+            rows = _spread(recv_x, handle)
         return rows, with_room.recv_count, with_room, event, hook
 
     @collective("low_latency_combine", is_typed=False)
@@ -139,35 +139,27 @@ class AllToAllLowLatencyCommStrategy(LowLatencyOfOps):
         )
 
 
-def _with_room(packed: LowLatencyHandle, R: int) -> tuple[CapacityHandle, Tensor]:
-    """The handle with room for M rows of each (local expert, source rank), and the packed row that each of these places
-    takes: int64 [L·R·M], N for none.
+def _with_room(packed: LowLatencyHandle, R: int) -> CapacityHandle:
+    """The handle with room for M rows of each (local expert, source rank): as if each had one rank's rows for an expert
+    of their own.
     """
-    M, N, blocks = packed.num_max_dispatch_tokens_per_rank, packed.src_info.shape[0], packed.layout_range.shape[0]
-    end = packed.layout_range.long()
-    before = torch.cat([end.new_zeros(1), end[:-1]])
+    M, layout_range = packed.num_max_dispatch_tokens_per_rank, packed.layout_range
     torch._assert_async(
-        (end - before <= M).all(),
+        (layout_range.diff(prepend=layout_range.new_zeros(1)) <= M).all(),
         "low_latency_dispatch: a rank has more than M rows for an expert: a token's ids must be distinct",
     )
-    row = before.unsqueeze(1) + torch.arange(M, device=end.device)
-    indices = row.where(row < end.unsqueeze(1), N).flatten()
-    number = torch.arange(N, device=end.device)
-    block = torch.searchsorted(end, number, right=True).clamp(max=blocks - 1)
-    place = (block * M + number - before[block]).where(packed.src_info[:, 0] >= 0, 0)
-    src_info = torch.cat([packed.src_info, packed.src_info.new_full((1, 3), -1)])[indices]
+    src_info = pad(packed.src_info, layout_range, 1, M, -1).flatten(0, 1)
+    place = places(layout_range, packed.src_info, 1, M)
     sizes = M, packed.hidden, packed.num_experts
     counts = torch.full_like(packed.recv_count, R * M)
-    return CapacityHandle(src_info, packed.layout_range, *sizes, counts, packed, place), indices
+    return CapacityHandle(src_info, layout_range, *sizes, counts, packed, place)
 
 
-def _spread(rows: Tensor, N: int, indices: Tensor) -> Tensor:
-    """N packed rows, or what belongs to them in one dimension, in their places of L·R·M; the others are 0."""
-    if rows.dtype.itemsize == 1 and rows.dtype != torch.uint8:  # torch has no index_select of its small floats
-        return _spread(rows.view(torch.uint8), N, indices).view(rows.dtype)
-    by_row = rows.view(N, -1)
-    with_zero = torch.cat([by_row, by_row.new_zeros((1, by_row.shape[1]))])
-    return with_zero.index_select(0, indices).view(-1, *rows.shape[1:])
+def _spread(rows: Tensor, packed: LowLatencyHandle) -> Tensor:
+    """Packed rows, or what belongs to them in one dimension, in their places of L·R·M; the others are 0."""
+    by_row = rows.view(packed.src_info.shape[0], -1)
+    padded = pad(by_row, packed.layout_range, 1, packed.num_max_dispatch_tokens_per_rank)
+    return padded.view(-1, *rows.shape[1:])
 
 
 @readable_by_name
@@ -285,7 +277,7 @@ class OpsLowLatencyCommStrategy(LowLatencyOfOps):
         rows: Rows = out.recv_x
         if sent is not None:
             data, scales = quantization.unpack(out.recv_x, *sent)
-            rows = data, scales.view(-1) if scales.dtype == torch.float8_e8m0fnu else scales
+            rows = data, quantization.in_one_row(scales)
         elif self.smooth_scales is not None:
             rows = out.recv_x, out.recv_scales
         if stats is not None:
