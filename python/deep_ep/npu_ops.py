@@ -90,26 +90,22 @@ def dispatch(
         x,
         topk_idx.int(),
         **_group_arguments(group, num_experts, num_ranks),
-        scales=smooth_scales,
-        x_active_mask=x_active_mask,
-        expert_scales=topk_weights,
-        quant_mode=_quant_mode(smooth_scales),
-        global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
-        expert_token_nums_type=1,
-        **_shared(num_shared_ranks),
-        comm_alg=comm_alg,
+        **_dispatch_arguments(topk_weights, smooth_scales, x_active_mask),
+        **_arguments(num_max_dispatch_tokens_per_rank, num_ranks, num_shared_ranks, comm_alg),
     )
     return recv_x, recv_scales, recv_count, assist_info, recv_counts, expand_scales
 
 
-def _shared(num_ranks: int) -> dict[str, int]:
-    """One shared expert on the first ranks, or none."""
-    return {"shared_expert_num": 1, "shared_expert_rank_num": num_ranks}
+def _arguments(M: int, num_ranks: int, num_shared_ranks: int, comm_alg: str) -> dict[str, Any]:
+    """Of both operators, in eager calls and in graphs. Shared ranks have one expert, the same on all of them."""
+    shared = {"shared_expert_num": 1, "shared_expert_rank_num": num_shared_ranks}
+    return {"global_bs": M * num_ranks, "comm_alg": comm_alg} | shared
 
 
-def _quant_mode(smooth_scales: Any) -> int:
-    """2: int8 with one scale per row."""
-    return 0 if smooth_scales is None else 2
+def _dispatch_arguments(topk_weights: Any, smooth_scales: Any, x_active_mask: Any) -> dict[str, Any]:
+    """Of dispatch besides. quant_mode 2 is int8 with one scale per row."""
+    tensors = {"scales": smooth_scales, "x_active_mask": x_active_mask, "expert_scales": topk_weights}
+    return tensors | {"quant_mode": 0 if smooth_scales is None else 2, "expert_token_nums_type": 1}
 
 
 def combine(
@@ -138,9 +134,7 @@ def combine(
         **_group_arguments(group, num_experts, num_ranks),
         x_active_mask=x_active_mask,
         expand_scales=expand_scales,
-        global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
-        **_shared(num_shared_ranks),
-        comm_alg=comm_alg,
+        **_arguments(num_max_dispatch_tokens_per_rank, num_ranks, num_shared_ranks, comm_alg),
     )
 
 
@@ -226,14 +220,8 @@ def convert_full_dispatch(
         x,
         _ids(topk_idx),
         **_group_attributes(group, num_experts, num_ranks),
-        scales=smooth_scales,
-        x_active_mask=x_active_mask,
-        expert_scales=topk_weights,
-        quant_mode=_quant_mode(smooth_scales),
-        global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
-        expert_token_nums_type=1,
-        **_shared(num_shared_ranks),
-        comm_alg=comm_alg,
+        **_dispatch_arguments(topk_weights, smooth_scales, x_active_mask),
+        **_arguments(num_max_dispatch_tokens_per_rank, num_ranks, num_shared_ranks, comm_alg),
     )
     # Results that are not used get no dtype from torchair.
     out.tp_recv_count.desc.dtype, out.expand_scales.desc.dtype = ProtoType.DT_INT32, ProtoType.DT_FLOAT
@@ -289,9 +277,7 @@ def convert_full_combine(
         **_group_attributes(group, num_experts, num_ranks),
         x_active_mask=x_active_mask,
         expand_scales=expand_scales,
-        global_bs=num_max_dispatch_tokens_per_rank * num_ranks,
-        **_shared(num_shared_ranks),
-        comm_alg=comm_alg,
+        **_arguments(num_max_dispatch_tokens_per_rank, num_ranks, num_shared_ranks, comm_alg),
     )
     ge.put_in_order(combined)
     return combined
