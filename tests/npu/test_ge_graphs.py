@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from torchair.ge._ge_graph import Data, DataType, GeGraph, default_ge_graph
 
 import deep_ep
-from deep_ep import groups
+from deep_ep import groups, npu_ops
 from deep_ep.npu.ge import _converters as ge_converters
+from deep_ep.strategies import OpsLowLatencyCommStrategy
 
 R, H, K, L, W, M, I = 2, 16, 4, 6, 50, 9, 64
 E = R * L
@@ -407,6 +408,64 @@ def test_low_latency(pool: RankPool, strategy: str, dynamic: bool) -> None:
 @pytest.mark.parametrize("strategy", LOW_LATENCY)
 def test_receive_hooks_leave_no_trace(pool: RankPool, strategy: str) -> None:
     pool.run(R, low_latency, strategy, False, True, timeout=240)
+
+
+def low_latency_of_all_inputs(ctx: RankContext, comm_alg: str, is_quantised: bool) -> None:
+    """What torch_npu's operators take besides: weights, smooth scales, a mask; between servers also what comes back."""
+    group = ctx.prepared_group("default")
+    smooth_scales = torch.ones(E, H) if is_quantised else None
+    buffer = deep_ep.Buffer(group)
+    buffer.low_latency_strategy = OpsLowLatencyCommStrategy(buffer.runtime, group, comm_alg, smooth_scales)
+    quant_mode = "int8" if is_quantised else "none"
+
+    def step(x: Tensor, ids: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+        rows, _, handle, _, _ = buffer.low_latency_dispatch(
+            x, ids, M, E, topk_weights=weights, quant_mode=quant_mode, x_active_mask=mask
+        )
+        y = (rows[0] * rows[1][:, None]).bfloat16() if is_quantised else rows
+        return buffer.low_latency_combine(y, ids, weights, handle)[0]
+
+    x, ids, weights, _ = inputs_of(ctx.rank, 5, torch.bfloat16, seed=5)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="x must be on an NPU"):
+        ge_graphs.compiled(step)(x, ids, weights, torch.tensor([True] * 3 + [False] * 2))
+    (graph,) = ge_graphs.recorded()
+    assert ge_graphs.check_outputs(graph) > 5
+    dispatch, combine = graph.communicating
+    T = M if comm_alg == "hierarchy" else 5  # with padding
+    optional = {"scales": (torch.float32, [E, H])} if is_quantised else {}
+    assert given_to(dispatch) == {
+        "x": (torch.bfloat16, [T, H]),
+        "x_active_mask": (torch.bool, [T]),
+        "expert_scales": (torch.float32, [T, K]),
+        **optional,
+    }
+    N = R * M * min(K, L)
+    assert given_to(combine) == {
+        "expand_x": (torch.bfloat16, [N, H]),
+        "assist_info_for_combine": (torch.int32, [128 * N]),
+        "ep_send_counts": (torch.int32, [E + npu_ops.counts_between_servers(weights, M, K, R)]),
+        "expert_scales": (torch.float32, [T, K]),
+        "x_active_mask": (torch.bool, [T]),
+        "expand_scales": (torch.float32, [N]),
+    }
+    assert dispatch.inputs["expert_ids"][0] == combine.inputs["expert_ids"][0] == "Cast"  # to int32, without a fake
+    from_dispatch = {"assist_info_for_combine": 2, "ep_send_counts": 4, "expand_scales": 6}
+    assert {name: combine.inputs[name] for name in from_dispatch} == {
+        name: (dispatch.type, output) for name, output in from_dispatch.items()
+    }
+    assert (dispatch.attrs["quant_mode"], dispatch.attrs["comm_alg"]) == (2 if is_quantised else 0, comm_alg)
+    assert dispatch.outputs[0].dtype == (torch.int8 if is_quantised else torch.bfloat16)
+    assert combine.attrs["comm_alg"] == comm_alg
+
+
+def given_to(node: Node) -> dict[str, tuple[torch.dtype, list[int]]]:
+    return {name: (fake.dtype, list(fake.shape)) for name, fake in node.input_fakes.items() if fake is not None}
+
+
+@pytest.mark.parametrize("is_quantised", [False, True], ids=["rows as they are", "int8"])
+@pytest.mark.parametrize("comm_alg", ["hierarchy", "fullmesh_v2"])
+def test_all_inputs_of_torch_npus_operators(pool: RankPool, comm_alg: str, is_quantised: bool) -> None:
+    pool.run(R, low_latency_of_all_inputs, comm_alg, is_quantised, timeout=240)
 
 
 # Fused
