@@ -98,8 +98,10 @@ def assert_close(name: str, actual: Tensor | None, expected: Tensor | None, prec
     assert difference < (1e-5 if precision == "fp32" else 2e-2), f"{name}: {difference}"
 
 
-def check_block(ctx: RankContext, name: str, precision: str, implementation: str, backend: str) -> None:
-    group = ctx.prepared_group("default")
+def check_block(
+    ctx: RankContext, name: str, precision: str, implementation: str, backend: str, strategy: str = "default"
+) -> None:
+    group = ctx.prepared_group(strategy)
     parallel = expert_parallel(make_block(name, precision, implementation), group)
     assert isinstance(parallel.experts, ExpertParallel)
     fn = parallel
@@ -140,6 +142,13 @@ def test_block(pool: RankPool, name: str, num_ranks: int, precision: str) -> Non
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_in_one_graph(pool: RankPool, name: str, precision: str) -> None:
     pool.run(2, check_block, name, precision, "grouped_mm", "aot_eager", timeout=200)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "strategy"), [("mixtral", "eager", "alltoall"), ("deepseek_v3", "inductor", "default")]
+)
+def test_block_otherwise(pool: RankPool, name: str, backend: str, strategy: str) -> None:
+    pool.run(2, check_block, name, "bf16", "grouped_mm", backend, strategy, timeout=500)
 
 
 def check_model(ctx: RankContext) -> None:
