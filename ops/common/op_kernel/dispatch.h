@@ -28,6 +28,7 @@ struct DispatchOutputs {
 template <typename Rows, bool kIsNormal>
 class Dispatch {
  public:
+  __aicore__ Dispatch() {}
   __aicore__ void init(Op op, GM_ADDR x, GM_ADDR topk_idx, GM_ADDR topk_weights, GM_ADDR windows,
                        const DispatchOutputs& outputs, GM_ADDR workspace, const Tiling& tiling) {
     tiling_ = &tiling;

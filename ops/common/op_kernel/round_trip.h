@@ -34,6 +34,7 @@ struct RoundTripTensors {
 template <typename T, Trip kTrip>
 class RoundTrip {
  public:
+  __aicore__ RoundTrip() {}
   __aicore__ void init(Op op, const RoundTripTensors& tensors, GM_ADDR windows, GM_ADDR workspace,
                        const Tiling& tiling) {
     tiling_ = &tiling;

@@ -6,6 +6,7 @@ namespace deep_ep {
 
 class GetDispatchLayout {
  public:
+  __aicore__ GetDispatchLayout() {}
   __aicore__ void init(GM_ADDR topk_idx, GM_ADDR num_tokens_per_rank, GM_ADDR num_tokens_per_rdma_rank,
                        GM_ADDR num_tokens_per_expert, GM_ADDR is_token_in_rank, GM_ADDR workspace,
                        const Tiling& tiling) {

@@ -5,6 +5,7 @@ namespace deep_ep {
 
 class NotifyDispatch {
  public:
+  __aicore__ NotifyDispatch() {}
   __aicore__ void init(GM_ADDR topk_idx, GM_ADDR windows, GM_ADDR num_rows, GM_ADDR workspace, const Tiling& tiling) {
     tiling_ = &tiling;
     num_rows_ = num_rows;
