@@ -263,7 +263,7 @@ template <typename T, Trip kTrip>
 __aicore__ inline void round_trip(Op op, const RoundTripTensors& tensors, GM_ADDR windows, GM_ADDR workspace,
                                   const Tiling& tiling) {
   RoundTrip<T, kTrip> trip;
-  trip.init(op, tensors, windows, GetUserWorkspace(workspace), tiling);
+  trip.init(op, tensors, windows, workspace, tiling);
   trip.process();
 }
 

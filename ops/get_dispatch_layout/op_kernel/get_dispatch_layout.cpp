@@ -93,7 +93,7 @@ extern "C" __global__ __aicore__ void deep_ep_get_dispatch_layout(GM_ADDR topk_i
                                                                   GM_ADDR tiling_data) {
   DEEP_EP_KERNEL(tiling, tiling_data);
   deep_ep::GetDispatchLayout op;
-  op.init(topk_idx, num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank,
-          AscendC::GetUserWorkspace(workspace), tiling);
+  op.init(topk_idx, num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank, workspace,
+          tiling);
   op.process();
 }

@@ -51,6 +51,6 @@ extern "C" __global__ __aicore__ void deep_ep_notify_dispatch(GM_ADDR topk_idx, 
                                                               GM_ADDR workspace, GM_ADDR tiling_data) {
   DEEP_EP_KERNEL(tiling, tiling_data);
   deep_ep::NotifyDispatch op;
-  op.init(topk_idx, windows, num_rows, AscendC::GetUserWorkspace(workspace), tiling);
+  op.init(topk_idx, windows, num_rows, workspace, tiling);
   op.process();
 }
