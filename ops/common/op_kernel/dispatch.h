@@ -28,6 +28,7 @@ struct DispatchOutputs {
 template <typename Rows, bool kIsNormal>
 class Dispatch {
  public:
+  __aicore__ Dispatch() {}
   __aicore__ void init(Op op, GM_ADDR x, GM_ADDR topk_idx, GM_ADDR topk_weights, GM_ADDR windows,
                        const DispatchOutputs& outputs, GM_ADDR workspace, const Tiling& tiling) {
     tiling_ = &tiling;
@@ -323,7 +324,7 @@ class Dispatch {
 __aicore__ inline void normal_dispatch(GM_ADDR x, GM_ADDR topk_idx, GM_ADDR topk_weights, GM_ADDR windows,
                                        const DispatchOutputs& outputs, GM_ADDR workspace, const Tiling& tiling) {
   Dispatch<PlainRows, true> dispatch;
-  dispatch.init(Op::dispatch, x, topk_idx, topk_weights, windows, outputs, GetUserWorkspace(workspace), tiling);
+  dispatch.init(Op::dispatch, x, topk_idx, topk_weights, windows, outputs, workspace, tiling);
   dispatch.process();
 }
 
@@ -340,7 +341,7 @@ __aicore__ inline void low_latency_dispatch(Op op, GM_ADDR x, GM_ADDR topk_idx, 
   outputs.recv_channel_prefix = layout_range;
   outputs.send_head = send_head;
   Dispatch<Rows, false> dispatch;
-  dispatch.init(op, x, topk_idx, nullptr, windows, outputs, GetUserWorkspace(workspace), tiling);
+  dispatch.init(op, x, topk_idx, nullptr, windows, outputs, workspace, tiling);
   dispatch.process();
 }
 
