@@ -303,7 +303,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 
 WITH_OPTIONS = [
-    pytest.param(what, strategy, marks=[pytest.mark.slow] * (strategy != "default" and what != "all"))
+    pytest.param(what, strategy, marks=[pytest.mark.slow] * (strategy != "default"))
     for strategy in STRATEGIES
     for what in EACH
 ]
@@ -581,7 +581,7 @@ def compiled(ctx: RankContext, layer: Layer, strategy: str, backend: str, dynami
 def test_compiled(pool: RankPool, form: str, mode: int, strategy: str, backend: str) -> None:
     layer = Layer(tokens=(5, 3), format=form, mode=FuseMode(mode), dtype=torch.bfloat16, **ALL)
     *dynamic, backend = backend.split()
-    pool.run(2, compiled, layer, strategy, backend, bool(dynamic), timeout=240)
+    pool.run(2, compiled, layer, strategy, backend, bool(dynamic))
 
 
 def opcheck(ctx: RankContext, layer: Layer) -> None:
