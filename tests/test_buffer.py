@@ -120,7 +120,7 @@ def check_alignment(ctx: RankContext, strategy: str, worst: int, backend: str) -
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("worst", [0, 12, 60])
+@pytest.mark.parametrize("worst", [0, 12, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", ALLTOALL_IS_SLOW)
 def test_alignment(pool: RankPool, strategy: str, worst: int, backend: str) -> None:
     pool.run(2, check_alignment, strategy, worst, backend)

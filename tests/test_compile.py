@@ -441,7 +441,7 @@ def check_marked(ctx: RankContext, mode: str, mark: str, tokens: tuple[int, ...]
     assert graphs.made == [layer_ops("default")]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CAPACITY_IS_SLOW)
 @pytest.mark.parametrize(("mark", "tokens"), [("mark_dynamic", (6, 2, 33)), ("mark_unbacked", (6, 1, 0, 33))])
 def test_one_graph_for_marked_inputs(pool: RankPool, mark: str, tokens: tuple[int, ...], mode: str) -> None:
     pool.run(2, check_marked, mode, mark, tokens)
@@ -540,7 +540,7 @@ def check_checkpointing(ctx: RankContext, strategy: str, mode: str, saved: tuple
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("saved", [(), ("dispatch",), ("dispatch", "combine")], ids=lambda ops: "+".join(ops) or "none")
 @pytest.mark.parametrize("strategy", ALLTOALL_IS_SLOW)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CAPACITY_IS_SLOW)
 def test_checkpointing(pool: RankPool, mode: str, strategy: str, saved: tuple[str, ...], backend: str) -> None:
     issued = pool.run(2, check_checkpointing, strategy, mode, saved, backend)
     assert issued[0] == issued[1]

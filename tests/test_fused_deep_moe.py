@@ -360,9 +360,8 @@ def compiled(ctx: RankContext, layer: Layer, strategy: str, backend: str) -> Non
 @pytest.mark.parametrize(
     ("mode", "quant_mode", "backend"),
     [
-        (1, 0, "aot_eager"),
         (2, 1, "aot_eager"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1, "aot_eager"), (2, 0, "aot_eager"))),
+        *(pytest.param(m, q, "aot_eager", marks=pytest.mark.slow) for m, q in ((1, 0), (1, 1), (2, 0))),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0, "inductor"), (2, 1, "inductor"))),
     ],
 )

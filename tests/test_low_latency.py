@@ -282,7 +282,7 @@ def test_any_buffer(pool: RankPool, strategy: str, rows: str, drawn: tuple[Case,
 @pytest.mark.parametrize(
     "mode", ["none", "int8", *(pytest.param(m, marks=pytest.mark.slow) for m in ("mx_fp4_e2m1", "block_fp8_e4m3"))]
 )
-@pytest.mark.parametrize("rows", ["expert", "rank"])
+@pytest.mark.parametrize("rows", [pytest.param("expert", marks=pytest.mark.slow), "rank"])
 @pytest.mark.parametrize("strategy", ["default", pytest.param("alltoall", marks=pytest.mark.slow)])
 def test_compiled_buffer(pool: RankPool, strategy: str, rows: str, mode: str) -> None:
     settings = Settings(strategy, rows, mode, "aot_eager")

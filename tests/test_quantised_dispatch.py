@@ -133,7 +133,7 @@ def check_forms_of_x(ctx: RankContext, strategy: str, rows: str) -> None:
     assert fp32.shape[1:] == (3,) and (fp32 == 1).all()
 
 
-@pytest.mark.parametrize("rows", ["expert", "rank"])
+@pytest.mark.parametrize("rows", ["expert", pytest.param("rank", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", ALLTOALL_IS_SLOW)
 def test_forms_of_x(pool: RankPool, strategy: str, rows: str) -> None:
     pool.run(2, check_forms_of_x, strategy, rows)

@@ -191,7 +191,9 @@ def test_matches_the_reference(pool: RankPool, strategy: str, exact: bool, case:
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", ALLTOALL_IS_SLOW)
-@pytest.mark.parametrize("capacity", [None, (0.5, 1.5)], ids=["exact", "capacity"])
+@pytest.mark.parametrize(
+    "capacity", [None, pytest.param((0.5, 1.5), marks=pytest.mark.slow)], ids=["exact", "capacity"]
+)
 def test_compiles(pool: RankPool, strategy: str, capacity: tuple[float, ...] | None, backend: str) -> None:
     case = Case((7, 10), H=16, K=3, capacity=capacity, seed=3)
     pool.run(2, check, case, strategy, backend)
