@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import DTYPES, Case, assert_same, bits, expert_outputs, make_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 import deep_ep
 from deep_ep import quantization, reference
-from deep_ep.groups import info_of
+from deep_ep.groups import info_of, spoil
 from deep_ep.npu_ops import COMM_ALGS
 from deep_ep.ops import low_latency_combine as combine_op
 from deep_ep.ops import low_latency_combine_padded as padded_combine_op
@@ -112,6 +113,39 @@ def check_ops(ctx: RankContext, case: Case, M: int, strategy: str) -> None:
     )
     error = (grad_weights.double() - expected.grad_weights[r].double()).abs()
     assert (error <= 1e-6 * norms.unsqueeze(1)).all()
+
+
+def unused_rows(ctx: RankContext) -> None:
+    """Rows that hold nothing, and what combine makes of them, on windows whose memory is filled with NaN."""
+    case, M = Case((5, 0, 7), H=24, K=3, local_experts=2, dtype=torch.bfloat16, ids="distinct", seed=4), 9
+    group = dist.new_group(list(range(ctx.size)))
+    deep_ep.init(group)
+    spoil(info_of(group))
+    expected, r = Expected(case, M), ctx.rank
+    x, ids, weights = expected.xs[r], expected.ids[r], expected.weights[r]
+    zeros, unused = expected.dispatched[r].recv_x, expected.src[r][:, :1] < 0
+
+    def send(x: Tensor) -> tuple[Tensor, dispatch_op.LowLatencyHandle]:
+        out = deep_ep.low_latency_dispatch(x, ids, M, case.E, group=group)
+        return out.recv_x, out.handle
+
+    for is_training in (True, False):
+        for sends in (send, torch.compile(send, backend="aot_eager", fullgraph=True))[: 2 - is_training]:
+            with torch.set_grad_enabled(is_training):
+                rows, handle = sends(x)
+                assert_same("recv_x", rows, zeros if is_training else zeros.masked_fill(unused, torch.nan))
+                results = expected.ys[r].masked_fill(unused, torch.nan)
+                combined = deep_ep.low_latency_combine(results, ids, weights, handle, group=group)
+                assert_same("combined_x", combined, expected.outs[r])
+        sizes = M, case.E, case.R, group.group_name, is_training
+        data, scales, *_ = torch.ops.deep_ep.low_latency_dispatch_int8(x, ids, *sizes)
+        left = data.masked_fill(~unused, 0), scales.masked_fill(~unused[:, 0], 0)
+        assert all(((part == 0) | ~unused.view(-1, *[1] * (part.dim() - 1))).all() == is_training for part in left)
+    deep_ep.destroy(group)
+
+
+def test_rows_that_hold_nothing(pool: RankPool) -> None:
+    pool.run(3, unused_rows, timeout=300)
 
 
 @st.composite

@@ -102,10 +102,11 @@ INPUTS: dict[str, dict[str, Any]] = {
 for int8.
 """
 
+_OF_LOW_LATENCY = {"num_experts": E, "num_ranks": R, "num_max_dispatch_tokens_per_rank": M, "zero_unused": 1}
 ATTRIBUTES = {
     "DeepEpGetDispatchLayout": {"num_experts": E, "num_ranks": R, "num_nodes": 1},
-    "DeepEpLowLatencyDispatch": {"num_experts": E, "num_ranks": R, "num_max_dispatch_tokens_per_rank": M},
-    "DeepEpLowLatencyDispatchInt8": {"num_experts": E, "num_ranks": R, "num_max_dispatch_tokens_per_rank": M},
+    "DeepEpLowLatencyDispatch": _OF_LOW_LATENCY,
+    "DeepEpLowLatencyDispatchInt8": _OF_LOW_LATENCY,
     **{
         f"DeepEpFusedDeepMoe{part}{mode}": {
             "num_experts": E,

@@ -131,6 +131,12 @@ ge::graphStatus infer_data_type(gert::InferDataTypeContext* context) {
   return ge::GRAPH_SUCCESS;
 }
 
+inline bool zero_unused(const gert::TilingContext& context, const Signature& signature) {
+  for (size_t i = 0; i < signature.attrs.size(); ++i)
+    if (signature.attrs[i].name == kZeroUnused.name) return *context.GetAttrs()->GetInt(i) != 0;
+  return true;
+}
+
 // The tensors have their shapes by now, and outputs know N.
 template <typename Op>
 ge::graphStatus tile(gert::TilingContext* context) {
@@ -162,6 +168,7 @@ ge::graphStatus tile(gert::TilingContext* context) {
     work.copied = signature.rows == Rows::copied || signature.rows == Rows::multiplied;
     work.arithmetic = signature.rows == Rows::summed || signature.rows == Rows::multiplied;
     work.answers = signature.answers;
+    work.zero_unused = zero_unused(*context, signature);
   }
 
   static_assert(sizeof(Tiling) <= 2048, "CANN reserves that much");

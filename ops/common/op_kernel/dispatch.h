@@ -233,8 +233,9 @@ class Dispatch {
     const Split split = Split::of(tiling_->work.rows - delivered_, GetBlockNum());
     const int64_t first = delivered_ + split.begin(GetBlockIdx());
     const int64_t count = split.end(GetBlockIdx()) - split.begin(GetBlockIdx());
-    rows_.fill(out_.recv_x + first * recv_row_bytes_, count * recv_row_bytes_, 0);
     rows_.fill(out_.recv_src_idx + first * kSourceBytes, count * kSourceBytes, -1);
+    if (!tiling_->work.zero_unused) return;
+    rows_.fill(out_.recv_x + first * recv_row_bytes_, count * recv_row_bytes_, 0);
     if constexpr (Rows::kHasScales) rows_.fill(out_.recv_scales + first * sizeof(float), count * sizeof(float), 0);
   }
 
