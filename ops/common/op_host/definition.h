@@ -181,8 +181,8 @@ ge::graphStatus tile(gert::TilingContext* context) {
   return ge::GRAPH_SUCCESS;
 }
 
-// Weights have the columns of rows, and as many of int8, for which everything else repeats itself. CANN compiles a kernel
-// for each column, and no two are equal: without rows there is one.
+// Weights have the columns of rows, and as many of int8, for which everything else repeats itself. CANN compiles a
+// kernel for each column, and no two are equal: without rows there is one.
 inline ops::OpParamDef& define(ops::OpParamDef& param, const TensorDef& tensor, bool has_rows, bool has_weights) {
   std::vector<ge::DataType> types = columns(tensor.elements);
   if (!has_rows) types.resize(1);
