@@ -45,6 +45,7 @@ Arch facts_of(int arch) {
 }
 
 constexpr size_t kMostReports = 1000;
+constexpr uint64_t kShapeBytes = 9 * 8;  // of an output whose shape depends on the computation
 
 struct State {
   std::mutex mutex;
@@ -137,7 +138,13 @@ std::unique_ptr<Plan> plan(const DeepEpCall& call) {
     node.outputs.push_back(describe(call.outputs[i]));
     plan->add(call.outputs[i], outputs[i].name().c_str(), true);
   }
-  if (has_shapes) plan->add(call.outputs[num_outputs], "shapes", true);
+  if (has_shapes) {
+    const DeepEpTensor& shapes = call.outputs[num_outputs];
+    if (bytes_of(shapes) != static_cast<uint64_t>(num_outputs) * kShapeBytes)
+      throw Error(
+          str("the shapes of ", call.op, " need ", num_outputs * kShapeBytes, " bytes, got ", bytes_of(shapes)));
+    plan->add(shapes, "shapes", true);
+  }
   plan->kernel = &find(call.op, node);
   if (!plan->group.empty()) node.attrs.values().emplace_back(plan->group);
   for (int32_t i = 0; i < num_integers; ++i) node.attrs.values().emplace_back(call.integers[i]);

@@ -255,7 +255,7 @@ class Group:
         num_experts: int,
         shapes: Tensor | None = None,
     ) -> list[Tensor]:
-        """`num_rows`: N. With `shapes`, int64 [4, 9], exact mode of graphs, which fills it."""
+        """`num_rows`: N. With `shapes`, int64 [10, 9], exact mode of graphs, which fills it."""
         (T, K), R, L, N = topk_idx.shape, self.size, num_experts // self.size, num_rows
         outputs = [
             _poisoned(N, x.shape[1], dtype=x.dtype),
