@@ -5,6 +5,7 @@ signatures that CANN's generator gives the operator definitions. Operator packag
 
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -654,6 +655,37 @@ def test_errors_of_calls(wheel: Callable[[Build], Wheel]) -> None:
     assert kernels.prepare(call, plan, size, error) == 0
     assert kernels.launch(plan, None, None, error) != 0
     assert error.value == b"aclnnDeepEpCombine failed: 1: EZ9999: what CANN says"
+
+
+REQUEST = {
+    **{"version": 0, "count": 4, "offsets": 8, "debug_mode": 40, "prepare_position": 41, "queues": 42, "blocks": 44},
+    **{"device": 46, "reserved": 47, "skip_local_copy": 64, "skip_window_copy": 65, "step": 66, "kind_version": 67},
+    **{"more_reserved": 68, "engine": 77, "source_dtype": 78, "destination_dtype": 79, "communicator": 80},
+    **{"algorithm": 208, "kind": 336, "reduction": 340, "last_reserved": 344, "": 64 + 512},
+}
+"""HCCL's Mc2InitTilingInner, of 64 bytes, and its Mc2CcTilingInner, of 512: where each member begins, and the end."""
+
+
+@over_fake_cann
+def test_request_of_windows_is_laid_out_as_hccl_reads_it(tmp_path: Path) -> None:
+    text = f'#include "{ROOT}/torch_library/npu/aclnn/windows_tiling.cpp"\nusing deep_ep::aclnn::Request;\n'
+    for member, at in REQUEST.items():
+        found = f"offsetof(Request, {member})" if member else "sizeof(Request)"
+        text += f'static_assert({found} == {at}, "{member or "size"}");\n'
+    # Members without a name in the table would lie between others.
+    members = list(REQUEST)
+    for member, following in itertools.pairwise(members):
+        end = f"offsetof(Request, {following})" if following else "sizeof(Request)"
+        text += f'static_assert(offsetof(Request, {member}) + sizeof(Request::{member}) == {end}, "{member}");\n'
+    source = tmp_path / "request.cpp"
+    source.write_text(text)
+    torch_npu = native.torch_npu_dir()
+    assert torch_npu is not None
+    include = torch_npu / "include"
+    folders = [ROOT / "torch_library", ROOT / "src", ROOT / "torch_library" / "npu" / "aclnn" / "host_shim"]
+    folders += [include, include / "third_party" / "acl" / "inc", include / "third_party" / "hccl" / "inc"]
+    made = run("g++", "-std=c++20", "-fsyntax-only", *(f"-I{folder}" for folder in folders), source, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
 
 
 @over_fake_cann

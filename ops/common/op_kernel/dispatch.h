@@ -21,7 +21,7 @@ struct DispatchOutputs {
   GM_ADDR recv_channel_prefix;  // layout_range in low latency
   GM_ADDR recv_src_idx;
   GM_ADDR send_head;
-  GM_ADDR shapes;  // of what has N rows, where N is not known before; then no row may be dropped
+  GM_ADDR shapes;  // of all outputs, where N is not known before; then no row may be dropped
 };
 
 // Rows: PlainRows or Int8Rows. kIsNormal: with all outputs but scales.
@@ -283,16 +283,20 @@ class Dispatch {
     }
   }
 
-  // As CANN reads them: for each output the number of dimensions, of 64 bits, and 8 sizes.
+  // As GE reads them: for every output, in order, the number of dimensions and 8 sizes. Bit 31 of the number: these
+  // words have 64 bits.
   __aicore__ void write_shapes() {
-    constexpr int64_t kDims = 0x80000000 | 2, kWords = 9;
-    const int64_t sizes[] = {tiling_->work.hidden, tiling_->work.top_k, tiling_->work.top_k, 3};
+    constexpr int64_t kWide = int64_t{1} << 31, kWords = 9, kOutputs = 10;
+    const int64_t N = exchange_.has_failed() ? 0 : delivered_, H = tiling_->work.hidden, K = tiling_->work.top_k;
+    const int64_t R = exchange_.ranks(), L = local_experts_;
+    const int64_t shapes[kOutputs][3] = {{2, N, H}, {2, N, K}, {2, N, K}, {1, L, 0}, {0, 0, 0},
+                                         {2, R, R}, {2, R, L}, {2, L, R}, {2, N, 3}, {2, tiling_->work.tokens, K}};
     LocalTensor<int64_t> shape = known_.tensor().ReinterpretCast<int64_t>();
     for (uint32_t i = 0; i < kWords; ++i) shape.SetValue(i, 0);
-    shape.SetValue(0, kDims);
-    shape.SetValue(1, exchange_.has_failed() ? 0 : delivered_);
-    for (int64_t i = 0; i < 4; ++i) {
-      shape.SetValue(2, sizes[i]);
+    for (int64_t i = 0; i < kOutputs; ++i) {
+      shape.SetValue(0, kWide | shapes[i][0]);
+      shape.SetValue(1, shapes[i][1]);
+      shape.SetValue(2, shapes[i][2]);
       write(out_.shapes + i * kWords * sizeof(int64_t), shape, kWords);
     }
   }
