@@ -140,11 +140,13 @@ def test_notify_dispatch() -> None:
 @every_type
 def test_parameters(op_type: str) -> None:
     definition = op_definitions.definitions()[op_type]
+    params = definition["inputs"] + definition["outputs"]
     has_weights = any(dtype_of(op_type, param["name"]) is WEIGHTS for param in definition["inputs"])
-    for param in definition["inputs"] + definition["outputs"]:
+    has_rows = any(isinstance(dtype_of(op_type, param["name"]), tuple) for param in params)
+    for param in params:
         dtypes = tuple(op_definitions.NAMES[number] for number in param["dtypes"])
         expected = dtype_of(op_type, param["name"])
-        columns = ROWS if isinstance(expected, tuple) else (expected,) * len(ROWS)
+        columns = ROWS if isinstance(expected, tuple) else (expected,) * (len(ROWS) if has_rows else 1)
         if has_weights:
             columns += ("int8",) * len(ROWS) if expected is WEIGHTS else columns
         assert dtypes == columns, param["name"]
