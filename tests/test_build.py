@@ -472,7 +472,7 @@ def wheel(tree: Path, cann_library: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def over_fake_cann(test: Callable[..., None]) -> Callable[..., None]:
-    return needs_both(pytest.mark.slow(pytest.mark.timeout(900)(test)))
+    return needs_both(pytest.mark.slow(test))
 
 
 @over_fake_cann
