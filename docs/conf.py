@@ -1,6 +1,6 @@
 """The documentation site: `make docs` builds it into build/docs.
 
-Pages are Markdown that reads well without the site, too. docstrings.py makes what comes from the code.
+Pages are Markdown that reads well without the site, too. What comes from the code is made by autodoc and from_code.py.
 """
 
 import sys
