@@ -19,7 +19,7 @@ CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS)) \
   $(shell find benchmarks ops tests/cann tests/fake_cann tests/host_kernels tests/twin -name '*.cpp' -o -name '*.h')
 
 .PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-long mutate-kernels lint types format docs wheel \
-  wheel-check clean
+  sdist wheel-check clean
 
 help:
 	@echo "make train       train a small MoE on RANKS=$(RANKS) processes (options in ARGS)"
@@ -30,7 +30,7 @@ help:
 	@echo "make mutate-kernels   faults in the AscendC kernels, one at a time: how many the twin catches"
 	@echo "make lint types  check the style of the code and its types; format: rewrite the files in that style"
 	@echo "make docs        the documentation as a site, in build/docs"
-	@echo "make wheel       output/deep_ep-*.whl; wheel-check: build it and try what is in it"
+	@echo "make wheel       output/deep_ep-*.whl; sdist: output/deep_ep-*.tar.gz; wheel-check: try the wheel that the sdist gives"
 	@echo "make clean       remove what was built; .venv stays"
 
 setup: $(STAMPS)/setup
@@ -128,19 +128,29 @@ docs: $(STAMPS)/build
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs build/docs
 	@echo build/docs/index.html
 
+# auditwheel names the oldest glibc that the wheel runs with; torch's libraries are not put into it.
+IN_WHEELS = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so'
+
 wheel: $(STAMPS)/setup
-	rm -f output/deep_ep-*.whl
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir output .
+	rm -rf build/wheel output/deep_ep-*.whl
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(IN_WHEELS) --wheel-dir output build/wheel/deep_ep-*.whl
 	@ls output/deep_ep-*.whl
 
-# The wheel alone is imported, from a folder of its own: -S keeps the editable install out.
-wheel-check: wheel
-	test -f output/deep_ep-*-py3-none-linux_$$(uname -m).whl
+sdist: $(STAMPS)/setup
+	rm -f output/deep_ep-*.tar.gz
+	$(BIN)/python -c 'from scikit_build_core.build import build_sdist; build_sdist("output")'
+
+# The wheel that the sdist gives is imported alone, from a folder of its own: -S keeps the editable install out.
+wheel-check: sdist
 	rm -rf build/wheel-check
-	$(BIN)/python -m zipfile --extract output/deep_ep-*.whl build/wheel-check
-	! grep --quiet --fixed-strings "$(CURDIR)" build/wheel-check/deep_ep/libdeep_ep.so
-	PYTHONPATH=build/wheel-check:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))') \
-	  $(BIN)/python -S -c 'import deep_ep, torch; print(torch.ops.deep_ep.dispatch.default, deep_ep.__file__)'
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel-check output/deep_ep-*.tar.gz
+	$(IN_WHEELS) --wheel-dir build/wheel-check/repaired build/wheel-check/deep_ep-*.whl
+	test -f build/wheel-check/repaired/deep_ep-*-py3-none-manylinux_*_$$(uname -m).whl
+	$(BIN)/python -m zipfile --extract build/wheel-check/repaired/deep_ep-*.whl build/wheel-check/alone
+	! grep --quiet -e "$(CURDIR)" -e pip-req-build build/wheel-check/alone/deep_ep/libdeep_ep.so
+	PYTHONPATH=build/wheel-check/alone:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))') \
+	  $(BIN)/python -S -c 'import deep_ep, torch; print(deep_ep.__version__, torch.ops.deep_ep.dispatch.default, deep_ep.__file__)'
 
 clean:
 	rm -rf build output $(STAMPS)/build $(NPU_STAMPS)/deep_ep .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -33,6 +33,8 @@ from .rank_rows import RankHandle
 from .strategies.low_latency_strategy import CapacityHandle, OpsHandle
 from .utils import EventHandle, EventOverlap
 
+__version__ = "0.1.0"
+
 topk_idx_t = torch.int64
 """The dtype of expert ids."""
 
