@@ -4,14 +4,15 @@ Pages are Markdown that reads well without the site, too. What comes from the co
 """
 
 import sys
-from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import deep_ep
+
 project = "deep_ep"
 author = "the deep_ep authors"
-version = release = metadata.version("deep_ep")
+version = release = deep_ep.__version__
 html_title = "deep_ep"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
