@@ -16,30 +16,49 @@ execute_process(
 if(NOT cann_result EQUAL 0)
   message(FATAL_ERROR "DEEP_EP_NPU=ON (${DEEP_EP_SOC}): ${cann_error}")
 endif()
-string(REGEX MATCH "dir ([^\n]+)\nversion ([0-9]+)[^\n]*\nasc ([^\n]+)\n" cann_matched "${cann_answer}")
+string(REGEX MATCH "^dir ([^\n]+)" cann_matched "${cann_answer}")
 set(cann_dir "${CMAKE_MATCH_1}")
-set(cann_major "${CMAKE_MATCH_2}")
-set(asc_dir "${CMAKE_MATCH_3}")
-string(REGEX MATCHALL "kernel [^\n]+" kernels "${cann_answer}")
+
+# CANN's CMake functions hand paths to shells as they are: a toolkit with a space in its path is reached by a link.
+if(CMAKE_BINARY_DIR MATCHES "[ \t]")
+  message(FATAL_ERROR
+    "CANN's CMake functions cannot build in a folder with a space in its path: ${CMAKE_BINARY_DIR}")
+endif()
+if(cann_dir MATCHES "[ \t]")
+  set(cann_link "${CMAKE_BINARY_DIR}/cann")
+  file(CREATE_LINK "${cann_dir}" "${cann_link}" SYMBOLIC)
+  string(REPLACE "${cann_dir}" "${cann_link}" cann_answer "${cann_answer}")
+  set(cann_dir "${cann_link}")
+endif()
+
+string(REGEX MATCH "version ([0-9]+)[^\n]*\nasc ([^\n]+)\n" cann_matched "${cann_answer}")
+set(cann_major "${CMAKE_MATCH_1}")
+set(asc_dir "${CMAKE_MATCH_2}")
+foreach(kind IN ITEMS include library kernel)
+  string(REGEX MATCHALL "\n${kind} [^\n]+" cann_${kind} "${cann_answer}")
+endforeach()
+list(TRANSFORM cann_include REPLACE "\ninclude " "")
+list(TRANSFORM cann_library REPLACE "\nlibrary " "")
+string(REPLACE "\n" "" kernels "${cann_kernel}")
 string(REPLACE ";" "|" kernels "${kernels}")
 message(STATUS "CANN ${cann_major}: ${cann_dir}")
 
 # A project of its own: CANN's functions write into the whole of a build, and need make for it.
 include(ExternalProject)
 set(package_dir "${CMAKE_BINARY_DIR}/operator_package")
+set(in_cann bash "${CMAKE_CURRENT_LIST_DIR}/in_cann.sh" "${cann_dir}" "${CMAKE_COMMAND}")
 ExternalProject_Add(deep_ep_operators
   SOURCE_DIR "${CMAKE_SOURCE_DIR}/ops"
   BINARY_DIR "${CMAKE_BINARY_DIR}/operators"
-  CMAKE_GENERATOR "Unix Makefiles"
   LIST_SEPARATOR |
-  CMAKE_ARGS
+  CONFIGURE_COMMAND ${in_cann} -S <SOURCE_DIR> -B <BINARY_DIR> -G "Unix Makefiles"
     -DDEEP_EP_KERNELS=${kernels}
     -DDEEP_EP_CANN_MAJOR=${cann_major}
     -DASC_DIR=${asc_dir}
     -DASCEND_CANN_PACKAGE_PATH=${cann_dir}
     -DASCEND_COMPUTE_UNIT=${DEEP_EP_SOC}
     -DCMAKE_BUILD_TYPE=Release
-  BUILD_COMMAND "${CMAKE_COMMAND}" --build <BINARY_DIR> --target all binary
+  BUILD_COMMAND ${in_cann} --build <BINARY_DIR> --target all binary
   INSTALL_COMMAND "${CMAKE_COMMAND}" --install <BINARY_DIR> --prefix "${package_dir}"
   BUILD_ALWAYS ON
 )
@@ -57,7 +76,7 @@ add_library(deep_ep_kernels MODULE
   torch_library/npu/aclnn/windows_${windows}.cpp
 )
 target_include_directories(deep_ep_kernels PRIVATE src torch_library)
-target_include_directories(deep_ep_kernels SYSTEM PRIVATE "${cann_dir}/include")
+target_include_directories(deep_ep_kernels SYSTEM PRIVATE ${cann_include})
 target_compile_definitions(deep_ep_kernels PRIVATE DEEP_EP_SOC="${DEEP_EP_SOC}")
 target_compile_options(deep_ep_kernels PRIVATE
   -fvisibility=hidden
@@ -66,13 +85,7 @@ target_compile_options(deep_ep_kernels PRIVATE
   -Wextra
   -ffile-prefix-map=${CMAKE_SOURCE_DIR}/=
 )
-# CANN 9 has HCCL in two libraries; c_sec is for functions in HCCL's headers.
-foreach(library IN ITEMS ascendcl nnopbase hccl hccl_fwk c_sec)
-  if(EXISTS "${cann_dir}/lib64/lib${library}.so")
-    target_link_libraries(deep_ep_kernels PRIVATE "${cann_dir}/lib64/lib${library}.so")
-  endif()
-endforeach()
-target_link_libraries(deep_ep_kernels PRIVATE ${CMAKE_DL_LIBS})
+target_link_libraries(deep_ep_kernels PRIVATE ${cann_library} ${CMAKE_DL_LIBS})
 target_link_options(deep_ep_kernels PRIVATE -Wl,--no-undefined)
 
 install(TARGETS deep_ep_kernels LIBRARY DESTINATION deep_ep COMPONENT npu)

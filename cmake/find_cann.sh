@@ -4,6 +4,8 @@
 #   dir FOLDER            of the toolkit
 #   version MAJOR.MINOR…  of the toolkit
 #   asc FOLDER            of its CMake package ASC
+#   include FOLDER        of its headers; there may be two
+#   library FILE          to link with
 #   kernel TYPE FILE      for every operator definition, its kernel under ops/, but for operators without op_kernel/,
 #                         which are for graphs that no NPU can run yet
 # Otherwise it says on standard error everything that is missing and where it looked, and exits with 1.
@@ -17,23 +19,36 @@ fail() {
   exit 1
 }
 
+joined() { # SEPARATOR ITEM…
+  local text="$2" item
+  for item in "${@:3}"; do text+="$1$item"; done
+  echo "$text"
+}
+
+[[ "$root" != *[[:space:]]* ]] || fail "CANN's CMake functions cannot build in a folder with a space in its path: $root."
+
 # A folder that is named is the one that is meant.
 if [[ -n "${ASCEND_HOME_PATH:-}" ]]; then
   places=("$ASCEND_HOME_PATH")
   named=" (ASCEND_HOME_PATH)"
 else
-  places=(/usr/local/Ascend/ascend-toolkit/latest /usr/local/Ascend/latest /usr/local/Ascend/cann)
+  places=()
+  for folder in /usr/local/Ascend ${HOME:+"$HOME/Ascend"}; do
+    places+=("$folder/cann" "$folder/ascend-toolkit/latest" "$folder/latest")
+  done
   named=", and ASCEND_HOME_PATH is not set"
 fi
 dir=""
 for place in "${places[@]}"; do
-  if [[ -e "$place/include/acl/acl.h" ]]; then
+  if [[ -e "$place/include/acl/acl.h" || -e "$place/$machine-linux/include/acl/acl.h" ]]; then
     dir="$place"
     break
   fi
 done
 advice="Install CANN 8.5 or 9 and source its set_env.sh, or build for the CPU"
-[[ -n "$dir" ]] || fail "CANN's toolkit is missing: looked for include/acl/acl.h in ${places[*]}$named. $advice."
+[[ -n "$dir" ]] || fail \
+  "CANN's toolkit is missing: looked for include/acl/acl.h and $machine-linux/include/acl/acl.h in \
+$(joined ", " "${places[@]}")$named. $advice."
 
 case "$machine" in
   aarch64 | x86_64) ;;
@@ -49,43 +64,51 @@ case "$version.$soc" in
   *) fail "CANN at $dir is version ${version:-unknown ($info has none)}, supported are 8.5 and 9." ;;
 esac
 
+# In some installations lib64/ and include/ are links into the folder of the machine, in others they lack what is there.
 missing=()
-first_of() { # what it is, and where it may be: prints the first that exists
-  local what="$1" path
-  shift
-  for path in "$@"; do
-    if [[ -e "$dir/$path" ]]; then
-      echo "$dir/$path"
-      return
+find_part() { # what it is, and where it may be: sets `found` to the first that exists
+  local path
+  for path in "${@:2}"; do
+    found="$dir/$path"
+    if [[ -e "$found" ]]; then return; fi
+  done
+  missing+=("$1: $(joined " or " "${@:2}")")
+}
+find_part "the kernel compiler" tools/bisheng_compiler/bin/bisheng tools/ccec_compiler/bin/bisheng \
+  compiler/ccec_compiler/bin/bisheng "$machine-linux/ccec_compiler/bin/bisheng" bin/bisheng
+find_part "the generator of operators" tools/opbuild/op_build
+headers=("aclnn:aclnn/acl_meta.h" "HCCL:hccl/hccl.h")
+if [[ "$soc" == ascend950 ]]; then
+  headers+=("HCCL's channels:hccl/hccl_res.h" "HCCL's links:hccl/hccl_rank_graph.h")
+fi
+for header in "${headers[@]}"; do
+  find_part "the header of ${header%:*}" {"","$machine-linux/"}"include/${header#*:}"
+done
+libraries=()
+for library in ascendcl nnopbase hccl; do
+  find_part "lib$library" {"","$machine-linux/"}"lib64/lib$library.so"
+  libraries+=("library $found")
+done
+# CANN 9 has HCCL in two libraries; c_sec is for functions in HCCL's headers.
+for library in hccl_fwk c_sec; do
+  for found in "$dir/"{"","$machine-linux/"}"lib64/lib$library.so"; do
+    if [[ -e "$found" ]]; then
+      libraries+=("library $found")
+      break
     fi
   done
-  local text="$1"
-  shift
-  for path in "$@"; do text+=" or $path"; done
-  echo "missing $what: $text"
-}
-need() {
-  local found
-  found="$(first_of "$@")"
-  [[ "$found" != missing\ * ]] || missing+=("${found#missing }")
-}
-need "the kernel compiler" tools/bisheng_compiler/bin/bisheng tools/ccec_compiler/bin/bisheng \
-  compiler/ccec_compiler/bin/bisheng "$machine-linux/ccec_compiler/bin/bisheng" bin/bisheng
-need "the generator of operators" tools/opbuild/op_build
-need "the header of aclnn" include/aclnn/acl_meta.h
-need "the header of HCCL" include/hccl/hccl.h
-for library in ascendcl nnopbase hccl; do need "lib$library" "lib64/lib$library.so"; done
-if [[ "$soc" == ascend950 ]]; then
-  need "the headers of HCCL's channels" include/hccl/hccl_res.h
-  need "the headers of HCCL's links" include/hccl/hccl_rank_graph.h
-fi
-asc="$(first_of "the CMake package ASC" compiler/tikcpp/ascendc_kernel_cmake/ASCConfig.cmake \
-  lib64/cmake/ASCConfig.cmake "$machine-linux/lib64/cmake/ASCConfig.cmake" \
-  "$machine-linux/tikcpp/ascendc_kernel_cmake/ASCConfig.cmake")"
-[[ "$asc" != missing\ * ]] || missing+=("${asc#missing }")
+done
+includes=()
+for found in "$dir/"{"","$machine-linux/"}include; do
+  [[ ! -d "$found" ]] || includes+=("include $found")
+done
+# Under its name from CANN 9 on, and under that of 8.5.
+find_part "the CMake package ASC" \
+  {"lib64/cmake","$machine-linux/lib64/cmake","compiler/tikcpp/ascendc_kernel_cmake","$machine-linux/tikcpp/ascendc_kernel_cmake"}/{asc-config,ASCConfig}.cmake
+asc="$found"
 if ((${#missing[@]})); then
-  printf -v text '%s; ' "${missing[@]}"
-  fail "CANN $version at $dir is incomplete: ${text%; }. Install its packages toolkit and ops for this SoC."
+  fail "CANN $version at $dir is incomplete: $(joined "; " "${missing[@]}"). Install its packages toolkit and ops for \
+this SoC."
 fi
 
 # The kernel of type DeepEpDispatchExact, which ops/dispatch defines, is ops/dispatch/op_kernel/dispatch_exact.cpp.
@@ -103,4 +126,4 @@ done < <(grep -oH 'OP_ADD([A-Za-z0-9]*' "$root"/ops/*/op_host/*.cpp)
   "CANN $version is at $dir, but this version of deep_ep has no AscendC kernels yet: ${missing[*]} do not exist. Build \
 for the CPU."
 
-printf '%s\n' "dir $dir" "version $version" "asc ${asc%/*}" "${kernels[@]}"
+printf '%s\n' "dir $dir" "version $version" "asc ${asc%/*}" "${includes[@]}" "${libraries[@]}" "${kernels[@]}"

@@ -39,6 +39,7 @@ struct Work {
   int64_t copied;         // 1: rows are copied as they are
   int64_t arithmetic;     // 1: rows are weighted, summed up or multiplied in fp32
   int64_t answers;        // 1: each record is answered with up to K words
+  int64_t zero_unused;    // 1: rows that hold nothing become 0
 };
 
 // Items 0..n-1 in consecutive parts, one per block, that differ by at most one item; the longer ones come first.

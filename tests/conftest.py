@@ -2,9 +2,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from patience import Watch
 from ranks import RankPool
 
 # Examples per property. The first two always draw the same examples; "long" draws new ones, and prints how to
@@ -18,8 +20,21 @@ settings.register_profile(
 )
 
 
+# They import for seconds, and all of their tests are slow.
+SLOW_MODULES = ("test_huggingface.py", "test_megatron.py", "test_training.py")
+
+
+def is_quick(config: pytest.Config) -> bool:
+    return "not slow" in config.getoption("markexpr")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return (is_quick(config) and collection_path.name in SLOW_MODULES) or None
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    tier = "quick" if "not slow" in config.getoption("markexpr") else "default"
+    config.pluginmanager.register(Watch())
+    tier = "quick" if is_quick(config) else "default"
     settings.load_profile(os.environ.get("DEEP_EP_HYPOTHESIS_PROFILE", tier))
     # The on-disk caches of torch.compile do not see that an op's fake or backward changed.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="deep_ep-inductor-")

@@ -1,7 +1,6 @@
 """Ops by which a program says where it has come to, and waits for another rank to come somewhere: a proof, without a
 clock, of what runs while something else does."""
 
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from ranks import RankContext
 from torch import Tensor
 
 STORE: list[Any] = []
-PATIENCE = timedelta(minutes=3)  # the other rank may still compile
 _runs: dict[int, int] = {}
 
 
@@ -26,7 +24,7 @@ def meet(x: Tensor, arrives: bool, key: str) -> Tensor:
     if arrives:
         STORE[0].set(key, "here")
     else:
-        STORE[0].wait([key], PATIENCE)
+        STORE[0].wait([key])
     return x.clone()
 
 

@@ -153,7 +153,7 @@ def test_dtypes_and_strides(pool: RankPool, strategy: str, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_dtypes_and_strides_in_one_graph(pool: RankPool, name: str) -> None:
-    pool.run(R, check_dtypes, "default", name, "aot_eager", timeout=200)
+    pool.run(R, check_dtypes, "default", name, "aot_eager")
 
 
 # What is not an id, or not a weight
@@ -241,7 +241,7 @@ def test_dimensions_come_back(pool: RankPool, strategy: str, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TAKE_DIMENSIONS)
 def test_dimensions_come_back_in_one_graph(pool: RankPool, name: str) -> None:
-    pool.run(R, check_dimensions, "default", name, "aot_eager", timeout=200)
+    pool.run(R, check_dimensions, "default", name, "aot_eager")
 
 
 def refusals(ctx: RankContext) -> list[tuple[str, str]]:

@@ -1,21 +1,27 @@
-"""The build for NPUs without CANN: what it says is missing, what it asks of CANN's CMake functions, and what
-libdeep_ep_kernels.so makes of a call, over a fake CANN (tests/fake_cann) whose aclnn functions have the signatures that
-CANN's generator gives the operator definitions."""
+"""The build for NPUs without CANN: what it says is missing, what it asks of CANN's CMake functions, what is in a wheel,
+and what libdeep_ep_kernels.so makes of a call, over a fake CANN (tests/fake_cann) whose aclnn functions have the
+signatures that CANN's generator gives the operator definitions. Operator packages are compared with CANN's own.
+"""
 
 import ctypes
+import hashlib
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import operator_packages
 import pytest
 from npu import op_definitions
 from npu.op_definitions import ROOT
+from operator_packages import VECTORS_TOGETHER, Package, references
 
 from deep_ep.twin import native
 from deep_ep.twin.interface import TEXT, DeepEpCall, DeepEpKernels, DeepEpTensor, P, kernels_in
@@ -26,26 +32,30 @@ LIBRARIES = ("ascendcl", "nnopbase", "hccl")
 RANK, SIZE, WINDOW_BYTES = 1, 4, 200 << 20
 """As tests/fake_cann/cann.cpp has them."""
 
-needs_headers = pytest.mark.skipif(
-    native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers npu/aclnn is compiled with"
+needs_both = pytest.mark.skipif(
+    native.torch_npu_dir() is None or not (ROOT / ".venv" / ".stamps" / "setup").exists(),
+    reason="no torch-npu wheel, whose headers npu/aclnn is compiled with, or no .venv that make has set up",
 )
 
 
 def run(*command: str | Path, cwd: Path, cann: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-    """The command in `cwd`, with ASCEND_HOME_PATH as `cann`; the text of its two outputs has no line breaks."""
+    """The command in `cwd`. With `cann`, in the environment that set_env.sh of this toolkit makes. The text of the two
+    outputs has no line breaks.
+    """
     settings = {name: value for name, value in os.environ.items() if not name.startswith("ASCEND_")} | environment
     if cann is not None:
         settings["ASCEND_HOME_PATH"] = str(cann)
+        settings["PATH"] = os.pathsep.join((str(cann / "bin"), settings["PATH"]))
     result = subprocess.run([*map(str, command)], cwd=cwd, env=settings, capture_output=True, text=True)
     result.stdout, result.stderr = (" ".join(text.split()) for text in (result.stdout, result.stderr))
     return result
 
 
 def copy_of_repository(to: Path, *, kernels: bool = False) -> Path:
-    """What a build reads; without `kernels`, as if none had been written."""
+    """What a build reads, of the same age; without `kernels`, as if none had been written."""
     to.mkdir()
-    for name in ("CMakeLists.txt", "Makefile", "build.sh", "pyproject.toml"):
-        shutil.copy(ROOT / name, to)
+    for name in ("CMakeLists.txt", "LICENSE", "Makefile", "README.md", "build.sh", "pyproject.toml"):
+        shutil.copy2(ROOT / name, to)
     for name in ("cmake", "ops", "src", "torch_library"):
         shutil.copytree(ROOT / name, to / name)
     if not kernels:
@@ -59,26 +69,44 @@ def operators() -> set[str]:
     return {op_type for op_type in op_definitions.definitions() if not op_type.startswith("DeepEpFused")}
 
 
-def fake_cann(at: Path, version: str, without: Sequence[str] = ()) -> Path:
-    """A toolkit of empty files."""
+CONFIGS = {"8.5.0": "ASCConfig.cmake", "9.1.0": "asc-config.cmake"}
+"""The CMake package ASC of a version, in lib64/cmake/."""
+
+
+def fake_cann(at: Path, version: str, without: Sequence[str] = (), *, links: bool = True) -> Path:
+    """A toolkit of empty files, laid out like one of this version: most of it is in a folder of the machine, to which
+    there are links. There are installations without those of headers and libraries.
+    """
+    config = CONFIGS.get(version, CONFIGS["9.1.0"])
     files = [
         "include/acl/acl.h",
         "include/aclnn/acl_meta.h",
         *(f"include/hccl/{name}.h" for name in ("hccl", "hccl_res", "hccl_rank_graph")),
         *(f"lib64/lib{name}.so" for name in LIBRARIES),
-        "tools/opbuild/op_build",
-        "compiler/ccec_compiler/bin/bisheng",
-        "compiler/tikcpp/ascendc_kernel_cmake/ASCConfig.cmake",
-        f"{MACHINE}-linux/ascend_toolkit_install.info",
+        f"lib64/cmake/{config}",
+        "tikcpp/ascendc_kernel_cmake/functions.cmake",
+        "ccec_compiler/bin/bisheng",
+        "ascend_toolkit_install.info",
     ]
-    assert set(without) <= set(files)
-    for name in files:
-        if name not in without:
-            (at / name).parent.mkdir(parents=True, exist_ok=True)
-            (at / name).touch()
-    info = at / files[-1]
-    if info.exists():
-        info.write_text(f"package_name=Ascend-cann-toolkit\nversion={version}\narch={MACHINE}\n")
+    home = at / f"{MACHINE}-linux"
+    (at / "compiler").mkdir(parents=True)
+    for link in (*(("include", "lib64") if links else ()), "compiler/tikcpp", "compiler/ccec_compiler"):
+        folder = home / Path(link).name
+        folder.mkdir(parents=True)
+        (at / link).symlink_to(folder)
+    others = ["compiler/version.info", "tools/opbuild/op_build"]
+    assert set(without) <= {*files, *others}
+    for folder, names in ((home, files), (at, others)):
+        for name in names:
+            if name not in without:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).touch()
+    for name, text in (
+        ("compiler/version.info", f"Version={version}\n"),
+        (f"{MACHINE}-linux/ascend_toolkit_install.info", f"package_name=Ascend-cann-toolkit\nversion={version}\n"),
+    ):
+        if (at / name).exists():
+            (at / name).write_text(text)
     return at
 
 
@@ -98,8 +126,9 @@ def test_build_script_stops_before_it_makes_anything(tmp_path: Path, arguments: 
     tree = copy_of_repository(tmp_path / "tree")
     before = sorted(tree.rglob("*"))
     nowhere, part = tmp_path / "nowhere", "tools/opbuild/op_build"
+    looked = f"looked for include/acl/acl.h and {MACHINE}-linux/include/acl/acl.h in {nowhere} (ASCEND_HOME_PATH)"
     for cann, said in (
-        (nowhere, f"CANN's toolkit is missing: looked for include/acl/acl.h in {nowhere} (ASCEND_HOME_PATH)"),
+        (nowhere, f"CANN's toolkit is missing: {looked}"),
         (fake_cann(tmp_path / "cann", "9.1.0", without=[part]), f"is incomplete: the generator of operators: {part}."),
     ):
         result = run("bash", tree / "build.sh", "-a", *arguments, cwd=tmp_path, cann=cann)
@@ -111,12 +140,24 @@ def test_build_script_stops_before_it_makes_anything(tmp_path: Path, arguments: 
 
 @pytest.mark.skipif(Path("/usr/local/Ascend").exists(), reason="this machine may have CANN")
 def test_usual_places_are_named(tmp_path: Path) -> None:
-    result = run("bash", ROOT / "build.sh", "-a", "deepep", cwd=tmp_path)
+    result = run("bash", ROOT / "build.sh", "-a", "deepep", cwd=tmp_path, HOME="/home/of me")
     assert result.returncode == 1
     assert (
-        "in /usr/local/Ascend/ascend-toolkit/latest /usr/local/Ascend/latest /usr/local/Ascend/cann, and "
+        "in /usr/local/Ascend/cann, /usr/local/Ascend/ascend-toolkit/latest, /usr/local/Ascend/latest, "
+        "/home/of me/Ascend/cann, /home/of me/Ascend/ascend-toolkit/latest, /home/of me/Ascend/latest, and "
         "ASCEND_HOME_PATH is not set. Install CANN 8.5 or 9"
     ) in result.stderr
+
+
+def test_a_path_with_a_space(tmp_path: Path) -> None:
+    """CANN's own functions cannot build there."""
+    tree = copy_of_repository(tmp_path / "the tree", kernels=True)
+    cann = fake_cann(tmp_path / "cann", "9.1.0")
+    said = "CANN's CMake functions cannot build in a folder with a space in its path"
+    by_script = run("bash", tree / "build.sh", "-a", "deepep", cwd=tmp_path, cann=cann)
+    assert by_script.returncode == 1 and by_script.stderr == f"{said}: {tree}."
+    by_cmake = configure(ROOT, tmp_path / "the build", cann, "ascend910_93")
+    assert by_cmake.returncode != 0 and f"{said}: {tmp_path / 'the build'}" in by_cmake.stderr
 
 
 @pytest.mark.parametrize("arguments", [("-a", "deepep3"), ("-a", "deepep2", "Ascend950"), ("deepep",)])
@@ -145,21 +186,28 @@ class Refusal(NamedTuple):
             "CANN 9.0.0 at {cann} is incomplete: the kernel compiler: tools/bisheng_compiler/bin/bisheng or "
             "tools/ccec_compiler/bin/bisheng or compiler/ccec_compiler/bin/bisheng or "
             f"{MACHINE}-linux/ccec_compiler/bin/bisheng or bin/bisheng; the header of aclnn: "
-            "include/aclnn/acl_meta.h; libhccl: lib64/libhccl.so; the headers of HCCL's channels: "
-            "include/hccl/hccl_res.h; the CMake package ASC: compiler/tikcpp/ascendc_kernel_cmake/ASCConfig.cmake",
+            f"include/aclnn/acl_meta.h or {MACHINE}-linux/include/aclnn/acl_meta.h; the header of HCCL's channels: "
+            f"include/hccl/hccl_res.h or {MACHINE}-linux/include/hccl/hccl_res.h; libhccl: lib64/libhccl.so or "
+            f"{MACHINE}-linux/lib64/libhccl.so; the CMake package ASC: lib64/cmake/asc-config.cmake or "
+            f"lib64/cmake/ASCConfig.cmake or {MACHINE}-linux/lib64/cmake/asc-config.cmake or "
+            f"{MACHINE}-linux/lib64/cmake/ASCConfig.cmake or "
+            "compiler/tikcpp/ascendc_kernel_cmake/asc-config.cmake or "
+            "compiler/tikcpp/ascendc_kernel_cmake/ASCConfig.cmake or "
+            f"{MACHINE}-linux/tikcpp/ascendc_kernel_cmake/asc-config.cmake or "
+            f"{MACHINE}-linux/tikcpp/ascendc_kernel_cmake/ASCConfig.cmake. Install",
             soc="ascend950",
             without=(
-                "compiler/ccec_compiler/bin/bisheng",
+                "ccec_compiler/bin/bisheng",
                 "include/aclnn/acl_meta.h",
                 "lib64/libhccl.so",
                 "include/hccl/hccl_res.h",
-                "compiler/tikcpp/ascendc_kernel_cmake/ASCConfig.cmake",
+                "lib64/cmake/asc-config.cmake",
             ),
         ),
         Refusal(
             "8.5.0",
             f"is not one for {MACHINE}: {{cann}}/{MACHINE}-linux/ascend_toolkit_install.info does not exist.",
-            without=(f"{MACHINE}-linux/ascend_toolkit_install.info",),
+            without=("ascend_toolkit_install.info",),
         ),
         Refusal(
             "8.5.1",
@@ -189,13 +237,6 @@ def configure(tree: Path, build: Path, cann: Path, soc: str, **environment: str)
 
 
 # What is built, over a fake CANN
-
-
-class Built(NamedTuple):
-    package: Path
-    """deep_ep/ of a wheel, as far as it is of NPUs."""
-    calls: str
-    """What CANN's CMake functions were called with, a line per call."""
 
 
 def parameters(op_type: str) -> list[tuple[str, str]]:
@@ -239,78 +280,285 @@ int aclnn{op_type}(void* workspace, uint64_t bytes, aclOpExecutor* executor, voi
     return "\n".join([*parts, "}"])
 
 
+def generate(at: Path, soc: str) -> Path:
+    """What CANN's generator and its compiler of kernels make of ops/ besides libraries, as far as anything is known of
+    it (operator_packages.py); binaries are empty.
+    """
+    infos, entries = {}, {}
+    for op_type in operators():
+        info = operator_packages.info_of(op_type, op_definitions.definitions()[op_type], soc)
+        file, infos[op_type], entries[op_type] = info["opFile"]["value"], info, []
+        (kernel,) = ROOT.glob(f"ops/*/op_kernel/{op_name(op_type)}.cpp")
+        task = operator_packages.task_of(
+            operator_packages.with_includes([kernel], [ROOT / "ops" / "common" / "op_kernel", ROOT / "src"])
+        )
+        assert task is not None
+        folder = at / "compiled" / op_type / file
+        folder.mkdir(parents=True)
+        for column in range(len(operator_packages.columns_of(info))):
+            name = f"{op_type}_{hashlib.md5(f'{op_type} {column}'.encode()).hexdigest()}"
+            described = operator_packages.description_of(name, info, column, task, ctypes.sizeof(op_definitions.Tiling))
+            (folder / f"{name}.json").write_text(json.dumps(described))
+            (folder / f"{name}.o").touch()
+            entries[op_type].append({"binPath": f"{soc}/{file}/{name}.o", "jsonPath": f"{soc}/{file}/{name}.json"})
+    texts = {
+        "aclnn_deep_ep.cpp": opapi_source(),
+        "op_proto.cc": "",
+        "op_proto.h": "",
+        f"config/{soc}/aic-{soc}-ops-info.json": json.dumps(infos),
+        f"kernel/config/{soc}/binary_info_config.json": json.dumps(
+            {op_type: {"binaryList": binaries} for op_type, binaries in entries.items()}
+        ),
+        "npu_supported_ops.json": json.dumps({op_type: {"isGray": False, "isHeavy": False} for op_type in infos}),
+    }
+    for op_type, binaries in entries.items():
+        file = operator_packages.snake_case(op_type)
+        texts[f"kernel/config/{soc}/{file}.json"] = json.dumps({"binList": binaries})
+        texts[f"dynamic/{file}.py"] = texts[f"aclnn_{file}.h"] = ""
+    for name, text in texts.items():
+        (at / name).parent.mkdir(parents=True, exist_ok=True)
+        (at / name).write_text(text)
+    return at
+
+
+class Build(NamedTuple):
+    """One way to have CANN, and one SoC."""
+
+    version: str
+    soc: str
+    place: str
+    """Of the toolkit; one in Ascend/cann is found in the home folder, all others by ASCEND_HOME_PATH."""
+    links: bool = True
+    mesh: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.version}-{self.soc}"
+
+    @property
+    def arguments(self) -> list[str]:
+        known = {"ascend910_93": "deepep", "ascend910b": "deepep2", "ascend950": "deepep Ascend950"}
+        return known[self.soc].split()
+
+    @property
+    def label(self) -> str:
+        return {"ascend910_93": "a3", "ascend910b": "a2", "ascend950": "a5"}[self.soc]
+
+
+BUILDS = (
+    Build("8.5.0", "ascend910b", "cann", mesh=True),
+    Build("8.5.0", "ascend910_93", "CANN 8.5"),
+    Build("9.1.0", "ascend910b", "cann", links=False),
+    Build("9.1.0", "ascend910_93", "Ascend/cann"),
+    Build("9.1.0", "ascend950", "CANN 9"),
+)
+NAMED, SPACED_85, UNLINKED, AT_HOME, SPACED_9 = BUILDS
+every_build = pytest.mark.parametrize("build", BUILDS, ids=str)
+
+
+class Wheel(NamedTuple):
+    name: str
+    package: Path
+    """deep_ep/ in it."""
+    calls: str
+    """What CANN's CMake functions were called with, a line per call."""
+
+    @property
+    def operators(self) -> Package:
+        return Package(self.package / "opp" / "vendors" / "deep_ep")
+
+
 @pytest.fixture(scope="module")
-def toolkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toolkit against which npu/aclnn compiles and links."""
-    at = fake_cann(tmp_path_factory.mktemp("cann"), "9.1.0")
+def cann_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fake toolkit's only library, loaded as if by LD_LIBRARY_PATH."""
+    library = tmp_path_factory.mktemp("library") / f"lib{LIBRARIES[0]}.so"
+    headers = library.parent / "include"
+    headers.mkdir()
+    headers_of_cann(headers)
+    options = ("-std=c++20", "-shared", "-fPIC", "-I", headers, f"-Wl,-soname,{library.name}")
+    made = run("g++", *options, FAKE / "cann.cpp", "-o", library, cwd=library.parent)
+    assert made.returncode == 0, made.stderr
+    ctypes.CDLL(str(library))
+    return library
+
+
+def headers_of_cann(at: Path) -> None:
+    """Those that npu/aclnn includes: of ACL and HCCL as a torch-npu wheel has them, and what it lacks."""
     torch_npu = native.torch_npu_dir()
     assert torch_npu is not None
-    shutil.rmtree(at / "include")
-    shutil.copytree(torch_npu / "include" / "acl", at / "include" / "acl")
-    shutil.copytree(torch_npu / "include" / "third_party" / "hccl", at / "include" / "third_party" / "hccl")
-    shutil.copytree(at / "include" / "third_party" / "hccl" / "inc" / "hccl", at / "include" / "hccl")
-    shutil.copytree(ROOT / "torch_library" / "npu" / "aclnn" / "host_shim", at / "include", dirs_exist_ok=True)
-    shutil.copy(FAKE / "ASCConfig.cmake", at / "compiler" / "tikcpp" / "ascendc_kernel_cmake")
-    library = at / "lib64" / f"lib{LIBRARIES[0]}.so"
-    options = ("-std=c++20", "-shared", "-fPIC", "-I", at / "include", f"-Wl,-soname,{library.name}")
-    made = run("g++", *options, FAKE / "cann.cpp", "-o", library, cwd=at)
-    assert made.returncode == 0, made.stderr
-    for name in LIBRARIES[1:]:
-        (at / "lib64" / f"lib{name}.so").unlink()
-        (at / "lib64" / f"lib{name}.so").symlink_to(library.name)
-    return at
+    for name in ("acl", "third_party"):
+        (at / name).symlink_to(torch_npu / "include" / name)
+    shutil.copytree(torch_npu / "include" / "third_party" / "hccl" / "inc" / "hccl", at / "hccl")
+    shutil.copytree(ROOT / "torch_library" / "npu" / "aclnn" / "host_shim", at, dirs_exist_ok=True)
+
+
+def toolkit(at: Path, build: Build, library: Path) -> Path:
+    """A toolkit against which npu/aclnn compiles and links."""
+    cann = fake_cann(at / build.place, build.version, links=build.links)
+    home = cann / f"{MACHINE}-linux"
+    shutil.rmtree(home / "include")
+    (home / "include").mkdir()
+    headers_of_cann(home / "include")
+    shutil.copy(FAKE / CONFIGS[build.version], home / "lib64" / "cmake")
+    shutil.copy(FAKE / "functions.cmake", home / "tikcpp" / "ascendc_kernel_cmake")
+    shutil.copy(FAKE / "version_info.sh", cann / "tools")
+    shutil.copy(FAKE / "set_env.sh", cann)
+    (cann / "bin").mkdir()
+    shutil.copy(FAKE / "asc_opc", cann / "bin")
+    for name in LIBRARIES:
+        (home / "lib64" / f"lib{name}.so").unlink()
+        (home / "lib64" / f"lib{name}.so").symlink_to(library)
+    return cann
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_of_repository(tmp_path_factory.mktemp("repository") / "tree", kernels=True)
-
-
-def build(tree: Path, at: Path, toolkit: Path, version: str, soc: str, targets: Sequence[str]) -> Path:
-    info = toolkit / f"{MACHINE}-linux" / "ascend_toolkit_install.info"
-    info.write_text(f"version={version}\n")
-    opapi = at / "opapi.cpp"
-    opapi.write_text(opapi_source())
-    environment = {"OPAPI": str(opapi), "CPLUS_INCLUDE_PATH": os.pathsep.join((str(FAKE), str(toolkit / "include")))}
-    made = configure(tree, at / "build", toolkit, soc, **environment)
-    assert made.returncode == 0, made.stderr
-    cmake = native.tool("cmake")
-    made = run(cmake, "--build", at / "build", "--target", *targets, cwd=tree, cann=toolkit, **environment)
-    assert made.returncode == 0, made.stdout + made.stderr
-    return at / "build"
+    """The repository, with the environment that make has set up. What is for CPUs is empty, to save time."""
+    tree = copy_of_repository(tmp_path_factory.mktemp("repository") / "tree", kernels=True)
+    shutil.copytree(ROOT / "python", tree / "python", ignore=shutil.ignore_patterns("__pycache__"))
+    for source in (*tree.glob("src/*.cpp"), *tree.glob("torch_library/**/*.cpp")):
+        if source.name != "tiling.cpp" and "aclnn" not in source.parts:
+            source.write_text("")
+    (tree / ".venv").symlink_to(ROOT / ".venv")
+    return tree
 
 
 @pytest.fixture(scope="module")
-def built(tree: Path, toolkit: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    at = tmp_path_factory.mktemp("built")
-    folder = build(tree, at, toolkit, "9.1.0", "ascend910_93", ["deep_ep_operators", "deep_ep_kernels"])
-    cmake = native.tool("cmake")
-    made = run(cmake, "--install", folder, "--component", "npu", "--prefix", at / "wheel", cwd=tree)
-    assert made.returncode == 0, made.stderr
-    return Built(at / "wheel" / "deep_ep", (folder / "operators" / "calls.txt").read_text())
+def wheel(tree: Path, cann_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Build], Wheel]:
+    """What build.sh makes, each once."""
+    made: dict[Build, Wheel] = {}
+
+    def wheel(build: Build) -> Wheel:
+        if build not in made:
+            at = tmp_path_factory.mktemp("built")
+            cann = toolkit(at, build, cann_library)
+            environment = {
+                "FAKE_CANN_GENERATED": str(generate(at / "generated", build.soc)),
+                "CPLUS_INCLUDE_PATH": os.pathsep.join((str(FAKE), str(cann / f"{MACHINE}-linux" / "include"))),
+            }
+            if build is AT_HOME:
+                environment["HOME"] = str(at)
+            named = None if build is AT_HOME else cann
+            result = run("bash", tree / "build.sh", "-a", *build.arguments, cwd=at, cann=named, **environment)
+            assert result.returncode == 0, result.stdout + result.stderr
+            (file,) = (tree / "output").glob("*.whl")
+            with zipfile.ZipFile(file) as archive:
+                archive.extractall(at / "wheel")
+            calls = tree / "build" / build.soc / "wheel" / "operators" / "calls.txt"
+            made[build] = Wheel(file.name, at / "wheel" / "deep_ep", calls.read_text())
+        return made[build]
+
+    return wheel
 
 
-@needs_headers
-@pytest.mark.slow
-def test_what_goes_into_the_wheel(built: Built) -> None:
-    files = {str(path.relative_to(built.package)) for path in built.package.rglob("*") if path.is_file()}
-    assert files == {"libdeep_ep_kernels.so", "opp/vendors/deep_ep/op_api/lib/libcust_opapi.so"}
+def over_fake_cann(test: Callable[..., None]) -> Callable[..., None]:
+    return needs_both(pytest.mark.slow(pytest.mark.timeout(900)(test)))
 
 
-@needs_headers
-@pytest.mark.slow
-def test_operator_package(tree: Path, built: Built) -> None:
-    calls = {name: [] for name in re.findall(r"^\w+", built.calls, re.MULTILINE)}
-    for line in built.calls.splitlines():
+@over_fake_cann
+@every_build
+def test_wheel(wheel: Callable[[Build], Wheel], build: Build) -> None:
+    """build.sh ends with one, wherever CANN is and however it is laid out."""
+    made = wheel(build)
+    assert made.name == f"deep_ep-0.1.0+{build.label}-py3-none-linux_{MACHINE}.whl"
+    assert {path.name for path in made.package.glob("*.so")} == {"libdeep_ep.so", "libdeep_ep_kernels.so"}
+    assert kernels_in(ctypes.CDLL(str(made.package / "libdeep_ep_kernels.so"))).name == f"AscendC {build.soc}".encode()
+    assert (made.operators.path / "version.info").read_text() == f"custom_opp_compiler_version={build.version}\n"
+    assert made.operators.soc == build.soc
+    assert (made.operators.tbe / "op_tiling" / "liboptiling.so").read_bytes()[:4] == b"\x7fELF"
+
+
+@over_fake_cann
+@every_build
+def test_the_package_is_laid_out_as_by_cann(wheel: Callable[[Build], Wheel], build: Build) -> None:
+    """Every file of packages that CANN has made has its place in ours, but for parsers of TensorFlow's graphs."""
+    trees = [package.tree() for package in references() if package.vendor != "custom_transformer"]
+    (expected,) = set(map(frozenset, trees))
+    assert wheel(build).operators.tree() == expected - {"framework/tensorflow/libcust_tf_parsers.so"}
+
+
+@over_fake_cann
+def test_the_package_has_what_all_packages_have(wheel: Callable[[Build], Wheel]) -> None:
+    assert wheel(SPACED_9).operators.tree() >= frozenset.intersection(*(frozenset(one.tree()) for one in references()))
+
+
+@over_fake_cann
+def test_sources_in_the_package_are_whole(wheel: Callable[[Build], Wheel]) -> None:
+    """What they include is in the package, or one of CANN's headers, which those of others do not bring either."""
+    needed = wheel(SPACED_9).operators.unresolved_includes()
+    assert needed == {"kernel_operator.h"}
+    assert sum(needed <= package.unresolved_includes() for package in references()) > 40
+
+
+@over_fake_cann
+def test_what_cann_is_told_of_operators(wheel: Callable[[Build], Wheel]) -> None:
+    """All that our definitions set has a name that CANN knows."""
+
+    def names(info: dict[str, dict[str, str]]) -> set[tuple[str, str]]:
+        return {(re.sub(r"\d+$|^attr_.*", "", name), key) for name, setting in info.items() for key in setting}
+
+    ours = [operator.info for operator in wheel(SPACED_9).operators.operators]
+    theirs = [operator.info for package in references() for operator in package.operators]
+    assert set().union(*map(names, ours)) <= set().union(*map(names, theirs))
+    for info in ours:
+        columns = operator_packages.columns_of(info)
+        assert len(set(columns)) == len(columns)
+
+
+@over_fake_cann
+@every_build
+def test_descriptions_of_kernels(wheel: Callable[[Build], Wheel], build: Build) -> None:
+    """The .json of each kernel has what CANN wrote for kernels like ours: on vector cores alone, which meet."""
+    theirs = [
+        kernel
+        for package in references()
+        for operator in package.operators
+        if operator_packages.task_of(operator.source) == VECTORS_TOGETHER
+        for kernel in operator.kernels
+        if "dynamicParamMode" not in kernel  # of parameters that are lists
+    ]
+    assert len(theirs) >= 10
+    own = {"binFileName", "kernelName", "opParaSize", "parameters", "kernelList", "supportInfo", "filePath"}
+    ours = [(operator, kernel) for operator in wheel(build).operators.operators for kernel in operator.kernels]
+    assert {operator.type for operator, _ in ours} == operators()
+    for operator, kernel in ours:
+        assert operator_packages.task_of(operator.source) == VECTORS_TOGETHER
+        for other in theirs:
+            assert kernel.keys() == other.keys() - {"sha256"}
+            assert {key: kernel[key] for key in kernel.keys() - own} == {key: other[key] for key in kernel.keys() - own}
+            assert kernel["supportInfo"].keys() <= other["supportInfo"].keys()
+            ours_of_list, theirs_of_list = kernel["kernelList"][0], other["kernelList"][0]
+            for key in ("kernelType", "crossCoreSync", "taskRation"):
+                assert ours_of_list[key] == theirs_of_list[key]
+        assert kernel["opParaSize"] == ctypes.sizeof(op_definitions.Tiling) + 8
+        names = op_definitions.definitions()[operator.type]
+        assert len(kernel["parameters"]) == len(names["inputs"]) + len(names["outputs"]) + 1
+
+
+@over_fake_cann
+def test_set_env(wheel: Callable[[Build], Wheel]) -> None:
+    """The package's own script tells CANN where it is, wherever that is."""
+    package = wheel(SPACED_9).operators.path
+    tell = f'source "{package}/bin/set_env.bash"; printf "%s|%s" "$ASCEND_CUSTOM_OPP_PATH" "$LD_LIBRARY_PATH"'
+    for known, expected in (("", str(package)), ("/other", f"{package}:/other")):
+        settings = {"ASCEND_CUSTOM_OPP_PATH": known, "LD_LIBRARY_PATH": "/libraries"}
+        told = subprocess.run(["bash", "-euc", tell], env=settings, capture_output=True, text=True)
+        assert told.stdout == f"{expected}|/libraries", told.stderr
+
+
+@over_fake_cann
+def test_operator_package(tree: Path, wheel: Callable[[Build], Wheel]) -> None:
+    calls = {name: [] for name in re.findall(r"^\w+", wheel(AT_HOME).calls, re.MULTILINE)}
+    for line in wheel(AT_HOME).calls.splitlines():
         name, *arguments = line.split(" ")
         calls[name].append(arguments)
+    source = tree / "build" / AT_HOME.soc / "source"
     ((package, *_),) = calls["npu_op_package"]
     assert package == "deep_ep"
     ((*generated,),) = calls["npu_op_code_gen"]
-    definitions = {str(path) for path in tree.glob("ops/*/op_host/*.cpp") if not path.name.startswith("fused")}
-    assert definitions == {source for source in generated if "/op_host/" in source and source.endswith(".cpp")}
+    definitions = {str(path) for path in source.glob("ops/*/op_host/*.cpp") if not path.name.startswith("fused")}
+    assert definitions == {name for name in generated if "/op_host/" in name and name.endswith(".cpp")}
     assert "-DDEEP_EP_CANN_MAJOR=9" in generated
-    assert any(source.endswith("src/tiling.cpp") for source in generated)
+    assert any(name.endswith("src/tiling.cpp") for name in generated)
     assert [arguments[:2] for arguments in calls["npu_op_library"]] == [
         ["cust_opapi", "ACLNN"],
         ["cust_op_proto", "GRAPH"],
@@ -331,9 +579,8 @@ def test_operator_package(tree: Path, built: Built) -> None:
 # libdeep_ep_kernels.so
 
 
-def kernels_of(library: Path, toolkit: Path) -> DeepEpKernels:
-    ctypes.CDLL(str(toolkit / "lib64" / f"lib{LIBRARIES[0]}.so"))  # found by its name then, as if by LD_LIBRARY_PATH
-    return kernels_in(ctypes.CDLL(str(library)))
+def kernels_of(wheel: Wheel) -> DeepEpKernels:
+    return kernels_in(ctypes.CDLL(str(wheel.package / "libdeep_ep_kernels.so")))
 
 
 def tensors(names: Sequence[str], first: int) -> tuple[Any, list[str]]:
@@ -373,12 +620,11 @@ def call_of(op_type: str, num_experts: int = 8) -> tuple[DeepEpCall, list[str]]:
     return call, [op_type, *input_lines, *attr_lines, *output_lines]
 
 
-@needs_headers
-@pytest.mark.slow
-def test_arguments_arrive_in_the_order_of_the_definition(toolkit: Path, built: Built) -> None:
-    kernels = kernels_of(built.package / "libdeep_ep_kernels.so", toolkit)
+@over_fake_cann
+def test_arguments_arrive_in_the_order_of_the_definition(wheel: Callable[[Build], Wheel]) -> None:
+    kernels = kernels_of(wheel(AT_HOME))
     assert (kernels.version, kernels.name) == (1, b"AscendC ascend910_93")
-    opapi = ctypes.CDLL(str(next(built.package.rglob("libcust_opapi.so"))))
+    opapi = ctypes.CDLL(str(next(wheel(AT_HOME).package.rglob("libcust_opapi.so"))))
     opapi.fake_cann_launched.restype = TEXT
     error = ctypes.create_string_buffer(512)
     # In exact mode, which is of graphs alone, the eager op gives DeepEpDispatch the number of rows.
@@ -392,10 +638,9 @@ def test_arguments_arrive_in_the_order_of_the_definition(toolkit: Path, built: B
         assert opapi.fake_cann_launched().decode().splitlines() == [*expected, "555 4096 666 "]
 
 
-@needs_headers
-@pytest.mark.slow
-def test_errors_of_calls(toolkit: Path, built: Built) -> None:
-    kernels = kernels_of(built.package / "libdeep_ep_kernels.so", toolkit)
+@over_fake_cann
+def test_errors_of_calls(wheel: Callable[[Build], Wheel]) -> None:
+    kernels = kernels_of(wheel(AT_HOME))
     error = ctypes.create_string_buffer(512)
     plan, size = P(), ctypes.c_uint64()
     call, _ = call_of("DeepEpCombine", num_experts=13)
@@ -411,24 +656,12 @@ def test_errors_of_calls(toolkit: Path, built: Built) -> None:
     assert error.value == b"aclnnDeepEpCombine failed: 1: EZ9999: what CANN says"
 
 
-@needs_headers
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "version, soc, mesh",
-    [
-        ("9.1.0", "ascend910_93", False),
-        ("9.1.0", "ascend950", False),
-        ("8.5.0", "ascend910b", True),
-        ("8.5.0", "ascend910_93", False),
-    ],
-)
-def test_window_table(
-    tree: Path, toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, soc: str, mesh: bool
-) -> None:
-    if mesh:
+@over_fake_cann
+@pytest.mark.parametrize("build", [AT_HOME, SPACED_9, NAMED, SPACED_85], ids=str)
+def test_window_table(wheel: Callable[[Build], Wheel], monkeypatch: pytest.MonkeyPatch, build: Build) -> None:
+    if build.mesh:
         monkeypatch.setenv("FAKE_CANN_MESH", "1")
-    folder = build(tree, tmp_path, toolkit, version, soc, ["deep_ep_kernels"])
-    kernels = kernels_of(folder / "libdeep_ep_kernels.so", toolkit)
+    kernels = kernels_of(wheel(build))
     cann = ctypes.CDLL(f"lib{LIBRARIES[0]}.so")
     table = (ctypes.c_int64 * (8 + SIZE))(*[-1] * (8 + SIZE))
     error = ctypes.create_string_buffer(512)
@@ -438,7 +671,7 @@ def test_window_table(
         return error.value.decode() if status else ""
 
     assert opened(b"own", SIZE, 1 << 20) == ""
-    cycles = 2000 * (1_000_000 if soc == "ascend950" else 50_000)
+    cycles = 2000 * (1_000_000 if build.soc == "ascend950" else 50_000)
     assert table[:] == [1, RANK, SIZE, 1 << 20, cycles, 0, 0, 0, *((r + 1) << 32 for r in range(SIZE))]
     cann.fake_cann_cleared.restype = ctypes.POINTER(ctypes.c_uint64)
     flags = 512 + 2 * 2 * SIZE * 64

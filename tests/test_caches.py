@@ -81,7 +81,7 @@ def test_caches(tmp_path: Path) -> None:
             "GLOO_SOCKET_IFNAME": "lo",
         }
         command = [sys.executable, str(program), str(package.parent), str(num_ranks)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 

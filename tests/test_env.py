@@ -334,8 +334,6 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
 @pytest.mark.slow
 def test_report_is_a_program() -> None:
     command = [sys.executable, "-m", "deep_ep.env"]
-    run = subprocess.run(
-        command, env=os.environ | {"DEEP_EP_ROWS": "rank"}, capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run(command, env=os.environ | {"DEEP_EP_ROWS": "rank"}, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
     assert "DEEP_EP_ROWS = rank (environment)" in run.stdout

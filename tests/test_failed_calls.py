@@ -6,7 +6,6 @@ R ranks, L = E/R local experts, M num_max_dispatch_tokens_per_rank.
 
 import logging
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -346,7 +345,7 @@ def late_peer(ctx: RankContext, strategy: str) -> tuple[str, str]:
     ctx.prepared_group(strategy)
     x, ids, _ = inputs(ctx.rank)
     if ctx.rank == 0:
-        ctx.store.wait([f"logged-{strategy}"], timedelta(seconds=20))
+        ctx.store.wait([f"logged-{strategy}"])
         return outcome(lambda: deep_ep.dispatch(x, ids, num_experts=E, group=ctx.prepared_group(strategy)))
 
     class Handler(logging.Handler):

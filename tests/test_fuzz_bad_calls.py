@@ -916,7 +916,7 @@ def bad_calls(ctx: RankContext, strategy: str, seeds: range) -> list[Outcome]:
 
 
 def check(pool: RankPool, strategy: str, seeds: range) -> None:
-    by_rank = pool.run(R, bad_calls, strategy, seeds, timeout=3000)
+    by_rank = pool.run(R, bad_calls, strategy, seeds)
     for seed, outcomes in zip(seeds, zip(*by_rank, strict=False), strict=False):
         said = "\n".join(f"  rank {rank}: {one.wrong or one.error or 'right'}" for rank, one in enumerate(outcomes))
         assert not any(one.wrong for one in outcomes), f"{Plan(seed)}\n{said}"

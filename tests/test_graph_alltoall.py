@@ -53,7 +53,6 @@ def check(ctx: RankContext, case: Case, exact: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(0)  # every run has its own
 @pytest.mark.parametrize("exact", [False, True], ids=["capacity", "exact"])
 @settings(max_examples=60)
 @given(case=cases())
@@ -81,7 +80,6 @@ def check_low_latency(ctx: RankContext, case: Case, M: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(0)  # every run has its own
 @settings(max_examples=40)
 @given(case=cases())
 def test_low_latency(pool: RankPool, case: Case) -> None:

@@ -135,13 +135,13 @@ def check_block(
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block(pool: RankPool, name: str, num_ranks: int, precision: str) -> None:
-    pool.run(num_ranks, check_block, name, precision, "eager", "eager", timeout=200)
+    pool.run(num_ranks, check_block, name, precision, "eager", "eager")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_in_one_graph(pool: RankPool, name: str, precision: str) -> None:
-    pool.run(2, check_block, name, precision, "grouped_mm", "aot_eager", timeout=200)
+    pool.run(2, check_block, name, precision, "grouped_mm", "aot_eager")
 
 
 @pytest.mark.parametrize(
@@ -183,4 +183,4 @@ def check_model(ctx: RankContext) -> None:
 
 def test_model(pool: RankPool) -> None:
     assert callable(hugging_face.main)
-    pool.run(4, check_model, timeout=200)
+    pool.run(4, check_model)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import Case
 from op_calls import calls, check_ops
+from patience import own_time
 from ranks import RankContext, RankPool
 from test_liveness import Entries
 
@@ -28,12 +29,17 @@ class Late(Exception):
 
 
 def ended(call: Callable[[], object]) -> tuple[str, str, float]:
-    """Type and message of what the call raised, and when, by the clock that all processes share."""
-    try:
-        call()
-    except BaseException as error:
-        return type(error).__name__, str(error), time.monotonic()
-    return "", "", time.monotonic()
+    """Type and message of what the call raised, and when, in `own_time`."""
+
+    def end() -> tuple[str, str]:
+        try:
+            call()
+        except BaseException as error:
+            return type(error).__name__, str(error)
+        return "", ""
+
+    error, at = own_time(end)
+    return *error, at
 
 
 def dispatch(group: str, rank: int) -> Callable[[], object]:
@@ -115,7 +121,7 @@ def interrupted(ctx: RankContext, how: str) -> tuple[str, str, float]:
     ["dispatch", "low latency", "backward", "aot_eager", "agree", pytest.param("inductor", marks=pytest.mark.slow)],
 )
 def test_interrupted_while_it_waits(pool: RankPool, how: str) -> None:
-    (kind, message, seconds), waiting, late = pool.run(3, interrupted, how, timeout=300)
+    (kind, message, seconds), waiting, late = pool.run(3, interrupted, how)
     assert (kind, message) == (("Late", "of the program") if how == "agree" else ("KeyboardInterrupt", ""))
     assert seconds < 1.0
     for kind, message, _ in (waiting, late):

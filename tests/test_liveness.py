@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from cases import Case, assert_close, assert_same
 from op_calls import calls, check_ops, error_of, run
+from patience import own_time, pace
 from ranks import Outcome, RankContext, RankDied, RankPool, raise_failures, spawn_ranks
 from torch import Tensor
 
@@ -33,7 +34,6 @@ from deep_ep import groups, windows
 from deep_ep._library import library
 
 LONG = timedelta(minutes=10)
-SHORT = timedelta(seconds=1)
 SMALL = 1 << 20  # bytes, the smallest window
 CASES = {R: Case((5, 0, 7, 3)[:R], seed=R) for R in (1, 2, 3, 4)}
 # Rows for every rank that take many rounds in a small window, and fit into no attachment.
@@ -43,7 +43,7 @@ MIDDLE = {"dispatch": 1500, "combine": 500}
 
 
 class Raised(NamedTuple):
-    """An error, and when it was raised by the clock that all processes share."""
+    """An error, and when it was raised, in `own_time`."""
 
     kind: str
     message: str
@@ -51,7 +51,8 @@ class Raised(NamedTuple):
 
 
 def raised_by(call: Callable[..., object], *args: object) -> Raised:
-    return Raised(*error_of(call, *args), time.monotonic())
+    error, at = own_time(lambda: error_of(call, *args))
+    return Raised(*error, at)
 
 
 def make_world(ctx: RankContext, name: str, ranks: list[int] | None = None) -> dist.ProcessGroup:
@@ -227,10 +228,10 @@ def assert_survived(outcomes: list[Outcome], victim: int, op: str, killed_at: fl
 )
 def test_killed_while_it_waits(strategy: str, victim: int) -> None:
     with spawn_ranks(3, wait_in_dispatch, strategy, victim, init=False) as ranks:
-        ranks.store.wait(["kill"])
-        killed_at = time.monotonic()
+        ranks.wait_for("kill")
         ranks.kill(victim)
         ranks.processes[victim].join()
+        killed_at = time.monotonic()
         ranks.store.set("killed", "")
         outcomes = ranks.outcomes()
     assert_survived(outcomes, victim, "dispatch", killed_at)
@@ -262,6 +263,11 @@ def test_killed_in_the_middle_of_a_transfer(op: str, strategy: str) -> None:
 
 
 # A rank leaves or is late
+
+
+def short() -> timedelta:
+    """A deadline for ranks that do not come, which those who do come keep."""
+    return timedelta(seconds=round(pace()))
 
 
 def others_wait(ctx: RankContext, leave: str) -> Raised | None:
@@ -309,11 +315,11 @@ def test_rank_leaves(leave: str, says: str) -> None:
 
 
 @leaves_nothing
-def late_to_enter(ctx: RankContext) -> list[tuple[str, str]]:
+def late_to_enter(ctx: RankContext, timeout: timedelta) -> list[tuple[str, str]]:
     """The last rank enters dispatch, the third operation, after the others have given up."""
     case, group = CASES[ctx.size], ctx.group
     arguments = calls(case).arguments("dispatch", ctx.rank, group.group_name)
-    deep_ep.init(group, num_bytes=SMALL, timeout=SHORT)
+    deep_ep.init(group, num_bytes=SMALL, timeout=timeout)
     check_ops(case, ctx.rank, group.group_name, "default", ("dispatch", "combine"))
     if ctx.rank == ctx.size - 1:
         dist.barrier(group)
@@ -334,12 +340,12 @@ def renew(ctx: RankContext) -> None:
 
 
 def test_late_to_enter(pool: RankPool) -> None:
-    *others, last = pool.run(3, late_to_enter)
+    *others, last = pool.run(3, late_to_enter, short())
     for rank, errors in enumerate(others):
         message = errors[0][1]
         # One of them is the first to give up, and the other one may learn it from that one.
         assert re.search(
-            r"deep_ep\.dispatch: rank \d waited 1 s for rank 2 \(last seen in operation number 2\) to enter "
+            r"deep_ep\.dispatch: rank \d waited \d+ s for rank 2 \(last seen in operation number 2\) to enter "
             r"\(operation number 3\)",
             message,
         ), message
@@ -353,7 +359,7 @@ def test_late_to_enter(pool: RankPool) -> None:
 
 
 @leaves_nothing
-def late_in_the_middle(ctx: RankContext, op: str, key: str) -> tuple[str, str]:
+def late_in_the_middle(ctx: RankContext, op: str, key: str, timeout: timedelta) -> tuple[str, str]:
     """The last rank stops in the middle of the transfer, and goes on after the others have given up."""
     group = ctx.group
 
@@ -364,7 +370,7 @@ def late_in_the_middle(ctx: RankContext, op: str, key: str) -> tuple[str, str]:
         arguments = spoiled(op, ctx.rank, group, stop)
     else:
         arguments = calls(LARGE).arguments(op, ctx.rank, group.group_name)
-    deep_ep.init(group, num_bytes=SMALL, timeout=SHORT)
+    deep_ep.init(group, num_bytes=SMALL, timeout=timeout)
     error = error_of(run, op, "default", arguments)
     ctx.store.set(f"{key} {ctx.rank}", "")
     renew(ctx)
@@ -374,11 +380,11 @@ def late_in_the_middle(ctx: RankContext, op: str, key: str) -> tuple[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("op", ["dispatch", "combine"])
 def test_late_in_the_middle_of_a_transfer(pool: RankPool, op: str) -> None:
-    *others, last = pool.run(3, late_in_the_middle, op, f"{op} gave up {time.monotonic()}")
+    *others, last = pool.run(3, late_in_the_middle, op, f"{op} gave up {time.monotonic()}", short())
     for kind, message in others:
         assert kind == "RuntimeError"
         assert re.search(
-            rf"deep_ep\.{op}: rank \d waited 1 s for .*rank 2 \(in this operation\) to (send its|take) rows "
+            rf"deep_ep\.{op}: rank \d waited \d+ s for .*rank 2 \(in this operation\) to (send its|take) rows "
             r"\(operation number 1\)",
             message,
         ), message

@@ -28,12 +28,11 @@ import deep_ep
 
 T, H, K, E = (7, 12, 3, 10), 16, 3, 8
 
-# For tests in which a strategy is little more than a name.
 pytestmark = pytest.mark.slow  # importing Megatron takes seconds on every rank
-DEFAULT_FIRST = ("default", pytest.param("alltoall", marks=pytest.mark.slow))
 
-# async_finish and allocate_on_comm_stream. Megatron's layer gives True for both.
+# async_finish and allocate_on_comm_stream.
 EVENTS = {"sync": (False, False), "async": (True, False), "async on comm stream": (True, True)}
+LAYERS = "async on comm stream"  # what Megatron's layer gives
 
 
 # Megatron on a CPU
@@ -125,7 +124,7 @@ def expert_parallel(num_ranks: int) -> Iterator[None]:
         expert_model_parallel_size=num_ranks,
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=4,
+        distributed_timeout_minutes=60,
     )
     yield
     parallel_state.destroy_model_parallel()
@@ -244,10 +243,8 @@ class Graphs:
         return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
 
 
-def check_compiled_layer(
-    ctx: RankContext, num_ranks: int, strategy: str, backend: str, tolerance: float, steps: tuple[tuple[int, int], ...]
-) -> None:
-    """`steps` has how many tokens every rank has beyond its T, and how many graphs it has needed by then."""
+def check_compiled_layer(ctx: RankContext, num_ranks: int, strategy: str, backend: str, tolerance: float) -> None:
+    """STEPS has how many tokens every rank has beyond its T, and how many graphs it has needed by then."""
     with without_cuda(), traceable(), expert_parallel(num_ranks):
         # Groups for experts know nothing of each other, so one is enough.
         if ctx.rank >= num_ranks:
@@ -257,7 +254,7 @@ def check_compiled_layer(
             parameters = dict(layer.named_parameters())
             graphs = Graphs(backend, strategy)
             compiled = torch.compile(layer, backend=graphs, fullgraph=True)
-            for seed, (more, num_graphs) in enumerate(steps):
+            for seed, (more, num_graphs) in enumerate(STEPS):
                 batch = make_batch(T[ctx.rank] + more, 10 * seed + ctx.rank)
                 # The first of these eager steps makes the Buffer, which compiled code must not.
                 with torch.compiler.set_stance("force_eager"):
@@ -271,23 +268,17 @@ def check_compiled_layer(
 
 
 # The routing is another one at every step. One graph for the first T, and one for any other T.
-FIRST_T, ANY_T = ((0, 1), (0, 1)), ((0, 1), (0, 1), (5, 2), (2, 2))
+STEPS = ((0, 1), (0, 1), (5, 2), (2, 2))
 
 
-def test_compiled_layer_is_one_graph(pool: RankPool) -> None:
-    pool.run(WORLD_SIZE, check_compiled_layer, 2, "default", "aot_eager", 0.0, FIRST_T)
+# To the compiler, a number of ranks and a strategy are little more than names.
+@pytest.mark.parametrize("num_ranks, strategy", [(4, "default"), (2, "alltoall")])
+def test_compiled_layer_is_one_graph_for_any_number_of_tokens(pool: RankPool, num_ranks: int, strategy: str) -> None:
+    pool.run(WORLD_SIZE, check_compiled_layer, num_ranks, strategy, "aot_eager", 0.0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_compiled_layer_for_any_number_of_tokens(pool: RankPool, num_ranks: int, strategy: str) -> None:
-    pool.run(WORLD_SIZE, check_compiled_layer, num_ranks, strategy, "aot_eager", 0.0, ANY_T, timeout=200)
-
-
-@pytest.mark.slow
 def test_layer_in_inductor(pool: RankPool) -> None:
-    pool.run(WORLD_SIZE, check_compiled_layer, 2, "default", "inductor", 1e-5, ANY_T, timeout=280)
+    pool.run(WORLD_SIZE, check_compiled_layer, 2, "default", "inductor", 1e-5)
 
 
 # Megatron's fused dispatch and combine by themselves
@@ -372,14 +363,12 @@ def test_fused_dispatch_and_combine(pool: RankPool, num_ranks: int, strategy: st
     pool.run(num_ranks, check_fused, strategy, events, "eager")
 
 
-@pytest.mark.parametrize("events", EVENTS)
-@pytest.mark.parametrize("strategy", DEFAULT_FIRST)
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_ranks, strategy, events", [(4, "default", LAYERS), *((2, s, e) for s in STRATEGIES for e in EVENTS)]
+)
 def test_compiled_dispatch_and_combine(pool: RankPool, num_ranks: int, strategy: str, events: str) -> None:
-    pool.run(num_ranks, check_fused, strategy, events, "aot_eager", timeout=200)
+    pool.run(num_ranks, check_fused, strategy, events, "aot_eager")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_dispatch_and_combine_in_inductor(pool: RankPool, num_ranks: int) -> None:
-    pool.run(num_ranks, check_fused, "default", "async on comm stream", "inductor", timeout=200)
+def test_dispatch_and_combine_in_inductor(pool: RankPool) -> None:
+    pool.run(2, check_fused, "default", LAYERS, "inductor")

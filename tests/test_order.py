@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch._functorch.config as functorch_config
 import torch.distributed as dist
-from ranks import RankContext, RankPool
+from ranks import ALLTOALL_IS_SLOW, RankContext, RankPool
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -111,7 +111,7 @@ def check(pool: RankPool, *args: object, run: Callable = run_both) -> None:
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("strategy", ["default", "alltoall"])
+@pytest.mark.parametrize("strategy", ALLTOALL_IS_SLOW)
 def test_aot_eager(pool: RankPool, strategy: str, checkpointed: bool) -> None:
     check(pool, strategy, "aot_eager", True, checkpointed, False)
 
@@ -121,7 +121,7 @@ def run_with_budget(ctx: RankContext, *args: object, budget: float) -> dict[str,
         return run_both(ctx, *args)
 
 
-@pytest.mark.parametrize("budget", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("budget", [0.0, *(pytest.param(some, marks=pytest.mark.slow) for some in (0.1, 0.5))])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_memory_budget_recomputes_no_communication(
@@ -160,7 +160,7 @@ def run_alike(ctx: RankContext, budget: float) -> list[list[str]]:
     return issued
 
 
-@pytest.mark.parametrize("budget", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("budget", [0.0, pytest.param(0.1, marks=pytest.mark.slow), 1.0])
 def test_calls_that_look_alike_stay_two(pool: RankPool, budget: float) -> None:
     once = ["dispatch", "combine"] * 2 + ["combine_backward", "combine_backward_weights", "dispatch_backward"] * 2
     assert pool.run(R, run_alike, budget) == [[once, once]] * R
@@ -220,7 +220,7 @@ def run_unused(ctx: RankContext, strategy: str, backend: str, train: bool) -> li
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("strategy", ["default", "alltoall"])
+@pytest.mark.parametrize("strategy", ALLTOALL_IS_SLOW)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_forward_is_issued_where_its_result_is_unused(pool: RankPool, strategy: str, backend: str, train: bool) -> None:
     by_rank = pool.run(R, run_unused, strategy, backend, train)

@@ -5,7 +5,9 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from patience import pace
 from ranks import RankContext, RankPool
+from test_liveness import Entries
 from torch.profiler import ProfilerActivity, profile
 
 import deep_ep
@@ -14,16 +16,18 @@ from deep_ep.groups import phases
 T, H, K, E = 64, 256, 2, 4
 
 
-def check_phases(ctx: RankContext) -> None:
+def check_phases(ctx: RankContext, late: float) -> None:
     group = ctx.prepared_group("default")
     before = phases(group)
     generator = torch.Generator().manual_seed(ctx.rank)
     x, ids = torch.randn(T, H, generator=generator), torch.randint(E, (T, K), generator=generator)
-    late, seconds = 0.3, 0.0
+    seconds = 0.0
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for call in range(2):
+            entries = Entries(group)
             dist.barrier(ctx.group)
             if ctx.rank == 1 and call == 0:
+                entries.wait_for(1)
                 time.sleep(late)
             begin = time.perf_counter()
             out = deep_ep.dispatch(x, ids, num_experts=E, group=group)
@@ -45,7 +49,7 @@ def check_phases(ctx: RankContext) -> None:
 
 
 def test_phases(pool: RankPool) -> None:
-    pool.run(2, check_phases)
+    pool.run(2, check_phases, 0.3 * pace())
 
 
 def check_little_goes_away(ctx: RankContext) -> None:

@@ -11,7 +11,7 @@ import torch
 from cases import Case, assert_same, cases, make_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import STRATEGIES, RankContext, RankPool
+from ranks import ALLTOALL_IS_SLOW, STRATEGIES, RankContext, RankPool
 from test_low_latency import THRESHOLDS
 from test_rank_rows import capacities, layout, make_buffer, received
 from torch import Tensor
@@ -65,7 +65,6 @@ def check(ctx: RankContext, case: Case, strategy: str, rows: str, mode: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(0)  # every run has its own
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("rows", ["expert", "rank"])
 @settings(max_examples=40)
@@ -134,7 +133,7 @@ def check_forms_of_x(ctx: RankContext, strategy: str, rows: str) -> None:
     assert fp32.shape[1:] == (3,) and (fp32 == 1).all()
 
 
-@pytest.mark.parametrize("rows", ["expert", "rank"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rows", ["expert", pytest.param("rank", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ALLTOALL_IS_SLOW)
 def test_forms_of_x(pool: RankPool, strategy: str, rows: str) -> None:
     pool.run(2, check_forms_of_x, strategy, rows)

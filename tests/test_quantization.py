@@ -325,6 +325,7 @@ def check_compiled(case: str, backend: str) -> None:
             assert same(actual, expected)
 
 
+@pytest.mark.slow
 @each_case
 def test_aot_eager_equals_eager(case: str) -> None:
     torch.compiler.reset()

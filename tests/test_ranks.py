@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ def fail(ctx: RankContext) -> None:
 
 
 def wait_for_rank_0(ctx: RankContext) -> None:
-    if ctx.rank == 1:
+    if ctx.rank > 0:
         ctx.store.get("a key that nobody sets")
 
 
@@ -61,10 +63,32 @@ def test_failures_of_all_ranks_are_told(pool: RankPool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("expect_errors", [False, True])
 def test_a_hang_is_a_failure_that_shows_the_stack(pool: RankPool, expect_errors: bool) -> None:
-    with pytest.raises(RankError, match="in wait_for_rank_0") as raised:
-        pool.run(2, wait_for_rank_0, expect_errors=expect_errors, timeout=1.0)
-    assert [type(error) for error in raised.value.exceptions] == [type(None), RankHung]
+    with pytest.raises(RankError, match=r"(?s)rank 1.*in wait_for_rank_0.*rank 2.*in wait_for_rank_0") as raised:
+        pool.run(3, wait_for_rank_0, expect_errors=expect_errors, timeout=1.0)
+    assert [type(error) for error in raised.value.exceptions] == [type(None), RankHung, RankHung]
     assert pool.run(2, sum_of_ranks) == [1, 1]
+
+
+def stopped(ctx: RankContext) -> int:
+    """Rank 1 stands still, and rank 0 waits for it, for longer than ranks may that wait for nobody."""
+    if ctx.rank == 1:
+        ctx.store.set("stops", str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        pid = int(ctx.store.get("stops"))
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            os.sched_yield()
+        time.sleep(2.0)
+        os.kill(pid, signal.SIGCONT)
+    return ctx.rank
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_kept_from_work_is_none() -> None:
+    with spawn_ranks(2, stopped, init=False) as ranks:
+        outcomes = ranks.outcomes(timeout=1.0)
+    raise_failures(outcomes)
+    assert [outcome.value for outcome in outcomes] == [0, 1]
 
 
 def test_a_dead_rank_is_a_failure(pool: RankPool) -> None:
@@ -75,12 +99,17 @@ def test_a_dead_rank_is_a_failure(pool: RankPool) -> None:
 
 def test_spawned_ranks_can_be_killed() -> None:
     with spawn_ranks(2, wait_for_a_signal) as ranks:
-        ranks.store.wait(["rank 1 waits"])
+        ranks.wait_for("rank 1 waits")
         ranks.kill(1)
         survivor, victim = ranks.outcomes()
     assert survivor.value == ranks.pids[0]
     assert isinstance(victim.exception, RankDied)
     assert "exit code -9" in str(victim.exception)
+
+
+def test_who_waits_for_a_key_hears_of_failures() -> None:
+    with spawn_ranks(2, fail, init=False) as ranks, pytest.raises(RankError, match="bad value on rank 1"):
+        ranks.wait_for("a key that nobody sets")
 
 
 def test_spawned_ranks_can_make_world_again() -> None:

@@ -145,7 +145,7 @@ def test_eager(pool: RankPool, strategy: str, precision: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_in_one_graph(pool: RankPool, precision: str) -> None:
-    pool.run(4, check_layer, "default", precision, True, timeout=200)
+    pool.run(4, check_layer, "default", precision, True)
 
 
 # FSDP2

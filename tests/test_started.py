@@ -238,7 +238,7 @@ def in_turn(ctx: RankContext, strategy: str) -> None:
     """Two threads share a group's calls, as micro-batches do; one waits for its call while the other makes its own."""
     buffer, (x, ids) = make_buffer(ctx, strategy, "rank"), inputs(ctx)
     to_ranks = ids.div(E // ctx.size, rounding_mode="floor").sort(1).values.diff().ne(0).sum(1, keepdim=True) + 1
-    turn = threading.Barrier(2, timeout=60)
+    turn = threading.Barrier(2)
 
     def micro_batches(begins: bool) -> None:
         for step in range(6):
@@ -311,7 +311,7 @@ def overwritten(ctx: RankContext, strategy: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", ALLTOALL_IS_SLOW)
 def test_ids_and_weights_may_be_overwritten(pool: RankPool, strategy: str, backend: str) -> None:
-    pool.run(2, overwritten, strategy, backend, timeout=240)
+    pool.run(2, overwritten, strategy, backend)
 
 
 def overwritten_x(ctx: RankContext, strategy: str, backend: str) -> tuple[str, str]:
@@ -331,7 +331,7 @@ def overwritten_x(ctx: RankContext, strategy: str, backend: str) -> tuple[str, s
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_x_must_not_be_overwritten(pool: RankPool, strategy: str, backend: str) -> None:
-    for _, message in pool.run(2, overwritten_x, strategy, backend, timeout=240):
+    for _, message in pool.run(2, overwritten_x, strategy, backend):
         assert "x was written to between" in message or "x is written to between" in message, message
 
 
@@ -598,9 +598,8 @@ def random_program(ctx: RankContext, strategy: str, rows: str, backend: str, see
             assert_same(f"{n} of seed {seed}", actual, wanted)
 
 
-@pytest.mark.timeout(0)
 @pytest.mark.parametrize("rows", ["expert", "rank"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ALLTOALL_IS_SLOW)
 @settings(max_examples=15)
 @given(seed=st.integers(0, 10**6), num_chains=st.integers(1, 4))
 def test_programs_are_as_without_starts(pool: RankPool, strategy: str, rows: str, seed: int, num_chains: int) -> None:
@@ -617,4 +616,4 @@ def test_programs_are_as_without_starts(pool: RankPool, strategy: str, rows: str
 def test_compiled_programs_are_as_without_starts(
     pool: RankPool, backend: str, strategy: str, rows: str, seed: int
 ) -> None:
-    pool.run(2, random_program, strategy, rows, backend, seed, 2, timeout=280)
+    pool.run(2, random_program, strategy, rows, backend, seed, 2)

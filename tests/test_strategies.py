@@ -136,7 +136,7 @@ def switch(ctx: RankContext) -> None:
 
 
 def test_an_assigned_strategy_is_taken(pool: RankPool) -> None:
-    pool.run(R, switch, timeout=240.0)
+    pool.run(R, switch)
 
 
 class Doubling(ep_strategy.NormalEPCommStrategy):
@@ -284,7 +284,7 @@ def own(ctx: RankContext) -> None:
 
 
 def test_a_program_has_a_strategy_of_its_own(pool: RankPool) -> None:
-    pool.run(R, own, timeout=240.0)
+    pool.run(R, own)
 
 
 def capacity(ctx: RankContext) -> None:
@@ -348,7 +348,7 @@ def capacity(ctx: RankContext) -> None:
 
 
 def test_capacity_of_alltoall(pool: RankPool) -> None:
-    pool.run(R, capacity, timeout=240.0)
+    pool.run(R, capacity)
 
 
 # The strategy ops, over a stand-in for torch_npu's operators
@@ -495,7 +495,7 @@ def by_operators(ctx: RankContext) -> None:
 
 
 def test_what_torch_npus_operators_get(pool: RankPool) -> None:
-    pool.run(R, by_operators, timeout=240.0)
+    pool.run(R, by_operators)
 
 
 class SharedOperators:

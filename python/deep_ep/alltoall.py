@@ -403,6 +403,7 @@ def low_latency_dispatch(
     num_ranks: int,
     group: str,
     comm_alg: str,
+    zero_unused: bool = True,
 ) -> tuple[Tensor, ...]:
     """Sends every (token, k) row to the rank of its expert, in R·M·min(K, L) rows; x: [T, H], T <= M.
 

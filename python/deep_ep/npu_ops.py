@@ -146,6 +146,7 @@ def low_latency_dispatch(
     num_ranks: int,
     group: str,
     comm_alg: str,
+    zero_unused: bool = True,
 ) -> tuple[Tensor, ...]:
     sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
     recv_x, _, recv_count, assist_info, recv_counts, _ = dispatch(
@@ -238,6 +239,7 @@ def convert_dispatch(
     num_ranks: int,
     group: str,
     comm_alg: str,
+    zero_unused: bool = True,
 ) -> Any:
     """The same without what functions do not give."""
     from torchair._ge_concrete_graph import ge_apis

@@ -23,5 +23,6 @@
 
 .hidden cann_stand_in_missing
 #include "labels.inc"
+#include "nnopbase.inc"
 
 .section .note.GNU-stack, "", %progbits

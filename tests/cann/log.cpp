@@ -58,6 +58,7 @@ __attribute__((visibility("hidden"))) int64_t cann_stand_in_missing(const char* 
   for (const auto& [prefix, code] : {std::pair{"aclrt", ACL_ERROR_RT_FEATURE_NOT_SUPPORT},
                                      {"aclmdl", ACL_ERROR_RT_FEATURE_NOT_SUPPORT},
                                      {"aclopCompile", ACL_ERROR_OP_NOT_FOUND},
+                                     {"NnopbaseCreate", ACL_ERROR_RT_FEATURE_NOT_SUPPORT},
                                      {"Hccl", int{HCCL_E_NOT_SUPPORT}}}) {
     if (std::string_view(name).starts_with(prefix)) {
       return report(name, {code, "the stand-in does not have it"});

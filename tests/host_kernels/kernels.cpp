@@ -59,13 +59,17 @@ std::vector<StableIValue> arguments_of(const Plan& plan) {
   std::vector<int64_t> integers = plan.integers;
   const bool is_int8 = plan.op == "low_latency_dispatch_int8";
   const bool low_latency = plan.op.rfind("low_latency", 0) == 0 && !is_int8;
-  if (is_int8 || plan.op == "low_latency_dispatch") std::rotate(integers.begin(), integers.end() - 1, integers.end());
+  const bool is_dispatch = is_int8 || plan.op == "low_latency_dispatch";
+  bool zero_unused = false;
+  if (is_dispatch) {
+    zero_unused = integers.back() != 0;
+    integers.pop_back();
+    std::rotate(integers.begin(), integers.end() - 1, integers.end());
+  }
   for (int64_t integer : integers) stack.push_back(from(integer));
   if (communicates) stack.push_back(from(plan.group));
-  if (low_latency) {
-    stack.push_back(from(std::string()));
-    stack.push_back(from(std::optional<Tensor>()));
-  }
+  if (low_latency) stack.push_back(from(std::string()));
+  if (is_dispatch) stack.push_back(from(zero_unused));
   stack.resize(std::max(stack.size(), plan.outputs.size()));
   return stack;
 }

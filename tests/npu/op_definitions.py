@@ -52,7 +52,7 @@ class Work(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             *("tokens", "max_tokens", "hidden", "top_k", "experts", "ranks", "nodes"),
-            *("rows", "element_bytes", "sent_bytes", "copied", "arithmetic", "answers"),
+            *("rows", "element_bytes", "sent_bytes", "copied", "arithmetic", "answers", "zero_unused"),
         )
     ]
 

@@ -66,7 +66,7 @@ def run_python(code, *args, **environment):
 
 
 def output_of(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate()
     assert process.returncode == 0, err
     return out.splitlines()[-1]
 

@@ -71,7 +71,7 @@ def normal_mode(ctx: RankContext, strategy: str, exact: bool, dynamic: bool) -> 
 @pytest.mark.parametrize("exact", [False, True], ids=["capacity", "exact"])
 @pytest.mark.parametrize("strategy", ["default", "alltoall"])
 def test_normal_mode(pool: RankPool, strategy: str, exact: bool, dynamic: bool) -> None:
-    dropped = pool.run(R, normal_mode, strategy, exact, dynamic, timeout=240)
+    dropped = pool.run(R, normal_mode, strategy, exact, dynamic)
     assert any(dropped) != exact
 
 
@@ -89,7 +89,7 @@ def low_latency(ctx: RankContext, strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["default", "alltoall"])
 def test_low_latency(pool: RankPool, strategy: str) -> None:
-    pool.run(R, low_latency, strategy, timeout=240)
+    pool.run(R, low_latency, strategy)
 
 
 def fused(ctx: RankContext, mode: int, quant_mode: int) -> None:
@@ -101,7 +101,7 @@ def fused(ctx: RankContext, mode: int, quant_mode: int) -> None:
 
 @pytest.mark.parametrize(("mode", "quant_mode"), [(1, 0), (2, 1)])
 def test_fused(pool: RankPool, mode: int, quant_mode: int) -> None:
-    pool.run(R, fused, mode, quant_mode, timeout=240)
+    pool.run(R, fused, mode, quant_mode)
 
 
 def quantised(ctx: RankContext, mode: str) -> None:
@@ -112,7 +112,7 @@ def quantised(ctx: RankContext, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["int8", "block_fp8_e4m3", "mx_fp4_e2m1"])
 def test_quantised_rows(pool: RankPool, mode: str) -> None:
-    pool.run(R, quantised, mode, timeout=240)
+    pool.run(R, quantised, mode)
 
 
 def moe_block(ctx: RankContext, strategy: str, low_latency: bool) -> None:
@@ -125,7 +125,7 @@ def moe_block(ctx: RankContext, strategy: str, low_latency: bool) -> None:
 
 @pytest.mark.parametrize("strategy, low_latency", [("default", True), ("alltoall", False)])
 def test_moe_block(pool: RankPool, strategy: str, low_latency: bool) -> None:
-    pool.run(R, moe_block, strategy, low_latency, timeout=240)
+    pool.run(R, moe_block, strategy, low_latency)
 
 
 # Mutants of converters

@@ -102,10 +102,11 @@ INPUTS: dict[str, dict[str, Any]] = {
 for int8.
 """
 
+_OF_LOW_LATENCY = {"num_experts": E, "num_ranks": R, "num_max_dispatch_tokens_per_rank": M, "zero_unused": 1}
 ATTRIBUTES = {
     "DeepEpGetDispatchLayout": {"num_experts": E, "num_ranks": R, "num_nodes": 1},
-    "DeepEpLowLatencyDispatch": {"num_experts": E, "num_ranks": R, "num_max_dispatch_tokens_per_rank": M},
-    "DeepEpLowLatencyDispatchInt8": {"num_experts": E, "num_ranks": R, "num_max_dispatch_tokens_per_rank": M},
+    "DeepEpLowLatencyDispatch": _OF_LOW_LATENCY,
+    "DeepEpLowLatencyDispatchInt8": _OF_LOW_LATENCY,
     **{
         f"DeepEpFusedDeepMoe{part}{mode}": {
             "num_experts": E,
@@ -277,13 +278,13 @@ def check_collective(node: Node, group: str) -> None:
 @pytest.mark.parametrize("exact", [False, True], ids=["capacity", "exact"])
 @pytest.mark.parametrize("strategy", ["default", "alltoall"])
 def test_normal_mode(pool: RankPool, strategy: str, exact: bool, dynamic: bool, dtype: torch.dtype) -> None:
-    pool.run(R, normal_mode, strategy, exact, dynamic, dtype, timeout=240)
+    pool.run(R, normal_mode, strategy, exact, dynamic, dtype)
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["capacity", "exact"])
 @pytest.mark.parametrize("strategy", ["default", "alltoall"])
 def test_start_and_wait_leave_no_trace(pool: RankPool, strategy: str, exact: bool) -> None:
-    pool.run(R, normal_mode, strategy, exact, False, torch.float32, True, timeout=240)
+    pool.run(R, normal_mode, strategy, exact, False, torch.float32, True)
 
 
 def uneven(ctx: RankContext, strategy: str, exact: bool) -> None:
@@ -306,7 +307,7 @@ def uneven(ctx: RankContext, strategy: str, exact: bool) -> None:
 @pytest.mark.parametrize("exact", [False, True], ids=["capacity", "exact"])
 @pytest.mark.parametrize("strategy", ["default", "alltoall"])
 def test_a_rank_without_tokens(pool: RankPool, strategy: str, exact: bool) -> None:
-    pool.run(R, uneven, strategy, exact, timeout=240)
+    pool.run(R, uneven, strategy, exact)
 
 
 # Low latency
@@ -402,12 +403,12 @@ def check_moe_distribute(nodes: list[Node], group: str, rank: int) -> None:
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("strategy", LOW_LATENCY)
 def test_low_latency(pool: RankPool, strategy: str, dynamic: bool) -> None:
-    pool.run(R, low_latency, strategy, dynamic, False, timeout=240)
+    pool.run(R, low_latency, strategy, dynamic, False)
 
 
 @pytest.mark.parametrize("strategy", LOW_LATENCY)
 def test_receive_hooks_leave_no_trace(pool: RankPool, strategy: str) -> None:
-    pool.run(R, low_latency, strategy, False, True, timeout=240)
+    pool.run(R, low_latency, strategy, False, True)
 
 
 def low_latency_of_all_inputs(ctx: RankContext, comm_alg: str, is_quantised: bool) -> None:
@@ -517,7 +518,7 @@ def fused(ctx: RankContext, mode: deep_ep.FuseMode, quant_mode: int, dynamic: bo
     [(1, 0, True), (1, 1, False), (2, 0, False), (2, 1, True)],
 )
 def test_fused(pool: RankPool, mode: int, quant_mode: int, dynamic: bool) -> None:
-    pool.run(R, fused, deep_ep.FuseMode(mode), quant_mode, dynamic, timeout=240)
+    pool.run(R, fused, deep_ep.FuseMode(mode), quant_mode, dynamic)
 
 
 def fused_alltoall(ctx: RankContext) -> str:
@@ -664,7 +665,7 @@ def checkpointed(ctx: RankContext, exact: bool) -> None:
 
 @pytest.mark.parametrize("exact", [False, True], ids=["capacity", "exact"])
 def test_checkpointing(pool: RankPool, exact: bool) -> None:
-    pool.run(R, checkpointed, exact, timeout=240)
+    pool.run(R, checkpointed, exact)
 
 
 def unused(ctx: RankContext) -> None:

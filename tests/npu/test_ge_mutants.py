@@ -52,6 +52,7 @@ NUMBERS = {
     "num_max_dispatch_tokens_per_rank": M,
     "comm_alg": "fullmesh_v2",
     "quant_mode": 1,
+    "zero_unused": True,
     "strategy": "default",
     **FusedOptions()._asdict(),
 }

@@ -58,9 +58,9 @@ def converts(ctx: RankContext, rows: str, mode: str, low_latency: bool) -> None:
 
 @pytest.mark.parametrize("rows, mode", [*(("expert", m) for m in quantization.MODES[1:]), ("rank", "block_fp8_e4m3")])
 def test_low_latency(pool: RankPool, rows: str, mode: str) -> None:
-    pool.run(2, converts, rows, mode, True, timeout=240)
+    pool.run(2, converts, rows, mode, True)
 
 
 @pytest.mark.parametrize("rows, mode", [("rank", "block_fp8_e4m3"), ("expert", "mx_fp4_e2m1")])
 def test_normal_mode(pool: RankPool, rows: str, mode: str) -> None:
-    pool.run(2, converts, rows, mode, False, timeout=240)
+    pool.run(2, converts, rows, mode, False)

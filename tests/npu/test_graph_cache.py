@@ -64,7 +64,7 @@ def run(folder: Path, strategy: str, number: int) -> tuple[int, int, str, str, b
     arguments = [str(folder / "cache"), strategy, str(folder / f"store {number}")]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment
     )
     assert process.returncode == 0, process.stderr
     made, names, name, own, has_table = process.stdout.splitlines()[-1].split()

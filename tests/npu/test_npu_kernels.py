@@ -337,7 +337,7 @@ def test_wrong_arguments(npus: RankPool) -> None:
 def python(code: str, **environment: str) -> str:
     """What a process prints, the last line of it."""
     run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()[-1]

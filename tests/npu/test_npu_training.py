@@ -61,7 +61,7 @@ def train_twice(ctx: RankContext, options: dict[str, Any]) -> tuple[list[float],
     ids=lambda value: "-".join(map(str, value.values())) or "exact" if isinstance(value, dict) else f"{value} ranks",
 )
 def test_the_example_trains(pool: RankPool, size: int, options: dict[str, Any]) -> None:
-    for losses, expected in pool.run(size, train_twice, options, timeout=280):
+    for losses, expected in pool.run(size, train_twice, options):
         # The CPU's fused attention, which has no converter, rounds differently from its parts.
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
 
@@ -85,7 +85,7 @@ def test_the_example_trains_on_the_kernels(options: dict[str, Any]) -> None:
     kernels.build()
     npus = RankPool(2)
     try:
-        for losses, expected in npus.run(2, train_on_kernels, options, timeout=280):
+        for losses, expected in npus.run(2, train_on_kernels, options):
             torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
     finally:
         npus.close()
@@ -161,4 +161,4 @@ def moe_block(ctx: RankContext, strategy: str, low_latency: bool) -> None:
     ids=lambda value: value if isinstance(value, str) else "low latency" if value else "capacity",
 )
 def test_an_moe_block_needs_nothing_of_the_host(pool: RankPool, strategy: str, low_latency: bool) -> None:
-    pool.run(2, moe_block, strategy, low_latency, timeout=240)
+    pool.run(2, moe_block, strategy, low_latency)

@@ -91,7 +91,7 @@ def test_definition_has_the_names_of_the_schema(op_type: str) -> None:
     schema = torch_op(op_type)._schema
     arguments = {a.name: str(a.type) for a in schema.arguments}
     tensors = [name for name, type in arguments.items() if type == "Tensor"]
-    numbers = [name for name, type in arguments.items() if type == "int" and name != "num_worst_tokens"]
+    numbers = [name for name, type in arguments.items() if type in ("int", "bool") and name != "num_worst_tokens"]
     attrs = [(name, "VT_INT") for name in numbers]
     if "group" in arguments:
         tensors += ["num_worst_tokens", "windows"] if op_type == "DeepEpDispatch" else ["windows"]
@@ -120,6 +120,7 @@ def test_an_ir_definition_in_full() -> None:
             ("num_experts", "VT_INT"),
             ("num_ranks", "VT_INT"),
             ("num_max_dispatch_tokens_per_rank", "VT_INT"),
+            ("zero_unused", "VT_INT"),
         ],
     )
 
@@ -140,11 +141,13 @@ def test_notify_dispatch() -> None:
 @every_type
 def test_parameters(op_type: str) -> None:
     definition = op_definitions.definitions()[op_type]
+    params = definition["inputs"] + definition["outputs"]
     has_weights = any(dtype_of(op_type, param["name"]) is WEIGHTS for param in definition["inputs"])
-    for param in definition["inputs"] + definition["outputs"]:
+    has_rows = any(isinstance(dtype_of(op_type, param["name"]), tuple) for param in params)
+    for param in params:
         dtypes = tuple(op_definitions.NAMES[number] for number in param["dtypes"])
         expected = dtype_of(op_type, param["name"])
-        columns = ROWS if isinstance(expected, tuple) else (expected,) * len(ROWS)
+        columns = ROWS if isinstance(expected, tuple) else (expected,) * (len(ROWS) if has_rows else 1)
         if has_weights:
             columns += ("int8",) * len(ROWS) if expected is WEIGHTS else columns
         assert dtypes == columns, param["name"]
@@ -230,6 +233,7 @@ class Sizes:
             "num_nodes": self.S,
             "quant_mode": self.quant_mode,
             "num_max_dispatch_tokens_per_rank": self.M,
+            "zero_unused": self.T % 2,
         }
 
 
@@ -275,6 +279,7 @@ def fake_results(op_type: str, inputs: list[Input], attrs: dict[str, int | str])
         given |= FusedOptions()._asdict()
         for name, (dtype, shape, value) in zip(names, inputs, strict=True):
             given[name] = torch.empty(shape, dtype=getattr(torch, dtype)) if value is None else value
+        given["zero_unused"] = bool(attrs.get("zero_unused"))
         results = op(**{a.name: given[a.name] for a in op._schema.arguments})
     results = results if isinstance(results, tuple) else (results,)
     return [
@@ -547,6 +552,8 @@ def test_tiling(soc: Soc, s: Sizes, rows: str, op_type: str) -> None:
     assert (t.work.rows, t.work.hidden, t.work.arithmetic) == (N, H, op_type in SUMS)
     is_copied = moves_rows and not is_quantised(t) and (op_type not in SUMS or op_type == "DeepEpCombineBackward")
     assert (t.work.copied, t.work.answers) == (is_copied, op_type in ANSWERS)
+    clears = s.T % 2 if op_type.startswith("DeepEpLowLatencyDispatch") else moves_rows
+    assert t.work.zero_unused == clears
     assert t.work.max_tokens == (512 if op_type in SLOTS else 0)
     assert t.work.nodes == (s.S if op_type == "DeepEpGetDispatchLayout" else 0)
 
@@ -692,5 +699,5 @@ def test_more_experts_than_fit(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_layout_of_the_tiling() -> None:
     """The device reads it at these offsets: 64-bit fields without holes."""
-    assert ctypes.sizeof(Tiling) == 8 * (13 + 1 + 2 + 7 + 6 + 3)
-    assert Tiling.row_bytes.offset == 8 * 16
+    assert ctypes.sizeof(Tiling) == 8 * (14 + 1 + 2 + 7 + 6 + 3)
+    assert Tiling.row_bytes.offset == 8 * 17

@@ -36,11 +36,12 @@ class Given(NamedTuple):
     row_weights: Tensor
     low_latency_y: Tensor
     low_latency_handle: list[Tensor]
+    zero_unused: bool
 
 
 LAUNCHES: dict[str, Callable[[Group, Given], object]] = {
-    "low_latency_dispatch": lambda g, a: g.low_latency_dispatch(a.x, a.ids, a.T, a.E),
-    "low_latency_dispatch_int8": lambda g, a: g.low_latency_dispatch_int8(a.x, a.ids, a.T, a.E),
+    "low_latency_dispatch": lambda g, a: g.low_latency_dispatch(a.x, a.ids, a.T, a.E, a.zero_unused),
+    "low_latency_dispatch_int8": lambda g, a: g.low_latency_dispatch_int8(a.x, a.ids, a.T, a.E, a.zero_unused),
     "low_latency_combine": lambda g, a: g.low_latency_combine(
         a.low_latency_y, a.ids, a.weights, a.low_latency_handle, a.E
     ),
@@ -52,7 +53,7 @@ LAUNCHES: dict[str, Callable[[Group, Given], object]] = {
 
 
 def count(
-    ctx: RankContext, key: str, case: Case, arch: int, ops: list[str], num_bytes: int
+    ctx: RankContext, key: str, case: Case, arch: int, ops: list[str], num_bytes: int, zero_unused: bool
 ) -> dict[str, model.Counters]:
     """What the twin counts of one launch of each of `ops`, on windows of so many bytes."""
     twin, T, r = Twin(kernels.build()), max(case.tokens), ctx.rank
@@ -62,7 +63,7 @@ def count(
     given = Given(
         *(T, case.E, normal.xs[r], normal.ids[r], normal.weights[r]),
         *(normal.ys[r], (received.recv_src_idx, received.send_head), received.recv_topk_weights),
-        *(low_latency.ys[r], list(low_latency.dispatched[r][2:])),
+        *(low_latency.ys[r], list(low_latency.dispatched[r][2:]), zero_unused),
     )
     found = {}
     with Group(twin, key, r, ctx.size, num_bytes, timeout_ms=20_000) as group:
@@ -87,10 +88,10 @@ def routings(case: Case) -> list[model.Routing]:
     return [model.Routing(*numbers) for numbers in zip(*lists, strict=True)]
 
 
-def check(ranks: RankPool, case: Case, arch: int, ops: list[str], num_bytes: int) -> None:
+def check(ranks: RankPool, case: Case, arch: int, ops: list[str], num_bytes: int, zero_unused: bool = False) -> None:
     """The formulas know what a rank sends by its sums alone, not which block has which part of it."""
-    sizes = model.Sizes(case.R, max(case.tokens), case.H, case.K, case.E, cores=CORES)
-    found = ranks.run(case.R, count, uuid.uuid4().hex, case, arch, ops, num_bytes)
+    sizes = model.Sizes(case.R, max(case.tokens), case.H, case.K, case.E, cores=CORES, zero_unused=zero_unused)
+    found = ranks.run(case.R, count, uuid.uuid4().hex, case, arch, ops, num_bytes, zero_unused)
     for routing, counters in zip(routings(case), found, strict=True):
         for op, counted in counters.items():
             in_rounds = replace(sizes, slot_tokens=model.slot_tokens(op, sizes, num_bytes))
@@ -106,6 +107,11 @@ def make_case(R: int) -> Case:
 @pytest.mark.parametrize("R", SIZES)
 def test_counters(ranks: RankPool, R: int, arch: int) -> None:
     check(ranks, make_case(R), arch, list(LAUNCHES), 8 << 20)
+
+
+@pytest.mark.parametrize("op", ["low_latency_dispatch", "low_latency_dispatch_int8"])
+def test_rows_that_become_0(ranks: RankPool, op: str) -> None:
+    check(ranks, make_case(4), ARCHS[0], [op], 8 << 20, zero_unused=True)
 
 
 def test_rounds(ranks: RankPool) -> None:

@@ -35,9 +35,7 @@ def imported(*, folder: Path | None = None, **environment: str) -> tuple[str, st
     settings = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
     if folder is not None:
         settings["PYTHONPATH"] = str(folder)
-    run = subprocess.run(
-        [sys.executable, "-c", CODE], env=settings | environment, capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run([sys.executable, "-c", CODE], env=settings | environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     *_, torchair, warning = run.stdout.splitlines()
     return torchair, warning

@@ -133,7 +133,8 @@ EarlyDispatched early_results(const Group& group, const Tensor& x, const Tensor&
 
 Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                          const std::optional<Tensor>& topk_weights, int64_t num_experts, int64_t num_ranks,
-                         int64_t num_worst_tokens, std::optional<EarlyDispatched> early, const Blocks* blocks) {
+                         int64_t num_worst_tokens, std::optional<EarlyDispatched> early, const Blocks* blocks,
+                         bool zero_unused) {
   const bool low_latency = !topk_weights.has_value();
   Contribution mine;
   Post& post = mine.post;
@@ -310,7 +311,8 @@ Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor
     for (int64_t e = 0; e < num_experts; ++e) sent_prefix[e] = counts[e] + (e % L > 0 ? sent_prefix[e - 1] : 0);
   }
 
-  out.recv_x = recv.take(op, x);
+  const auto unused = spoils ? RecvRows::Unused::spoiled : RecvRows::Unused::any;
+  out.recv_x = recv.take(op, x, zero_unused ? RecvRows::Unused::zero : unused);
   op.finish();
   return out;
 }

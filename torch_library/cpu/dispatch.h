@@ -24,7 +24,8 @@ struct Dispatched {
 };
 
 // The op dispatch or, without topk_weights, low_latency_dispatch; `checks` has been made of its arguments. `early`: its
-// results, where they were made before. `blocks`: rows of low latency lie in blocks on this rank.
+// results, where they were made before. `blocks`: rows of low latency lie in blocks on this rank. `zero_unused`: rows
+// beyond those received become 0; else they hold anything.
 struct EarlyDispatched {
   RecvRows recv;
   Dispatched out;
@@ -32,7 +33,7 @@ struct EarlyDispatched {
 Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
                          const std::optional<Tensor>& topk_weights, int64_t num_experts, int64_t num_ranks,
                          int64_t num_worst_tokens, std::optional<EarlyDispatched> early = std::nullopt,
-                         const Blocks* blocks = nullptr);
+                         const Blocks* blocks = nullptr, bool zero_unused = true);
 
 // For right arguments, with num_worst_tokens rows.
 EarlyDispatched early_results(const Group& group, const Tensor& x, const Tensor& topk_idx, bool low_latency,

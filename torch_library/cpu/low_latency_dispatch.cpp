@@ -29,24 +29,26 @@ struct Call {
 // comm_alg is for .ops.
 
 Tensor low_latency_dispatch_start(Tensor x, Tensor topk_idx, int64_t num_max, int64_t num_experts, int64_t num_ranks,
-                                  GroupName group, GroupName /* comm_alg */) {
+                                  GroupName group, GroupName /* comm_alg */, bool zero_unused) {
   Call call(group.value.c_str(), x, topk_idx, num_max, num_experts, num_ranks);
   const auto early = make_early(call.checks, [&] {
     return early_results(call.turn.group(), x, topk_idx, true, num_experts, num_ranks, call.num_rows);
   });
   const auto body = [=, checks = call.checks, num_rows = call.num_rows](Turn turn) {
-    return in_order(
-        dispatch_rows(std::move(turn), checks, x, topk_idx, std::nullopt, num_experts, num_ranks, num_rows, early));
+    return in_order(dispatch_rows(std::move(turn), checks, x, topk_idx, std::nullopt, num_experts, num_ranks, num_rows,
+                                  early, nullptr, zero_unused));
   };
   return start(kOp, std::move(call.turn), early ? in_order(early->out) : Results{}, body);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_latency_dispatch(Tensor x, Tensor topk_idx, int64_t num_max,
                                                                         int64_t num_experts, int64_t num_ranks,
-                                                                        GroupName group, GroupName /* comm_alg */) {
+                                                                        GroupName group, GroupName /* comm_alg */,
+                                                                        bool zero_unused) {
   Call call(group.value.c_str(), x, topk_idx, num_max, num_experts, num_ranks);
-  const Results out = in_order(dispatch_rows(std::move(call.turn), std::move(call.checks), x, topk_idx, std::nullopt,
-                                             num_experts, num_ranks, call.num_rows));
+  const Results out =
+      in_order(dispatch_rows(std::move(call.turn), std::move(call.checks), x, topk_idx, std::nullopt, num_experts,
+                             num_ranks, call.num_rows, std::nullopt, nullptr, zero_unused));
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 

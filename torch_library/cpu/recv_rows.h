@@ -13,6 +13,9 @@ namespace deep_ep {
 
 class RecvRows {
  public:
+  // Rows behind those that arrive: 0, anything, or NaN.
+  enum class Unused { zero, any, spoiled };
+
   // Rows arrive elsewhere, to be copied into blocks.
   void make_blocks(const Blocks& blocks, const Tensor& like) { blocks_.emplace(blocks, like); }
   BlockRows& blocks() { return *blocks_; }
@@ -96,12 +99,15 @@ class RecvRows {
     return to;
   }
 
-  // The tensor, once all rows have arrived; the rows behind them are set to 0.
-  Tensor take(Operation& op, const Tensor& like) {
+  // The tensor, once all rows have arrived; the rows behind them are as `unused` says.
+  Tensor take(Operation& op, const Tensor& like, Unused unused) {
     if (blocks_) return blocks_->rows();
     const uint64_t used = delivered_ * row_bytes_, bytes = rows_ * row_bytes_;
     if (!memory_) memory_ = op.keep(bytes);
-    if (!zero_behind_) std::memset(rows() + used, 0, bytes - used);
+    if (unused == Unused::spoiled)
+      std::memset(rows() + used, 0xFF, bytes - used);
+    else if (unused == Unused::zero && !zero_behind_)
+      std::memset(rows() + used, 0, bytes - used);
     return early_ ? *early_ : tensor(like);
   }
 

@@ -131,6 +131,12 @@ ge::graphStatus infer_data_type(gert::InferDataTypeContext* context) {
   return ge::GRAPH_SUCCESS;
 }
 
+inline bool zero_unused(const gert::TilingContext& context, const Signature& signature) {
+  for (size_t i = 0; i < signature.attrs.size(); ++i)
+    if (signature.attrs[i].name == kZeroUnused.name) return *context.GetAttrs()->GetInt(i) != 0;
+  return true;
+}
+
 // The tensors have their shapes by now, and outputs know N.
 template <typename Op>
 ge::graphStatus tile(gert::TilingContext* context) {
@@ -162,6 +168,7 @@ ge::graphStatus tile(gert::TilingContext* context) {
     work.copied = signature.rows == Rows::copied || signature.rows == Rows::multiplied;
     work.arithmetic = signature.rows == Rows::summed || signature.rows == Rows::multiplied;
     work.answers = signature.answers;
+    work.zero_unused = zero_unused(*context, signature);
   }
 
   static_assert(sizeof(Tiling) <= 2048, "CANN reserves that much");
@@ -174,9 +181,11 @@ ge::graphStatus tile(gert::TilingContext* context) {
   return ge::GRAPH_SUCCESS;
 }
 
-// Weights have the columns of rows, and as many of int8, for which everything else repeats itself.
-inline ops::OpParamDef& define(ops::OpParamDef& param, const TensorDef& tensor, bool has_weights) {
+// Weights have the columns of rows, and as many of int8, for which everything else repeats itself. CANN compiles a
+// kernel for each column, and no two are equal: without rows there is one.
+inline ops::OpParamDef& define(ops::OpParamDef& param, const TensorDef& tensor, bool has_rows, bool has_weights) {
   std::vector<ge::DataType> types = columns(tensor.elements);
+  if (!has_rows) types.resize(1);
   if (has_weights) {
     const auto again = columns(tensor.elements == Elements::weights ? Elements::i8 : tensor.elements);
     types.insert(types.end(), again.begin(), again.end());
@@ -187,17 +196,21 @@ inline ops::OpParamDef& define(ops::OpParamDef& param, const TensorDef& tensor, 
 template <typename Op>
 void define(ops::OpDef& def) {
   const Signature signature = Op::signature();
-  const bool has_weights = std::any_of(signature.inputs.begin(), signature.inputs.end(),
-                                       [](const TensorDef& input) { return input.elements == Elements::weights; });
+  const auto has = [&](Elements elements) {
+    const auto& inputs = signature.inputs;
+    return std::any_of(inputs.begin(), inputs.end(), [&](const TensorDef& one) { return one.elements == elements; });
+  };
+  const bool has_rows = has(Elements::rows);
+  const bool has_weights = has(Elements::weights);
   for (const TensorDef& input : signature.inputs) {
-    ops::OpParamDef& param = define(def.Input(input.name), input, has_weights);
+    ops::OpParamDef& param = define(def.Input(input.name), input, has_rows, has_weights);
     if (*input.shape == '=')
       param.ValueDepend(ops::OPTIONAL);  // where it is not known in time, dimensions are -1
     else
       param.AutoContiguous();
   }
   for (const TensorDef& output : signature.outputs) {
-    ops::OpParamDef& param = define(def.Output(output.name), output, has_weights);
+    ops::OpParamDef& param = define(def.Output(output.name), output, has_rows, has_weights);
     if (signature.most_rows && std::strchr(output.shape, 'N')) param.OutputShapeDependOnCompute();
   }
   for (const AttrDef& attr : signature.attrs) {

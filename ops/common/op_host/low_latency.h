@@ -19,8 +19,10 @@ inline int64_t low_latency_rows(Sizes& sizes) {
 }
 
 inline Signature low_latency_dispatch(Rows rows, std::vector<TensorDef> outputs) {
-  Signature signature = communicating(
-      {rows, {{"x", Elements::rows, "TH"}, kTopkIdx}, std::move(outputs), {{"num_max_dispatch_tokens_per_rank", 'M'}}});
+  Signature signature = communicating({rows,
+                                       {{"x", Elements::rows, "TH"}, kTopkIdx},
+                                       std::move(outputs),
+                                       {{"num_max_dispatch_tokens_per_rank", 'M'}, kZeroUnused}});
   signature.num_rows = low_latency_rows;
   signature.max_tokens = [](const Sizes& sizes) { return sizes['M']; };
   return signature;

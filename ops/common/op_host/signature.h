@@ -38,6 +38,9 @@ struct AttrDef {
   static constexpr char kNumber = '#';
 };
 
+// 1: rows that hold nothing become 0; 0: they hold anything. Without the attribute they become 0.
+inline constexpr AttrDef kZeroUnused{"zero_unused", AttrDef::kNumber};
+
 // What the kernel does with rows. Sums are in fp32, with weights or without; rows that are multiplied with others are
 // copied first.
 enum class Rows { copied, quantised, summed, multiplied, none };

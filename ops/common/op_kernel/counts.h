@@ -7,6 +7,7 @@ namespace deep_ep {
 
 class Counts {
  public:
+  __aicore__ Counts() {}
   // With send_head, what has no row counts as if it had no id.
   __aicore__ void init(TPipe& pipe, const Tiling& tiling, GM_ADDR workspace, GM_ADDR topk_idx,
                        GM_ADDR send_head = nullptr) {

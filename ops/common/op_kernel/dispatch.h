@@ -28,6 +28,7 @@ struct DispatchOutputs {
 template <typename Rows, bool kIsNormal>
 class Dispatch {
  public:
+  __aicore__ Dispatch() {}
   __aicore__ void init(Op op, GM_ADDR x, GM_ADDR topk_idx, GM_ADDR topk_weights, GM_ADDR windows,
                        const DispatchOutputs& outputs, GM_ADDR workspace, const Tiling& tiling) {
     tiling_ = &tiling;
@@ -232,8 +233,9 @@ class Dispatch {
     const Split split = Split::of(tiling_->work.rows - delivered_, GetBlockNum());
     const int64_t first = delivered_ + split.begin(GetBlockIdx());
     const int64_t count = split.end(GetBlockIdx()) - split.begin(GetBlockIdx());
-    rows_.fill(out_.recv_x + first * recv_row_bytes_, count * recv_row_bytes_, 0);
     rows_.fill(out_.recv_src_idx + first * kSourceBytes, count * kSourceBytes, -1);
+    if (!tiling_->work.zero_unused) return;
+    rows_.fill(out_.recv_x + first * recv_row_bytes_, count * recv_row_bytes_, 0);
     if constexpr (Rows::kHasScales) rows_.fill(out_.recv_scales + first * sizeof(float), count * sizeof(float), 0);
   }
 
@@ -323,7 +325,7 @@ class Dispatch {
 __aicore__ inline void normal_dispatch(GM_ADDR x, GM_ADDR topk_idx, GM_ADDR topk_weights, GM_ADDR windows,
                                        const DispatchOutputs& outputs, GM_ADDR workspace, const Tiling& tiling) {
   Dispatch<PlainRows, true> dispatch;
-  dispatch.init(Op::dispatch, x, topk_idx, topk_weights, windows, outputs, GetUserWorkspace(workspace), tiling);
+  dispatch.init(Op::dispatch, x, topk_idx, topk_weights, windows, outputs, workspace, tiling);
   dispatch.process();
 }
 
@@ -340,7 +342,7 @@ __aicore__ inline void low_latency_dispatch(Op op, GM_ADDR x, GM_ADDR topk_idx, 
   outputs.recv_channel_prefix = layout_range;
   outputs.send_head = send_head;
   Dispatch<Rows, false> dispatch;
-  dispatch.init(op, x, topk_idx, nullptr, windows, outputs, GetUserWorkspace(workspace), tiling);
+  dispatch.init(op, x, topk_idx, nullptr, windows, outputs, workspace, tiling);
   dispatch.process();
 }
 

@@ -8,6 +8,7 @@ namespace deep_ep {
 
 class Exchange {
  public:
+  __aicore__ Exchange() {}
   // must_fit: whether rows of this rank must not be dropped.
   __aicore__ void init(TPipe& pipe, const Tiling& tiling, GM_ADDR table, GM_ADDR workspace, Op op,
                        bool must_fit = false) {

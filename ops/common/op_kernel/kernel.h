@@ -84,6 +84,7 @@ __aicore__ inline void store(GM_ADDR to, const LocalTensor<T>& from, int64_t cou
 template <typename T>
 class Array {
  public:
+  __aicore__ Array() {}
   __aicore__ void init(TPipe& pipe, int64_t size) { pipe.InitBuffer(buffer_, align(size * sizeof(T))); }
   __aicore__ LocalTensor<T> tensor() { return buffer_.template Get<T>(); }
   __aicore__ T get(int64_t i) { return tensor().GetValue(static_cast<uint32_t>(i)); }
@@ -99,6 +100,7 @@ using Table = Array<int32_t>;
 // Goes through rows of int32 that lie in global memory, as many to a transfer as there is room for.
 class TableReader {
  public:
+  __aicore__ TableReader() {}
   __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
     batch_ = tiling.table_batch;
     pipe.InitBuffer(queue_, kBuffers, static_cast<uint32_t>(batch_ * tiling.table_bytes));
@@ -168,6 +170,7 @@ __aicore__ inline Chunk own_tokens(const Tiling& tiling, int64_t first, const Sp
 template <typename T>
 class TokenValues {
  public:
+  __aicore__ TokenValues() {}
   __aicore__ void init(TPipe& pipe, const Tiling& tiling, GM_ADDR tensor) {
     tensor_ = tensor;
     top_k_ = tiling.work.top_k;
@@ -196,6 +199,7 @@ class TokenValues {
 // scalar unit alone.
 class Places {
  public:
+  __aicore__ Places() {}
   __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
     words_ = 1 + 2 * tiling.work.top_k;
     values_.init(pipe, tiling.chunk_tokens * words_);
@@ -226,6 +230,7 @@ class Places {
 // passes begin behind what the blocks before have counted.
 class Numbers {
  public:
+  __aicore__ Numbers() {}
   __aicore__ void init(TPipe& pipe, const Tiling& tiling, GM_ADDR workspace) {
     tiling_ = &tiling;
     workspace_ = workspace;

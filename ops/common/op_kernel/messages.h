@@ -11,6 +11,7 @@ namespace deep_ep {
 template <bool kHasWeights, int64_t kExtra = 0>
 class Messages {
  public:
+  __aicore__ Messages() {}
   __aicore__ void init(TPipe& pipe, const Tiling& tiling, Exchange& exchange, Counts& counts, GM_ADDR topk_weights) {
     tiling_ = &tiling;
     exchange_ = &exchange;

@@ -34,6 +34,7 @@ struct RoundTripTensors {
 template <typename T, Trip kTrip>
 class RoundTrip {
  public:
+  __aicore__ RoundTrip() {}
   __aicore__ void init(Op op, const RoundTripTensors& tensors, GM_ADDR windows, GM_ADDR workspace,
                        const Tiling& tiling) {
     tiling_ = &tiling;
@@ -262,7 +263,7 @@ template <typename T, Trip kTrip>
 __aicore__ inline void round_trip(Op op, const RoundTripTensors& tensors, GM_ADDR windows, GM_ADDR workspace,
                                   const Tiling& tiling) {
   RoundTrip<T, kTrip> trip;
-  trip.init(op, tensors, windows, GetUserWorkspace(workspace), tiling);
+  trip.init(op, tensors, windows, workspace, tiling);
   trip.process();
 }
 

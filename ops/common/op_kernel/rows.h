@@ -15,6 +15,7 @@ __aicore__ inline int32_t half_of(int32_t size, int32_t unit) { return ((size + 
 
 class RowCopier {
  public:
+  __aicore__ RowCopier() {}
   __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
     tiling_ = &tiling;
     pipe.InitBuffer(queue_, static_cast<uint8_t>(tiling.buffers), static_cast<uint32_t>(sent(tiling.tile_bytes)));
@@ -62,6 +63,7 @@ class RowCopier {
 template <typename T>
 class RowReader {
  public:
+  __aicore__ RowReader() {}
   __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
     tiling_ = &tiling;
     pipe.InitBuffer(queue_, static_cast<uint8_t>(tiling.buffers), static_cast<uint32_t>(tiling.tile_bytes));
@@ -93,6 +95,7 @@ class PlainRows : public RowCopier {
  public:
   static constexpr bool kHasScales = false;
 
+  __aicore__ PlainRows() {}
   __aicore__ int32_t send(GM_ADDR from, Places& to, int64_t item) {
     copy(from, to, item);
     return 0;
@@ -107,6 +110,7 @@ class Int8Rows : public RowCopier {
  public:
   static constexpr bool kHasScales = true;
 
+  __aicore__ Int8Rows() {}
   __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
     RowCopier::init(pipe, tiling);
     tiling_ = &tiling;
@@ -204,6 +208,7 @@ class Int8Rows : public RowCopier {
 template <typename T>
 class RowMath {
  public:
+  __aicore__ RowMath() {}
   __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
     tiling_ = &tiling;
     reader_.init(pipe, tiling);

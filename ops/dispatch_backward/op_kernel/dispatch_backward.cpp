@@ -7,7 +7,7 @@ extern "C" __global__ __aicore__ void deep_ep_dispatch_backward(GM_ADDR grad_rec
                                                                 GM_ADDR grad_topk_weights, GM_ADDR workspace,
                                                                 GM_ADDR tiling_data) {
   DEEP_EP_KERNEL(tiling, tiling_data);
-  deep_ep::round_trip<DTYPE_X, deep_ep::Trip::dispatch_backward>(
+  deep_ep::round_trip<DTYPE_GRAD_RECV_X, deep_ep::Trip::dispatch_backward>(
       deep_ep::Op::dispatch_backward,
       {nullptr, grad_recv_x, grad_recv_topk_weights, topk_idx, nullptr, nullptr, send_head, nullptr, grad_x,
        grad_topk_weights},

@@ -6,6 +6,7 @@ namespace deep_ep {
 
 class GetDispatchLayout {
  public:
+  __aicore__ GetDispatchLayout() {}
   __aicore__ void init(GM_ADDR topk_idx, GM_ADDR num_tokens_per_rank, GM_ADDR num_tokens_per_rdma_rank,
                        GM_ADDR num_tokens_per_expert, GM_ADDR is_token_in_rank, GM_ADDR workspace,
                        const Tiling& tiling) {
@@ -92,7 +93,7 @@ extern "C" __global__ __aicore__ void deep_ep_get_dispatch_layout(GM_ADDR topk_i
                                                                   GM_ADDR tiling_data) {
   DEEP_EP_KERNEL(tiling, tiling_data);
   deep_ep::GetDispatchLayout op;
-  op.init(topk_idx, num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank,
-          AscendC::GetUserWorkspace(workspace), tiling);
+  op.init(topk_idx, num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank, workspace,
+          tiling);
   op.process();
 }

@@ -5,6 +5,7 @@ namespace deep_ep {
 
 class NotifyDispatch {
  public:
+  __aicore__ NotifyDispatch() {}
   __aicore__ void init(GM_ADDR topk_idx, GM_ADDR windows, GM_ADDR num_rows, GM_ADDR workspace, const Tiling& tiling) {
     tiling_ = &tiling;
     num_rows_ = num_rows;
@@ -50,6 +51,6 @@ extern "C" __global__ __aicore__ void deep_ep_notify_dispatch(GM_ADDR topk_idx, 
                                                               GM_ADDR workspace, GM_ADDR tiling_data) {
   DEEP_EP_KERNEL(tiling, tiling_data);
   deep_ep::NotifyDispatch op;
-  op.init(topk_idx, windows, num_rows, AscendC::GetUserWorkspace(workspace), tiling);
+  op.init(topk_idx, windows, num_rows, workspace, tiling);
   op.process();
 }

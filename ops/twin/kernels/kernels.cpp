@@ -59,10 +59,17 @@ State& state() {
   return instance;
 }
 
-const Kernel& find(const std::string& op, int32_t dtype) {
+// The column of the op's definition that has these tensors.
+const Kernel& find(const std::string& op, const gert::Node& node) {
+  const auto is_as = [](const Kernel& kernel, const std::vector<gert::Tensor>& tensors, size_t first) {
+    for (size_t i = 0; i < tensors.size(); ++i)
+      if (kernel.dtypes[first + i] != tensors[i].GetDataType()) return false;
+    return true;
+  };
   for (const Kernel& kernel : all())
-    if (kernel.op == op && (kernel.dtype == kAnyDtype || kernel.dtype == dtype)) return kernel;
-  throw Error("there is no AscendC kernel for this op yet; the strategy alltoall needs none");
+    if (kernel.op == op && is_as(kernel, node.inputs, 0) && is_as(kernel, node.outputs, node.inputs.size()))
+      return kernel;
+  throw Error(str("the definition of ", node.type, " has no column with the dtypes of this call"));
 }
 
 uint64_t bytes_of(const DeepEpTensor& tensor) {
@@ -98,10 +105,10 @@ struct Plan {
 };
 
 std::unique_ptr<Plan> plan(const DeepEpCall& call) {
-  const Kernel& kernel = find(call.op, call.inputs[0].dtype);
+  if (std::none_of(all().begin(), all().end(), [&](const Kernel& kernel) { return kernel.op == call.op; }))
+    throw Error("there is no AscendC kernel for this op yet; the strategy alltoall needs none");
   ops::OpDef& definition = ops::OpDefFactory::definitions().at(definition_name(call.op));
   auto plan = std::make_unique<Plan>();
-  plan->kernel = &kernel;
   plan->group = call.group;
   {
     std::lock_guard lock(state().mutex);
@@ -118,12 +125,20 @@ std::unique_ptr<Plan> plan(const DeepEpCall& call) {
     node.inputs.push_back(describe(tensor));
     plan->add(tensor, input.name().c_str(), false);
   }
-  // Where a shape depends on the computation, one more output tells.
-  for (int32_t i = 0; i < call.num_outputs; ++i) {
-    const bool is_shapes = static_cast<size_t>(i) == definition.outputs().size();
-    if (!is_shapes) node.outputs.push_back(describe(call.outputs[i]));
-    plan->add(call.outputs[i], is_shapes ? "shapes" : definition.outputs()[i].name().c_str(), true);
+  // Where a shape depends on the computation, one more output tells those of all outputs.
+  const auto& outputs = definition.outputs();
+  const bool has_shapes = std::any_of(outputs.begin(), outputs.end(),
+                                      [](const ops::OpParamDef& output) { return output.shape_depends_on_compute(); });
+  const auto num_outputs = static_cast<int32_t>(outputs.size());
+  if (given != call.num_inputs || call.num_outputs != num_outputs + has_shapes)
+    throw Error(str(call.op, " has ", given, " inputs and ", num_outputs + has_shapes, " outputs, got ",
+                    call.num_inputs, " and ", call.num_outputs));
+  for (int32_t i = 0; i < num_outputs; ++i) {
+    node.outputs.push_back(describe(call.outputs[i]));
+    plan->add(call.outputs[i], outputs[i].name().c_str(), true);
   }
+  if (has_shapes) plan->add(call.outputs[num_outputs], "shapes", true);
+  plan->kernel = &find(call.op, node);
   if (!plan->group.empty()) node.attrs.values().emplace_back(plan->group);
   for (int32_t i = 0; i < num_integers; ++i) node.attrs.values().emplace_back(call.integers[i]);
 
@@ -135,9 +150,6 @@ std::unique_ptr<Plan> plan(const DeepEpCall& call) {
   std::memcpy(plan->tiling.data(), context.tiling, context.tiling_bytes);
   plan->workspace_bytes = context.workspaces[0];
   plan->settings.cores = static_cast<int>(context.block_dim);
-  if (kernel.num_arguments != plan->arguments.size() + 2)
-    throw Error(str("the kernel takes ", kernel.num_arguments, " arguments, its definition makes ",
-                    plan->arguments.size() + 2));
   return plan;
 }
 

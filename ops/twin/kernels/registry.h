@@ -1,34 +1,24 @@
-// The kernels in this library, by op and dtype of rows.
+// The kernels in this library, by op and by the dtypes of inputs and outputs.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace twin::kernels {
 
-constexpr int32_t kAnyDtype = -1;
-
 struct Kernel {
   std::string op;
-  int32_t dtype;  // aclDataType of rows, or kAnyDtype
-  size_t num_arguments;
-  std::function<void(uint8_t* const* arguments)> call;
+  std::vector<int32_t> dtypes;  // ge::DataType of every input, then of every output
+  // The inputs, the outputs, their shapes where one depends on the computation, workspace and tiling.
+  void (*call)(uint8_t* const* arguments);
 };
 
 std::vector<Kernel>& all();
 
-template <typename... Address, size_t... I>
-Kernel make(const char* op, int32_t dtype, void (*kernel)(Address...), std::index_sequence<I...>) {
-  return {op, dtype, sizeof...(I), [kernel](uint8_t* const* arguments) { kernel(arguments[I]...); }};
-}
-
-template <typename... Address>
-bool add(const char* op, int32_t dtype, void (*kernel)(Address...)) {
-  all().push_back(make(op, dtype, kernel, std::index_sequence_for<Address...>{}));
+inline bool add(std::string op, std::vector<int32_t> dtypes, void (*call)(uint8_t* const* arguments)) {
+  all().push_back({std::move(op), std::move(dtypes), call});
   return true;
 }
 

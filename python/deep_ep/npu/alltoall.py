@@ -177,6 +177,7 @@ def low_latency_dispatch(
     num_ranks: int,
     group: str,
     comm_alg: str,
+    zero_unused: bool = True,
 ) -> tuple[Tensor, ...]:
     """As deep_ep.low_latency_dispatch."""
     C = num_max_dispatch_tokens_per_rank * min(topk_idx.shape[1], num_experts // num_ranks)

@@ -44,7 +44,8 @@ class LowLatencyOutput(NamedTuple):
     """What low_latency_dispatch returns."""
 
     recv_x: Tensor
-    """[N, H] in x's dtype: rows ordered by local expert, source rank, token, k, without gaps; then rows of 0."""
+    """[N, H] in x's dtype: rows ordered by local expert, source rank, token, k, without gaps. Those behind are 0 in
+    grad mode; else they hold anything, which low_latency_combine never reads."""
     recv_count: Tensor
     """int64 [L]: rows of each local expert."""
     handle: LowLatencyHandle
@@ -94,13 +95,18 @@ def active(topk_idx: Tensor, x_active_mask: Tensor | None) -> Tensor:
     return torch.where(x_active_mask.unsqueeze(-1), topk_idx, -1)
 
 
+def zero_unused() -> bool:
+    """Whether rows that hold nothing must be 0: the gradient of an expert's weights sums up over all rows."""
+    return torch.is_grad_enabled()
+
+
 def call(
     info: GroupInfo, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int
 ) -> LowLatencyOutput:
     """The op's overload for `info`."""
     op = getattr(torch.ops.deep_ep.low_latency_dispatch, info.low_latency.value)
     M = num_max_dispatch_tokens_per_rank
-    results = op(*flat(x, topk_idx), M, num_experts, info.size, info.name, info.comm_alg)
+    results = op(*flat(x, topk_idx), M, num_experts, info.size, info.name, info.comm_alg, zero_unused())
     return _in_order(results, x, M, num_experts)
 
 
@@ -111,7 +117,7 @@ def start(
     overload = info.low_latency.value
     op = getattr(torch.ops.deep_ep.low_latency_dispatch_start, overload)
     M, arguments = num_max_dispatch_tokens_per_rank, tuple(map(as_issued, flat(x, topk_idx)))
-    ticket = op(*arguments, M, num_experts, info.size, info.name, info.comm_alg)
+    ticket = op(*arguments, M, num_experts, info.size, info.name, info.comm_alg, zero_unused())
     return issued(ticket, info, overload, "low_latency_dispatch", arguments, num_experts, M, topk_idx.shape[:-1])
 
 
@@ -163,6 +169,7 @@ def fake(
     num_ranks: int,
     group: str,
     comm_alg: str,
+    zero_unused: bool = True,
     *,
     overload: str,
 ) -> tuple[Tensor, ...]:
@@ -171,7 +178,9 @@ def fake(
     return _results(overload, x, topk_idx, num_experts, num_ranks, M)
 
 
-def _error(x: Tensor, topk_idx: Tensor, M: int, E: int, R: int, comm_alg: str, *, overload: str) -> Any:
+def _error(
+    x: Tensor, topk_idx: Tensor, M: int, E: int, R: int, comm_alg: str, zero_unused: bool = True, *, overload: str
+) -> Any:
     return (
         checks.low_latency_dispatch(x, topk_idx, M, E, R)
         or npu_ops.check_comm_alg(comm_alg)
@@ -194,7 +203,7 @@ def _results(overload: str, x: Tensor, topk_idx: Tensor, num_experts: int, num_r
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, _, num_experts, num_ranks, group, _ = inputs
+    _, _, _, num_experts, num_ranks, group, *_ = inputs
     ctx.save_for_backward(*_saved(inputs, output))
     ctx.arguments = num_experts, num_ranks, group
 
@@ -204,7 +213,7 @@ def _saved(arguments: Sequence[Any], results: Sequence[Tensor]) -> tuple[Tensor,
 
 
 def setup_context_start(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, topk_idx, _, num_experts, num_ranks, group, _ = inputs
+    x, topk_idx, _, num_experts, num_ranks, group, *_ = inputs
     # Of x only its dtype, its device and H are needed.
     ctx.save_for_backward(x.new_empty((0, x.shape[1])), topk_idx)
     ctx.arguments = num_experts, num_ranks, 0, group
@@ -222,7 +231,7 @@ def _transpose(op: Any, overload: str, saved: Sequence[Tensor], grad_recv_x: Ten
 def backward(ctx: Any, grad_recv_x: Tensor, *_: Any, overload: str) -> Any:
     op = torch.ops.deep_ep.dispatch_backward
     grad_x, _ = _transpose(op, overload, ctx.saved_tensors, grad_recv_x, ctx.arguments)
-    return grad_x, None, None, None, None, None, None
+    return grad_x, *[None] * 7
 
 
 def backward_wait(overload: str, saved: Sequence[Tensor], grads: Sequence[Tensor], arguments: tuple[Any, ...]) -> Any:
@@ -232,7 +241,7 @@ def backward_wait(overload: str, saved: Sequence[Tensor], grads: Sequence[Tensor
 def backward_start(ctx: Any, ticket: Tensor, *, overload: str) -> Any:
     op = getattr(torch.ops.deep_ep.wait, overload)
     grad_x, _ = op(ticket, "dispatch_backward", list(ctx.saved_tensors), *ctx.arguments)
-    return grad_x, None, None, None, None, None, None
+    return grad_x, *[None] * 7
 
 
 def convert(
@@ -243,20 +252,29 @@ def convert(
     num_ranks: int,
     group: str,
     comm_alg: str,
+    zero_unused: bool = True,
 ) -> Any:
     """DeepEpLowLatencyDispatch."""
     sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
-    return node("low_latency_dispatch", x, topk_idx, *sizes, group)
+    return node("low_latency_dispatch", x, topk_idx, *sizes, group, zero_unused)
 
 
 def node(
-    op: str, x: Any, topk_idx: Any, num_max_dispatch_tokens_per_rank: int, num_experts: int, num_ranks: int, group: str
+    op: str,
+    x: Any,
+    topk_idx: Any,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    zero_unused: bool = True,
 ) -> Any:
     """That of a low-latency dispatch."""
     integers = {
         "num_experts": num_experts,
         "num_ranks": num_ranks,
         "num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank,
+        "zero_unused": int(zero_unused),
     }
     return ge.node(op, {"x": x, "topk_idx": topk_idx}, integers, group)
 

@@ -15,6 +15,7 @@ from ..ep_strategy import LowLatencyStrategy
 from ..groups import GroupInfo
 from ._registration import register, reject
 from .low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, node
+from .low_latency_dispatch import zero_unused as zero_unused_now
 
 
 def is_for(info: GroupInfo, x: Tensor) -> bool:
@@ -28,18 +29,24 @@ def call(
     """As low_latency_dispatch.call with x [T, H], whose recv_x is int8 here, and its scales fp32 [N].
 
     The formula is that of `deep_ep.quantization.quantize(x, "int8", low_latency=True)`, to the bit. Rows that hold
-    nothing are 0 with the scale 0. There is no gradient.
+    nothing are 0 with the scale 0 in grad mode, and else anything. There is no gradient.
     """
     M = num_max_dispatch_tokens_per_rank
     data, scales, recv_count, src_info, layout_range, send_head = torch.ops.deep_ep.low_latency_dispatch_int8(
-        x, topk_idx, M, num_experts, info.size, info.name
+        x, topk_idx, M, num_experts, info.size, info.name, zero_unused_now()
     )
     handle = LowLatencyHandle(src_info, layout_range, M, x.shape[1], num_experts, recv_count, send_head)
     return LowLatencyOutput(data, recv_count, handle), scales
 
 
 def fake(
-    x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int, num_ranks: int, group: str
+    x: Tensor,
+    topk_idx: Tensor,
+    num_max_dispatch_tokens_per_rank: int,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    zero_unused: bool = True,
 ) -> tuple[Tensor, ...]:
     M = num_max_dispatch_tokens_per_rank
     reject("low_latency_dispatch_int8", checks.low_latency_dispatch(x, topk_idx, M, num_experts, num_ranks))
@@ -59,7 +66,13 @@ def _around(overload: str) -> Any:
     """The kernel out of low_latency_dispatch's."""
 
     def kernel(
-        x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int, num_ranks: int, group: str
+        x: Tensor,
+        topk_idx: Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        num_ranks: int,
+        group: str,
+        zero_unused: bool = True,
     ) -> tuple[Tensor, ...]:
         sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
         # What is wrong on this rank must not keep it from taking part: low_latency_dispatch refuses it on all.
@@ -67,7 +80,7 @@ def _around(overload: str) -> Any:
         sent = None if wrong else quantization.quantize(x, "int8", low_latency=True)
         rows = x if sent is None else quantization.pack(*sent)
         op = getattr(torch.ops.deep_ep.low_latency_dispatch, overload)
-        out = op(rows, topk_idx, *sizes, group, "")
+        out = op(rows, topk_idx, *sizes, group, "", zero_unused)
         assert sent is not None
         data, scales = quantization.unpack(out[0], *sent)
         return data, scales, *out[1:]

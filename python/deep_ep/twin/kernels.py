@@ -203,15 +203,27 @@ class Group:
         self.launch("notify_dispatch", [topk_idx], [num_experts, self.size], [num_rows])
         return num_rows
 
-    def low_latency_dispatch(self, x: Tensor, topk_idx: Tensor, num_max: int, num_experts: int) -> list[Tensor]:
-        return self._low_latency_dispatch("low_latency_dispatch", (x.dtype,), x, topk_idx, num_max, num_experts)
+    def low_latency_dispatch(
+        self, x: Tensor, topk_idx: Tensor, num_max: int, num_experts: int, zero_unused: bool = False
+    ) -> list[Tensor]:
+        sizes = num_max, num_experts, zero_unused
+        return self._low_latency_dispatch("low_latency_dispatch", (x.dtype,), x, topk_idx, *sizes)
 
-    def low_latency_dispatch_int8(self, x: Tensor, topk_idx: Tensor, num_max: int, num_experts: int) -> list[Tensor]:
-        rows = torch.int8, torch.float32
-        return self._low_latency_dispatch("low_latency_dispatch_int8", rows, x, topk_idx, num_max, num_experts)
+    def low_latency_dispatch_int8(
+        self, x: Tensor, topk_idx: Tensor, num_max: int, num_experts: int, zero_unused: bool = False
+    ) -> list[Tensor]:
+        rows, sizes = (torch.int8, torch.float32), (num_max, num_experts, zero_unused)
+        return self._low_latency_dispatch("low_latency_dispatch_int8", rows, x, topk_idx, *sizes)
 
     def _low_latency_dispatch(
-        self, op: str, rows: Sequence[torch.dtype], x: Tensor, topk_idx: Tensor, num_max: int, num_experts: int
+        self,
+        op: str,
+        rows: Sequence[torch.dtype],
+        x: Tensor,
+        topk_idx: Tensor,
+        num_max: int,
+        num_experts: int,
+        zero_unused: bool,
     ) -> list[Tensor]:
         """`rows`: dtypes of data, and of scales where there are some."""
         L = num_experts // self.size
@@ -223,7 +235,7 @@ class Group:
             _poisoned(num_experts, dtype=torch.int32),
             _poisoned(*topk_idx.shape, dtype=torch.int32),
         ]
-        self.launch(op, [x, topk_idx], [num_experts, self.size, num_max], outputs)
+        self.launch(op, [x, topk_idx], [num_experts, self.size, num_max, zero_unused], outputs)
         return outputs
 
     def low_latency_combine(

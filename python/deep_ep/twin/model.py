@@ -51,6 +51,8 @@ class Sizes:
     """Tokens that a slot has room for in normal mode; 0: as many as there are."""
     unified_buffer: int = 188160
     """Bytes, of a core."""
+    zero_unused: bool = False
+    """Of low latency: rows that hold nothing become 0, as in grad mode."""
 
     @property
     def L(self) -> int:
@@ -223,7 +225,12 @@ def _dispatch(s: Sizes, rows: Rows, r: Routing, is_normal: bool) -> list[Stage]:
             stalls=3 * n * _arrived_chunks(s, pieces, r.arrived / n),
             items=r.arrived / n,
         ),
-        Stage("clear", 0, rest * (sent_row + described), stalls=(2 + quantised) * (rest > 0)),
+        Stage(
+            "clear",
+            0,
+            rest * (12 + (sent_row + scale) * s.zero_unused),
+            stalls=(1 + (1 + quantised) * s.zero_unused) * (rest > 0),
+        ),
     ]
 
 

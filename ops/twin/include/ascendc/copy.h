@@ -228,14 +228,14 @@ void atomic_apply(uint8_t* to, const uint8_t* from, uint32_t bytes) {
   for (uint32_t i = 0; i < bytes / sizeof(T); ++i) {
     T value;
     std::memcpy(&value, from + i * sizeof(T), sizeof(T));
-    std::atomic_ref<Bits> target(reinterpret_cast<Bits*>(to)[i]);
-    Bits old = target.load();
+    Bits* const target = reinterpret_cast<Bits*>(to) + i;
+    Bits old = __atomic_load_n(target, __ATOMIC_SEQ_CST);
     T sum;
     do {
       using Wide = std::conditional_t<is_floating<T>, float, int64_t>;
-      const Wide a = static_cast<Wide>(std::bit_cast<T>(old)), b = static_cast<Wide>(value);
+      const Wide a = static_cast<Wide>(bit_cast<T>(old)), b = static_cast<Wide>(value);
       sum = static_cast<T>(kind == AtomicKind::add ? a + b : kind == AtomicKind::max ? std::max(a, b) : std::min(a, b));
-    } while (!target.compare_exchange_weak(old, std::bit_cast<Bits>(sum)));
+    } while (!__atomic_compare_exchange_n(target, &old, bit_cast<Bits>(sum), true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
   }
 }
 

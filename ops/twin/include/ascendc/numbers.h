@@ -2,9 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -26,6 +26,15 @@ enum class RoundMode : uint8_t {
 namespace twin {
 
 using AscendC::RoundMode;
+
+// Kernels are C++17, and so is what they include.
+template <typename To, typename From>
+To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
 
 // To an integer, in double.
 inline double round_integer(double x, RoundMode mode) {
@@ -56,11 +65,11 @@ struct Float16 {
   static float widen(uint16_t bits) {
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
     if (magnitude >= kInfinity)
-      return std::bit_cast<float>(sign | 0x7f800000 | (magnitude & (kInfinity ^ 0x7fff)) << (23 - mantissa_bits));
+      return bit_cast<float>(sign | 0x7f800000 | (magnitude & (kInfinity ^ 0x7fff)) << (23 - mantissa_bits));
     // As a float of another bias; the product restores it, and is exact, for subnormal numbers too.
-    const float shifted = std::bit_cast<float>(magnitude << (23 - mantissa_bits));
+    const float shifted = bit_cast<float>(magnitude << (23 - mantissa_bits));
     const float value = mantissa_bits == 7 ? shifted : shifted * 0x1p112f;
-    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
+    return bit_cast<float>(sign | bit_cast<uint32_t>(value));
   }
 
   static uint16_t narrow(double x, RoundMode mode) {
@@ -81,7 +90,7 @@ struct Float16 {
 
   // To nearest, ties to even: the common case, without library calls.
   static uint16_t narrow(float x) {
-    const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffff;
+    const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffff;
     constexpr int kShift = 23 - mantissa_bits;
     constexpr uint32_t kRebias = static_cast<uint32_t>(127 - kBias) << 23;
     if (magnitude >= 0x7f800000 || magnitude < kRebias + (1u << 23)) return narrow(x, RoundMode::CAST_RINT);

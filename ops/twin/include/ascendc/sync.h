@@ -78,8 +78,6 @@ void DataCacheCleanAndInvalid(const GlobalTensor<T>& tensor, Site at = Site::her
   Core::current().clean(tensor.GetPhyAddr(0), extent == CacheLine::ENTIRE_DATA_CACHE, at);
 }
 
-inline GM_ADDR GetUserWorkspace(GM_ADDR workspace) { return workspace + twin::kSystemWorkspaceBytes; }
-
 inline int64_t GetBlockIdx() { return Core::current().index(); }
 inline int64_t GetBlockNum() { return Core::current().cores(); }
 inline int64_t GetSystemCycle() { return Core::current().system_cycle(); }

@@ -19,6 +19,14 @@
 #define KERNEL_TASK_TYPE(key, type) KERNEL_TASK_TYPE_DEFAULT(type)
 #define REGISTER_TILING_DEFAULT(type) static_assert(sizeof(type) > 0)
 #define GET_TILING_DATA_WITH_STRUCT(type, name, address) const type name = *reinterpret_cast<const type*>(address)
+// What ORIG_DTYPE_<NAME> and FORMAT_<NAME> are, of definitions as far as the library has them.
+#define DT_FLOAT 0
+#define DT_FLOAT16 1
+#define DT_INT8 2
+#define DT_INT32 3
+#define DT_INT64 9
+#define DT_BF16 27
+#define FORMAT_ND 2
 #define ASCEND_IS_AIV (true)
 #define ASCEND_IS_AIC (false)
 

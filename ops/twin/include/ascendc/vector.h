@@ -1,6 +1,8 @@
 // Instructions of V. Forms with a count take tensors at multiples of 32 bytes.
 #pragma once
 
+#include <tuple>
+
 #include "tensor.h"
 
 namespace AscendC {
@@ -50,8 +52,12 @@ void elementwise(Site at, int64_t count, F f, const LocalTensor<T>& dst, const L
   if (count == 0) return;
   (check_overlap(dst.span(0, count), src.span(0, count), at), ...);
   Core::current().issue(V, at, {Use{src.span(0, count), false}..., Use{dst.span(0, count), true}},
-                        [count, f, to = dst.data(), ... from = src.data()] {
-                          for (int64_t i = 0; i < count; ++i) to[i] = f(from[i]...);
+                        [count, f, to = dst.data(), sources = std::make_tuple(src.data()...)] {
+                          std::apply(
+                              [&](const auto*... from) {
+                                for (int64_t i = 0; i < count; ++i) to[i] = f(from[i]...);
+                              },
+                              sources);
                         });
 }
 
@@ -128,7 +134,9 @@ constexpr uint32_t kRounding = bit_of(RoundMode::CAST_RINT) | bit_of(RoundMode::
 // The modes with which Cast is documented, by architecture; 0: not at all.
 template <typename To, typename From>
 constexpr uint32_t cast_modes(int arch) {
-  constexpr auto is = []<typename A, typename B>(A*, B*) { return std::is_same_v<From, A> && std::is_same_v<To, B>; };
+  constexpr auto is = [](auto* from, auto* to) {
+    return std::is_same_v<From*, decltype(from)> && std::is_same_v<To*, decltype(to)>;
+  };
   constexpr float* f32 = nullptr;
   constexpr half* f16 = nullptr;
   constexpr bfloat16_t* bf16 = nullptr;
@@ -147,7 +155,8 @@ constexpr uint32_t cast_modes(int arch) {
   return 0;
 }
 
-inline bool compare(AscendC::CMPMODE mode, auto a, auto b) {
+template <typename T>
+bool compare(AscendC::CMPMODE mode, T a, T b) {
   switch (mode) {
     case AscendC::CMPMODE::LT:
       return a < b;
@@ -189,7 +198,8 @@ void compare_all(Site at, uint32_t count, const LocalTensor<U>& dst, std::initia
 template <typename T, typename F>
 T tree(const T* values, uint32_t count, F f) {
   if (count == 1) return values[0];
-  const uint32_t left = std::bit_ceil(count) / 2;
+  uint32_t left = 1;
+  while (2 * left < count) left *= 2;
   return static_cast<T>(
       f(static_cast<float>(tree(values, left, f)), static_cast<float>(tree(values + left, count - left, f))));
 }
@@ -207,9 +217,9 @@ uint32_t index_of_largest(const T* values, uint32_t count) {
 template <typename T>
 T index_bits(uint32_t index) {
   if constexpr (sizeof(T) == 4)
-    return std::bit_cast<T>(index);
+    return twin::bit_cast<T>(index);
   else
-    return std::bit_cast<T>(static_cast<uint16_t>(index));
+    return twin::bit_cast<T>(static_cast<uint16_t>(index));
 }
 
 // Rows of whole repeats (256 bytes): f(to, from) for each, with strides in bytes.

@@ -1,0 +1,92 @@
+# CANN's functions for operator packages, as far as ops/CMakeLists.txt goes: they take the same arguments, write down
+# what they are called with (operators/calls.txt), and install a package as CANN does.
+# FAKE_CANN_GENERATED in the environment names the folder of what CANN's generator and its kernel compiler would make.
+
+function(record)
+  string(JOIN " " text ${ARGV})
+  file(APPEND "${CMAKE_BINARY_DIR}/calls.txt" "${text}\n")
+endfunction()
+
+file(WRITE "${CMAKE_BINARY_DIR}/calls.txt" "")
+file(WRITE "${CMAKE_BINARY_DIR}/empty.cpp" "")
+set(fake_generated "$ENV{FAKE_CANN_GENERATED}")
+set(fake_dynamic "${CMAKE_BINARY_DIR}/dynamic")
+set(fake_kernels "${CMAKE_BINARY_DIR}/kernel")
+add_custom_target(binary)
+
+# As in CANN, the version comes from a script that is handed the toolkit's path.
+function(npu_op_package name)
+  record(npu_op_package ${ARGV})
+  add_custom_target(version_info ALL
+    COMMAND bash ${ASCEND_CANN_PACKAGE_PATH}/tools/version_info.sh ${ASCEND_CANN_PACKAGE_PATH} ${CMAKE_BINARY_DIR})
+  install(FILES "${CMAKE_BINARY_DIR}/version.info" DESTINATION packages/vendors/${name})
+endfunction()
+
+function(npu_op_code_gen)
+  record(npu_op_code_gen ${ARGV})
+  cmake_parse_arguments(GEN "" "PACKAGE;OUT_DIR" "SRC;COMPILE_OPTIONS" ${ARGV})
+  file(GLOB made "${fake_generated}/aclnn_*" "${fake_generated}/op_proto.*")
+  file(COPY ${made} DESTINATION "${GEN_OUT_DIR}")
+endfunction()
+
+function(npu_op_library name type)
+  record(npu_op_library ${ARGV})
+  if(type STREQUAL "ACLNN")
+    add_library(${name} OBJECT ${ARGN})
+  else()
+    add_library(${name} OBJECT "${CMAKE_BINARY_DIR}/empty.cpp")
+  endif()
+  set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
+endfunction()
+
+function(npu_op_kernel_sources target)
+  record(npu_op_kernel_sources ${ARGV})
+  cmake_parse_arguments(KERNEL "" "OP_TYPE;KERNEL_DIR;KERNEL_FILE" "" ${ARGN})
+  set_property(GLOBAL APPEND PROPERTY fake_kernels "${KERNEL_OP_TYPE}|${KERNEL_KERNEL_DIR}|${KERNEL_KERNEL_FILE}")
+endfunction()
+
+function(npu_op_kernel_options)
+  record(npu_op_kernel_options ${ARGV})
+endfunction()
+
+function(npu_op_kernel_library target)
+  record(npu_op_kernel_library ${ARGV})
+  cmake_parse_arguments(LIBRARY "" "SRC_BASE;TILING_LIBRARY" "" ${ARGN})
+  get_property(kernels GLOBAL PROPERTY fake_kernels)
+  foreach(kernel IN LISTS kernels)
+    string(REPLACE "|" ";" kernel "${kernel}")
+    list(GET kernel 0 type)
+    list(GET kernel 1 folder)
+    list(GET kernel 2 file)
+    file(COPY "${LIBRARY_SRC_BASE}/${folder}/" DESTINATION "${fake_dynamic}/${folder}")
+    add_custom_target(${type}
+      COMMAND asc_opc ${type} ${LIBRARY_SRC_BASE}/${folder}/${file} ${fake_generated} ${fake_kernels}/${ASCEND_COMPUTE_UNIT})
+    add_dependencies(binary ${type})
+  endforeach()
+endfunction()
+
+# `library` of the package: lib${output}.so out of the objects of `target`, at `path`.
+function(fake_library package target output path)
+  add_library(package_${target} SHARED $<TARGET_OBJECTS:${target}>)
+  set_target_properties(package_${target} PROPERTIES OUTPUT_NAME ${output})
+  install(TARGETS package_${target} LIBRARY DESTINATION ${package}/${path})
+endfunction()
+
+function(npu_op_package_add name)
+  record(npu_op_package_add ${ARGV})
+  set(package packages/vendors/${name})
+  set(tbe ${package}/op_impl/ai_core/tbe)
+  set(machine linux/${CMAKE_SYSTEM_PROCESSOR})
+  file(GLOB aclnn_headers "${ASCEND_AUTOGEN_PATH}/aclnn_*.h")
+  fake_library(${package} cust_opapi cust_opapi op_api/lib)
+  install(FILES ${aclnn_headers} DESTINATION ${package}/op_api/include)
+  fake_library(${package} cust_op_proto cust_opsproto_rt2.0 op_proto/lib/${machine})
+  install(FILES "${ASCEND_AUTOGEN_PATH}/op_proto.h" DESTINATION ${package}/op_proto/inc)
+  fake_library(${package} cust_optiling cust_opmaster_rt2.0 op_impl/ai_core/tbe/op_tiling/lib/${machine})
+  file(CREATE_LINK lib/${machine}/libcust_opmaster_rt2.0.so "${CMAKE_BINARY_DIR}/liboptiling.so" SYMBOLIC)
+  install(FILES "${CMAKE_BINARY_DIR}/liboptiling.so" DESTINATION ${tbe}/op_tiling)
+  install(DIRECTORY "${fake_dynamic}/" "${fake_generated}/dynamic/" DESTINATION ${tbe}/${name}_impl/dynamic)
+  install(DIRECTORY "${fake_kernels}/" "${fake_generated}/kernel/" DESTINATION ${tbe}/kernel)
+  install(DIRECTORY "${fake_generated}/config/" DESTINATION ${tbe}/config)
+  install(FILES "${fake_generated}/npu_supported_ops.json" DESTINATION ${package}/framework/tensorflow)
+endfunction()
