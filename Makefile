@@ -29,14 +29,14 @@ help:
 	@echo "make test-quick  about 2 minutes; test-long: with many more random cases"
 	@echo "make mutate-kernels   faults in the AscendC kernels, one at a time: how many the twin catches"
 	@echo "make lint types  check the style of the code and its types; format: rewrite the files in that style"
-	@echo "make docs        docs/api.md out of docstrings, schemas and the table of the environment"
+	@echo "make docs        the documentation as a site, in build/docs"
 	@echo "make wheel       output/deep_ep-*.whl; sdist: output/deep_ep-*.tar.gz; wheel-check: try the wheel that the sdist gives"
 	@echo "make clean       remove what was built; .venv stays"
 
 setup: $(STAMPS)/setup
 build: $(STAMPS)/build
 
-# Everything from PyPI: what the build needs (torch first of all, at its pinned version), dev and examples.
+# Everything from PyPI: what the build needs (torch first of all, at its pinned version), dev, docs and examples.
 $(STAMPS)/setup: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
 	  || { echo "make: $(PYTHON) is missing or older than 3.10 (Debian: python3; another one: make PYTHON=...)" >&2; exit 1; }
@@ -59,7 +59,7 @@ except ImportError:
 with open('pyproject.toml', 'rb') as f:
     settings = tomllib.load(f)
 extras = settings['project']['optional-dependencies']
-print(*settings['build-system']['requires'], *extras['dev'], *extras['examples'], sep='\n')
+print(*settings['build-system']['requires'], *extras['dev'], *extras['docs'], *extras['examples'], sep='\n')
 endef
 export LIST_REQUIREMENTS
 
@@ -134,7 +134,8 @@ format: $(STAMPS)/setup
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 docs: $(STAMPS)/build
-	$(BIN)/python docs/make_api.py
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs build/docs
+	@echo build/docs/index.html
 
 # auditwheel names the oldest glibc that the wheel runs with; torch's libraries are not put into it.
 IN_WHEELS = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so'

@@ -1,25 +1,33 @@
-"""The documentation: blocks of Python run, commands exist, links lead somewhere, docs/api.md is what is in the code."""
+"""The documentation: blocks of Python run, commands exist, links lead somewhere, the site has all that is public."""
 
+import enum
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from check_site import dead_links
 from ranks import WORLD_SIZE, RankContext, RankPool
 
 import deep_ep
+from deep_ep import env, groups, npu, quantization, strategies
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ON_NPUS = {"npu.md"}  # tests/npu/test_npu_docs.py
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```([^`\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -29,11 +37,15 @@ def blocks(page: Path, language: str) -> list[str]:
 def run_page(ctx: RankContext, path: str) -> None:
     """The blocks of a page in one namespace. WORLD exists already, and aot_eager saves the minutes of inductor."""
     torch._dynamo.reset()
-    names: dict[str, object] = {"__name__": "page"}
+    module = ModuleType("page")  # which Dynamo imports where a graph needs its names
     compiled = partial(torch.compile, backend="aot_eager")
-    with mock.patch.object(torch, "compile", compiled), mock.patch.object(dist, "init_process_group"):
+    with (
+        mock.patch.dict(sys.modules, page=module),
+        mock.patch.object(torch, "compile", compiled),
+        mock.patch.object(dist, "init_process_group"),
+    ):
         for number, block in enumerate(blocks(Path(path), "python")):
-            exec(compile(block, f"{path}, block {number}", "exec"), names)
+            exec(compile(block, f"{path}, block {number}", "exec"), vars(module))
     deep_ep.destroy(dist.group.WORLD)
 
 
@@ -46,7 +58,9 @@ def test_python(pool: RankPool, page: Path) -> None:
 
 
 def test_pages_with_python() -> None:
-    assert {page.name for page in PYTHON_PAGES} == {"README.md", "from_deep_ep.md", "sharp_bits.md"}
+    names = {"README", "from_deep_ep", "sharp_bits", "getting_started"}
+    names |= {"hugging_face", "fsdp", "checkpointing", "export", "decode"}
+    assert {page.stem for page in PYTHON_PAGES} == names
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -77,8 +91,107 @@ def test_links(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, link
 
 
-@pytest.mark.slow
-def test_api_page_is_up_to_date() -> None:
-    command = [sys.executable, "docs/make_api.py", "--check"]
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built without a warning."""
+    built = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", "-b", "html", "docs", built]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    assert (run.returncode, run.stderr) == (0, "")
+    return built
+
+
+class Entries(HTMLParser):
+    """The entries of an API page: the texts of signature and description by anchor."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.texts: dict[str, list[str]] = {}
+        self._lists: list[tuple[str, int]] = []  # that are open: their entry and which of its texts
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag == "dl":
+            self._lists.append(("", 0))
+        elif tag == "dt" and (anchor := dict(attributes).get("id")):
+            self.texts[anchor] = ["", ""]
+            self._lists[-1] = (anchor, 0)
+        elif tag == "dd":
+            self._lists[-1] = (self._lists[-1][0], 1)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "dl":
+            self._lists.pop()
+
+    def handle_data(self, text: str) -> None:
+        for anchor, part in self._lists:
+            if anchor:
+                self.texts[anchor][part] += text
+
+
+def plain(text: str) -> str:
+    """Without white space and marks of code, which pages set in their own way."""
+    return re.sub(r"[\s`*]", "", text)
+
+
+def public() -> Iterator[tuple[str, Any]]:
+    """Functions and classes that users are promised, and the methods of these classes, by name."""
+    for module in (deep_ep, strategies, npu):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isroutine(value):
+                yield f"{module.__name__}.{name}", value
+            elif inspect.isclass(value):
+                yield f"{module.__name__}.{name}", value
+                for member in dir(value) if value is deep_ep.Buffer else vars(value):
+                    if not member.startswith("_") and inspect.isroutine(getattr(value, member)):
+                        yield f"{module.__name__}.{name}.{member}", getattr(value, member)
+    for function in (quantization.quantize, quantization.dequantize, groups.phases, groups.op_log):
+        yield f"{function.__module__}.{function.__name__}", function
+
+
+@pytest.mark.slow
+def test_api_is_complete(site: Path) -> None:
+    entries = {**Entries(site / "api.html").texts, **Entries(site / "buffer.html").texts}
+    for name, value in public():
+        signature, description = (plain(text) for text in entries[name])
+        if inspect.isroutine(value):
+            for parameter in inspect.signature(value).parameters.values():
+                assert parameter.name == "self" or re.search(rf"\W\*?{parameter.name}\W", signature), (name, parameter)
+                if parameter.annotation is not parameter.empty:
+                    assert f"{parameter.name}:" in signature, (name, parameter)
+                if parameter.default is not parameter.empty and not isinstance(parameter.default, enum.Enum):
+                    assert f"={parameter.default!r}" in signature, (name, parameter)
+        documented = inspect.getdoc(value)
+        assert documented, name
+        assert plain(documented.split("\n\n")[0]) in description, name
+
+
+@pytest.mark.slow
+def test_ops_are_complete(site: Path) -> None:
+    entries = Entries(site / "ops.html").texts
+    ops = {name.removeprefix("deep_ep::") for name in torch._C._dispatch_get_all_op_names() if "deep_ep::" in name}
+    for op in sorted(ops):
+        if not op.startswith("_"):
+            name, _, overload = op.partition(".")
+            text = entries[f"torch.ops.deep_ep.{name}"][1]
+            assert f".{overload or 'default'}" in text
+            schema = str(getattr(torch.ops.deep_ep, name).default._schema).removeprefix("deep_ep::")
+            assert plain(schema) in plain(text)
+            assert text.split("Overloads")[0].strip(), name
+
+
+@pytest.mark.slow
+def test_environment_is_complete(site: Path) -> None:
+    entries = Entries(site / "environment.html").texts
+    for variable in env.VARIABLES.values():
+        text = plain(entries[f"envvar-{variable.name}"][1])
+        for part in (variable.effect, variable.values, variable.default, variable.elsewhere, *variable.platforms):
+            assert plain(part) in text
+    for name in env.NOT_READ:
+        assert name in (site / "environment.html").read_text()
+
+
+@pytest.mark.slow
+def test_links_of_the_site(site: Path) -> None:
+    assert dead_links(site) == []

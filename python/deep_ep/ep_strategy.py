@@ -29,6 +29,7 @@ class NormalStrategy(str, Enum):
 
     @classmethod
     def get_all_strategies(cls) -> list[str]:
+        """Their names."""
         return [one.value for one in cls]
 
 
@@ -42,6 +43,7 @@ class LowLatencyStrategy(str, Enum):
 
     @classmethod
     def get_all_strategies(cls) -> list[str]:
+        """Their names."""
         return [one.value for one in cls]
 
 

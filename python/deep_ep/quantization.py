@@ -71,7 +71,7 @@ def quantize(
     - `int8`: s = 127 / absmax of the row (low_latency) or 127 / (absmax + 1e-12), data int8 [T, H] = rint(x * s),
       scales fp32 [T] = 1 / s.
     - `pertoken_fp8_e4m3`: the same with 448, data float8_e4m3fn [T, H].
-    - `mx_*`: per block of 32 channels, byte = max(0, biased exponent of the largest |x| - emax) with emax = 8 for
+    - `mx_*`: per block of 32 channels, byte = max(0, biased exponent of the largest magnitude - emax) with emax = 8 for
       e4m3, 15 for e5m2 and 2 for e2m1; data = x / 2^(byte - 127), in float8_e4m3fn or float8_e5m2 [T, H], or
       float4_e2m1fn_x2 [T, H/2] with the even channel in the low four bits; scales float8_e8m0fnu [T, H/32] = byte.
     - `block_fp8_e4m3`: per block of 128 channels, amax = max(absmax, 1e-4), data float8_e4m3fn [T, H] =
@@ -326,7 +326,7 @@ def _scale_blocks(values: Tensor, scales: Tensor) -> Tensor:
     return (values.view(N, S, values.shape[1] // S) * scales.unsqueeze(2)).flatten(1)
 
 
-@torch.library.custom_op("deep_ep::reinterpret", mutates_args=())
+@torch.library.custom_op("deep_ep::_reinterpret", mutates_args=())
 def _reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of the bytes of x as another dtype of the same size."""
     return x.view(dtype).clone(memory_format=torch.contiguous_format)

@@ -74,7 +74,7 @@ def register() -> None:
     # The results' shapes are those of the fakes.
     torchair.register_fx_node_ge_converter(aten._grouped_mm.default)(_aten_grouped_mm)
     torchair.register_fx_node_ge_converter(aten.view.dtype)(_view)
-    torchair.register_fx_node_ge_converter(torch.ops.deep_ep.reinterpret.default)(_reinterpret)
+    torchair.register_fx_node_ge_converter(torch.ops.deep_ep._reinterpret.default)(_reinterpret)
     npu = torch.ops.npu
     if hasattr(npu, "npu_fusion_attention_v3"):
         torchair.register_fx_node_ge_converter(npu.npu_fusion_attention_v3.default)(_attention)
