@@ -151,7 +151,7 @@ def test_usual_places_are_named(tmp_path: Path) -> None:
 
 
 def test_what_runs_for_a_usual_place(tmp_path: Path) -> None:
-    """It has the environment of set_env.sh, which lies in the folder of the toolkit or beside it. Others have their own."""
+    """It has the environment of set_env.sh, in the folder of the toolkit or beside it. Everything else has its own."""
     folder = tmp_path / "ascend-toolkit" / "latest"
     folder.mkdir(parents=True)
     command = ("bash", ROOT / "cmake" / "in_cann.sh", folder, "bash", "-c", 'echo "$ASCEND_HOME_PATH $SOURCED"')
