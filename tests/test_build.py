@@ -149,6 +149,23 @@ def test_usual_places_are_named(tmp_path: Path) -> None:
     ) in result.stderr
 
 
+def test_what_runs_for_a_usual_place(tmp_path: Path) -> None:
+    """It has the environment of set_env.sh, in the folder of the toolkit or beside it. Everything else has its own."""
+    folder = tmp_path / "ascend-toolkit" / "latest"
+    folder.mkdir(parents=True)
+    command = ("bash", ROOT / "cmake" / "in_cann.sh", folder, "bash", "-c", 'echo "$ASCEND_HOME_PATH $SOURCED"')
+
+    def told(cann: Path | None = None) -> str:
+        return run(*command, cwd=tmp_path, cann=cann, SOURCED="nothing").stdout
+
+    assert told() == f"{folder} nothing"
+    (folder.parent / "set_env.sh").write_text("export SOURCED=beside ASCEND_HOME_PATH=/elsewhere\n")
+    assert told() == f"{folder} beside"
+    (folder / "set_env.sh").write_text("export SOURCED=inside\n")
+    assert told() == f"{folder} inside"
+    assert told(tmp_path) == f"{folder} nothing"
+
+
 def test_a_path_with_a_space(tmp_path: Path) -> None:
     """CANN's own functions cannot build there."""
     tree = copy_of_repository(tmp_path / "the tree", kernels=True)
@@ -438,6 +455,9 @@ def wheel(tree: Path, cann_library: Path, tmp_path_factory: pytest.TempPathFacto
             if build is AT_HOME:
                 environment["HOME"] = str(at)
             named = None if build is AT_HOME else cann
+            before = tree / "build" / build.soc / "wheel" / "operator_package" / "packages" / "vendors" / "deep_ep"
+            before.mkdir(parents=True, exist_ok=True)
+            (before / "of_another_version").touch()
             result = run("bash", tree / "build.sh", "-a", *build.arguments, cwd=at, cann=named, **environment)
             assert result.returncode == 0, result.stdout + result.stderr
             (file,) = (tree / "output").glob("*.whl")
