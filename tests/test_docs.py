@@ -38,9 +38,9 @@ def run_page(ctx: RankContext, path: str) -> None:
     """The blocks of a page in one namespace. WORLD exists already, and aot_eager saves the minutes of inductor."""
     torch._dynamo.reset()
     module = ModuleType("page")  # which Dynamo imports where a graph needs its names
+    sys.modules["page"] = module
     compiled = partial(torch.compile, backend="aot_eager")
     with (
-        mock.patch.dict(sys.modules, page=module),
         mock.patch.object(torch, "compile", compiled),
         mock.patch.object(dist, "init_process_group"),
     ):
