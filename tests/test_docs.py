@@ -37,8 +37,8 @@ def blocks(page: Path, language: str) -> list[str]:
 def run_page(ctx: RankContext, path: str) -> None:
     """The blocks of a page in one namespace. WORLD exists already, and aot_eager saves the minutes of inductor."""
     torch._dynamo.reset()
-    module = ModuleType("page")  # which Dynamo imports where a graph needs its names
-    sys.modules["page"] = module
+    module = ModuleType(f"page_{Path(path).stem}")  # which Dynamo imports where a graph needs its names
+    sys.modules[module.__name__] = module
     compiled = partial(torch.compile, backend="aot_eager")
     with (
         mock.patch.object(torch, "compile", compiled),
