@@ -21,7 +21,7 @@ struct Request {
   uint32_t count = 1;
   uint32_t offsets[8] = {64};  // of what follows, from the beginning
   uint8_t debug_mode = 0, prepare_position = 0;
-  uint16_t queues = 0, blocks = 48;
+  uint16_t queues = 0, blocks = 48;  // that serve queues: none do
   uint8_t device = 4;
   char reserved[17] = {};
 
