@@ -18,7 +18,7 @@ CXX_INPUTS := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find $(CXX_FOLDER
 CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS)) \
   $(shell find benchmarks ops tests/cann tests/fake_cann tests/host_kernels tests/twin -name '*.cpp' -o -name '*.h')
 
-.PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-long mutate-kernels lint types format docs wheel \
+.PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-long mutate-kernels lint types format docs docs-check wheel \
   sdist wheel-check clean
 
 help:
@@ -29,7 +29,7 @@ help:
 	@echo "make test-quick  about 2 minutes; test-long: with many more random cases"
 	@echo "make mutate-kernels   faults in the AscendC kernels, one at a time: how many the twin catches"
 	@echo "make lint types  check the style of the code and its types; format: rewrite the files in that style"
-	@echo "make docs        the documentation as a site, in build/docs"
+	@echo "make docs        the documentation as a site, in build/docs; docs-check: look at it in Chromium"
 	@echo "make wheel       output/deep_ep-*.whl; sdist: output/deep_ep-*.tar.gz; wheel-check: try the wheel that the sdist gives"
 	@echo "make clean       remove what was built; .venv stays"
 
@@ -134,8 +134,13 @@ format: $(STAMPS)/setup
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 docs: $(STAMPS)/build
+	rm -rf build/docs
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs build/docs
 	@echo build/docs/index.html
+
+# What a reader sees, in Chromium: docs/check_site.py.
+docs-check: docs
+	$(BIN)/python docs/check_site.py build/docs
 
 # auditwheel names the oldest glibc that the wheel runs with; torch's libraries are not put into it.
 IN_WHEELS = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so'

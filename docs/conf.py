@@ -19,7 +19,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 
-smartquotes = False
+smartquotes_action = "D"  # dashes
 # Single backticks of a docstring: a link if they name something of the API, else code.
 default_role = "py:obj"
 autodoc_member_order = "bysource"
@@ -27,6 +27,7 @@ autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True, "undoc-members": True}
 autodoc_class_signature = "mixed"
 python_maximum_signature_line_length = 100
+toc_object_entries_show_parents = "hide"
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -34,6 +35,7 @@ napoleon_numpy_docstring = False
 napoleon_use_param = False
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False

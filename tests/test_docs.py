@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import figures
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,22 +38,23 @@ def blocks(page: Path, language: str) -> list[str]:
 def run_page(ctx: RankContext, path: str) -> None:
     """The blocks of a page in one namespace. WORLD exists already, and aot_eager saves the minutes of inductor."""
     torch._dynamo.reset()
-    module = ModuleType(f"page_{Path(path).stem}")  # which Dynamo imports where a graph needs its names
-    sys.modules[module.__name__] = module
+    name = f"page_{Path(path).stem}"  # Dynamo imports a page where a graph needs its names, and keeps it
+    module = sys.modules[name] = ModuleType(name)
     compiled = partial(torch.compile, backend="aot_eager")
-    with (
-        mock.patch.object(torch, "compile", compiled),
-        mock.patch.object(dist, "init_process_group"),
-    ):
+    with mock.patch.object(torch, "compile", compiled), mock.patch.object(dist, "init_process_group"):
         for number, block in enumerate(blocks(Path(path), "python")):
             exec(compile(block, f"{path}, block {number}", "exec"), vars(module))
     deep_ep.destroy(dist.group.WORLD)
 
 
 PYTHON_PAGES = [page for page in PAGES if blocks(page, "python") and page.name not in ON_NPUS]
+QUICK = {"README", "sharp_bits"}
 
 
-@pytest.mark.parametrize("page", PYTHON_PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.stem, marks=[] if page.stem in QUICK else pytest.mark.slow) for page in PYTHON_PAGES],
+)
 def test_python(pool: RankPool, page: Path) -> None:
     pool.run(WORLD_SIZE, run_page, str(page))
 
@@ -89,6 +91,16 @@ def test_links(page: Path) -> None:
         if anchor:
             titles = re.findall(r"^#+ (.*)$", FENCE.sub("", target.read_text()), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, link
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 700
+
+
+def test_figures_are_up_to_date(tmp_path: Path) -> None:
+    figures.main(tmp_path)
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert drawn == {path.name: path.read_text() for path in (ROOT / "docs" / "figures").iterdir()}
 
 
 @pytest.fixture(scope="session")
