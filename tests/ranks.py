@@ -17,6 +17,7 @@ import pickle
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import traceback
@@ -47,9 +48,12 @@ GROUP_TIMEOUT = datetime.timedelta(hours=1)
 GRACE = 2.0
 EXIT_TIMEOUT = 10.0
 
-# The server imports torch once, in a process that starts no threads, and the ranks are its forks.
+# The server imports once, in a process that starts no threads, and the ranks are its forks. deep_ep is first, as in
+# programs: what it does to the compiler it does when that comes.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch._inductor.compile_fx", "torch.distributed", "hypothesis", "pytest"])
+_processes.set_forkserver_preload(["deep_ep", "torch._inductor.compile_fx", "hypothesis", "pytest"])
+# Inductor is there without what takes it long and matters here least: worker processes and vector units.
+QUICK_INDUCTOR = {"compile_threads": 1, "cpp.vec_isa_ok": False}
 
 
 class RankError(Exception):
@@ -129,10 +133,12 @@ class Outcome:
 class Ranks:
     """`world_size` processes that stand ready, with a gloo WORLD if `init` is set.
 
-    A context manager: leaving it ends them.
+    `fresh` ones have loaded nothing but what they need, as programs have that compile for the first time. A context
+    manager: leaving it ends them.
     """
 
-    def __init__(self, world_size: int, *, init: bool = True):
+    def __init__(self, world_size: int, *, init: bool = True, fresh: bool = False):
+        context = multiprocessing.get_context("spawn") if fresh else _processes
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._folder = Path(tempfile.mkdtemp(prefix="deep_ep-ranks-"))
         self._connections: list[multiprocessing.connection.Connection] = []
@@ -140,8 +146,8 @@ class Ranks:
         self._pending: set[int] = set()
         self.processes: list[BaseProcess] = []
         for rank in range(world_size):
-            ours, theirs = _processes.Pipe()
-            process = _processes.Process(
+            ours, theirs = context.Pipe()
+            process = context.Process(
                 target=_serve,
                 args=(theirs, rank, world_size, self.store.port, str(self._stack_file(rank)), init),
                 name=f"rank {rank}",
@@ -235,13 +241,13 @@ class Ranks:
 
 
 class RankPool:
-    """`world_size` ranks, started at the first run, with process groups if `init` is set.
+    """`world_size` ranks, started at the first run, with process groups if `init` is set, `fresh` as `Ranks` has it.
 
     A run that fails ends them, since nobody knows what it leaves in the groups; the next one starts anew.
     """
 
-    def __init__(self, world_size: int = WORLD_SIZE, *, init: bool = True) -> None:
-        self._world_size, self._init = world_size, init
+    def __init__(self, world_size: int = WORLD_SIZE, *, init: bool = True, fresh: bool = False) -> None:
+        self._world_size, self._init, self._fresh = world_size, init, fresh
         self._ranks: Ranks | None = None
 
     def run(
@@ -258,7 +264,7 @@ class RankPool:
         returns the exceptions by rank instead (None where the rank returned), and only a hang raises.
         """
         if self._ranks is None:
-            self._ranks = Ranks(self._world_size, init=self._init)
+            self._ranks = Ranks(self._world_size, init=self._init, fresh=self._fresh)
         try:
             self._ranks.submit(size, fn, *args)
             outcomes = self._ranks.outcomes(timeout=timeout, grace=None if expect_errors else GRACE)
@@ -339,6 +345,8 @@ def _serve(
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     torch.set_num_threads(1)
+    if inductor := sys.modules.get("torch._inductor.config"):
+        inductor.patch(QUICK_INDUCTOR).__enter__()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=GROUP_TIMEOUT)
     contexts = {size: RankContext(rank, size, store) for size in range(1, world_size + 1)}

@@ -9,8 +9,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -143,15 +142,6 @@ def compiled(fn: Callable, backend: Any, *, fullgraph: bool) -> Callable:
     return torch.compile(fn, backend=backend, fullgraph=fullgraph)
 
 
-@contextmanager
-def quick_inductor() -> Iterator[None]:
-    """Inductor without what takes it long and matters here least: vector units and worker processes."""
-    import torch._inductor.config as config
-
-    with config.patch({"compile_threads": 1, "cpp.vec_isa_ok": False}):
-        yield
-
-
 # opcheck
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -237,8 +227,7 @@ def check_every_output(ctx: RankContext, strategy: str, mode: str, dtype: torch.
         return outputs | gradients
 
     expected = train_and_tell(every_output)
-    with quick_inductor() if backend == "inductor" else nullcontext():
-        actual = train_and_tell(compiled(every_output, backend, fullgraph=mode == "exact"))
+    actual = train_and_tell(compiled(every_output, backend, fullgraph=mode == "exact"))
     assert_all_same(actual, expected)
     if mode == "capacity":
         drops, has_unused = expected["num_dropped"] > 0, (expected["recv_src_idx"] < 0).any()
@@ -418,14 +407,9 @@ def test_recompilation(pool: RankPool, mode: str, flag: str, strategy: str) -> N
     pool.run(2, check_recompilation, strategy, mode, flag, "aot_eager")
 
 
-def check_recompilation_in_inductor(ctx: RankContext) -> None:
-    with quick_inductor():
-        check_recompilation(ctx, "default", "exact", "fullgraph", "inductor")
-
-
 @pytest.mark.slow
 def test_recompilation_in_inductor(pool: RankPool) -> None:
-    pool.run(2, check_recompilation_in_inductor)
+    pool.run(2, check_recompilation, "default", "exact", "fullgraph", "inductor")
 
 
 def check_marked(ctx: RankContext, mode: str, mark: str, tokens: tuple[int, ...]) -> None:

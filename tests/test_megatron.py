@@ -83,13 +83,9 @@ def permute(
 
 @contextmanager
 def traceable() -> Iterator[None]:
-    import torch._inductor.config as inductor
-
     flags = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
     with (
         torch._dynamo.config.patch(flags),
-        # Without what takes inductor long and matters here least: worker processes and vector units.
-        inductor.patch({"compile_threads": 1, "cpp.vec_isa_ok": False}),
         # torch.tensor(counts) warns of counts that are a tensor, and a warning breaks the graph.
         mock.patch.object(warnings, "warn", lambda *args, **kwargs: None),
         mock.patch.object(token_dispatcher, "permute", permute),

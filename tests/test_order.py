@@ -7,7 +7,9 @@ dispatch, dispatch, combine, combine on one rank and dispatch, combine, dispatch
 """
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -166,6 +168,25 @@ def test_calls_that_look_alike_stay_two(pool: RankPool, budget: float) -> None:
     assert pool.run(R, run_alike, budget) == [[once, once]] * R
 
 
+@pytest.fixture
+def fresh() -> Iterator[RankPool]:
+    """Ranks in which nothing has been lowered yet, and the compiler has not even been loaded."""
+    pool = RankPool(R, fresh=True)
+    yield pool
+    pool.close()
+
+
+def compile_late(ctx: RankContext, *args: Any) -> dict[str, list[str]]:
+    ctx.prepared_group("default")
+    assert "torch._inductor.graph" not in sys.modules
+    return run_both(ctx, *args)
+
+
+@pytest.mark.slow
+def test_a_compiler_that_is_loaded_after_init(fresh: RankPool) -> None:
+    check(fresh, "default", "inductor", True, False, False, run=compile_late)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 def test_inductor(pool: RankPool, checkpointed: bool) -> None:
@@ -245,8 +266,6 @@ def run_unordered(ctx: RankContext) -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_left_to_itself_inductor_reorders(pool: RankPool) -> None:
-    pool.close()  # ranks in which nothing has been lowered yet
-    [[first, second]] = pool.run(1, run_unordered)
-    pool.close()
+def test_left_to_itself_inductor_reorders(fresh: RankPool) -> None:
+    [[first, second]] = fresh.run(1, run_unordered)
     assert first != second

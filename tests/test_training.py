@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from ranks import STRATEGIES, RankContext, RankPool
 from train_moe import Config, train
 
@@ -11,7 +12,9 @@ SMALL = {"steps": 20, "batch": 8, "seq": 32, "dim": 32, "quiet": True}
 
 
 def run(ctx: RankContext, options: dict[str, Any]) -> dict[str, Any]:
-    metrics = train(Config(**SMALL, **options), ctx.group)
+    # With vector units, as nobody turns them off.
+    with inductor.patch("cpp.vec_isa_ok", None):
+        metrics = train(Config(**SMALL, **options), ctx.group)
     torch.set_num_threads(1)
     return metrics
 
