@@ -13,7 +13,7 @@ SMALL = {"steps": 20, "batch": 8, "seq": 32, "dim": 32, "quiet": True}
 
 def run(ctx: RankContext, options: dict[str, Any]) -> dict[str, Any]:
     # With vector units, as nobody turns them off.
-    with inductor.patch("cpp.vec_isa_ok", None):
+    with inductor.patch({"cpp.vec_isa_ok": None}):
         metrics = train(Config(**SMALL, **options), ctx.group)
     torch.set_num_threads(1)
     return metrics
