@@ -59,7 +59,8 @@ ExternalProject_Add(deep_ep_operators
     -DASCEND_COMPUTE_UNIT=${DEEP_EP_SOC}
     -DCMAKE_BUILD_TYPE=Release
   BUILD_COMMAND ${in_cann} --build <BINARY_DIR> --target all binary
-  INSTALL_COMMAND "${CMAKE_COMMAND}" --install <BINARY_DIR> --prefix "${package_dir}"
+  INSTALL_COMMAND "${CMAKE_COMMAND}" -E rm -rf "${package_dir}"
+    COMMAND "${CMAKE_COMMAND}" --install <BINARY_DIR> --prefix "${package_dir}"
   BUILD_ALWAYS ON
 )
 

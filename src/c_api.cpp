@@ -11,6 +11,7 @@
 #include "error.h"
 #include "fused_layout.h"
 #include "group.h"
+#include "host_memory.h"
 #include "idle.h"
 #include "interrupt.h"
 
@@ -79,6 +80,18 @@ DEEP_EP_API int deep_ep_group_connect(void* handle, const int64_t* pids, const i
 DEEP_EP_API void deep_ep_group_publish(void* handle, const char* name) {
   const Handle& group = *static_cast<Handle*>(handle);
   deep_ep::groups::put(name, group);
+}
+
+// What this process may still take (host_memory.h), as files below `root` say it: available and total bytes of the
+// host and of the scarcest cgroup, if one has a limit, whose name goes to `cgroup`.
+DEEP_EP_API void deep_ep_host_memory(const char* root, uint64_t* bytes, char* cgroup) {
+  const deep_ep::HostMemory memory = deep_ep::host_memory(root);
+  bytes[0] = memory.host.available;
+  bytes[1] = memory.host.total;
+  if (!memory.cgroup) return;
+  bytes[2] = memory.cgroup->available;
+  bytes[3] = memory.cgroup->total;
+  std::strncpy(cgroup, memory.cgroup->owner.c_str(), kErrorBytes - 1);
 }
 
 // Gives back what memory is due to go back to the system, now and not when the time has come.

@@ -1,11 +1,8 @@
 #include "group.h"
 
-#include <poll.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <map>
 #include <numeric>
@@ -15,6 +12,7 @@
 #include "arithmetic.h"
 #include "copy.h"
 #include "error.h"
+#include "host_memory.h"
 #include "idle.h"
 #include "interrupt.h"
 #include "per_process.h"
@@ -23,12 +21,13 @@ namespace deep_ep {
 namespace {
 
 constexpr uint64_t kMargin = 512 << 10;  // of blocks for rows
+constexpr uint64_t kMuch = 256 << 20;
 
 uint64_t window_bytes(int num_ranks, uint64_t bytes) {
   const HostMemory memory = host_memory();
-  if (bytes == 0) return std::max(memory.total / 2 / num_ranks, kMinWindowBytes);
-  if (bytes > memory.available)
-    throw Error(str("windows of ", bytes, " bytes are wanted, but the host has only ", memory.available,
+  if (bytes == 0) return std::max(memory.total() / 2 / num_ranks, kMinWindowBytes);
+  if (const Memory& scarcest = memory.scarcest(); bytes > scarcest.available)
+    throw Error(str("windows of ", bytes, " bytes are wanted, but ", scarcest.owner, " has only ", scarcest.available,
                     " bytes available", kAskForLess));
   return std::max(bytes, kMinWindowBytes);
 }
@@ -88,7 +87,7 @@ std::shared_ptr<std::byte> OwnWindow::kept(Block block) {
 
 bool OwnWindow::reserve(uint64_t offset, uint64_t bytes) {
   const HostMemory memory = host_memory();
-  if (bytes + left_alone(memory) > memory.available) return false;
+  if (bytes > memory.host.free() || (memory.cgroup && bytes > memory.cgroup->free())) return false;
   try {
     window.reserve(offset, bytes);
   } catch (const Error&) {
@@ -103,16 +102,17 @@ bool OwnWindow::sweep(const std::weak_ptr<OwnWindow>& weak) {
 }
 
 Group::Group(int rank, int size, uint64_t bytes, std::chrono::milliseconds timeout)
-    : rank_(rank), size_(size), bytes_(window_bytes(size, bytes)), timeout_(timeout), peers_(size) {
+    : rank_(rank),
+      size_(size),
+      bytes_(window_bytes(size, bytes)),
+      much_(std::min(kMuch, host_memory().total() / 4 / size)),
+      timeout_(timeout),
+      peers_(size) {
   peers_[rank_].at = WindowLayout::of(size_, kMaxExperts, bytes_);
   own_ = std::make_shared<OwnWindow>(peers_[rank_].at);
 }
 
-Group::~Group() {
-  close(State::closed, "");
-  for (const Peer& peer : peers_)
-    if (peer.pidfd >= 0) ::close(peer.pidfd);
-}
+Group::~Group() { close(State::closed, ""); }
 
 void Group::connect(const int64_t* pids, const int64_t* fds, const uint64_t* bytes) {
   for (int r = 0; r < size_; ++r) {
@@ -121,8 +121,7 @@ void Group::connect(const int64_t* pids, const int64_t* fds, const uint64_t* byt
     if (r == rank_) continue;
     peer.at = WindowLayout::of(size_, kMaxExperts, bytes[r]);
     peer.window = Window::open(pids[r], fds[r], peer.at.total());
-    peer.pidfd = static_cast<int>(syscall(SYS_pidfd_open, pids[r], 0));
-    if (peer.pidfd < 0) throw Error(str("cannot watch process ", pids[r], " of rank ", r, ": ", std::strerror(errno)));
+    peer.process.emplace(pids[r]);
   }
 }
 
@@ -179,14 +178,11 @@ std::byte* Group::attachment(int rank, uint64_t sequence) const {
   return address(rank, peers_[rank].at.attachments + sequence % 2 * kAttachmentBytes);
 }
 
-bool Group::has_exited(int rank) const {
-  pollfd exited{peers_[rank].pidfd, POLLIN, 0};
-  return rank != rank_ && poll(&exited, 1, 0) == 1;
-}
+bool Group::has_exited(int rank) const { return rank != rank_ && peers_[rank].process->has_ended(); }
 
 void Group::ring_all() const {
   for (int r = 0; r < size_; ++r)
-    if (r == rank_ || peers_[r].pidfd >= 0) control(r).bell.ring();
+    if (r == rank_ || peers_[r].process) control(r).bell.ring();
 }
 
 void Group::check_interrupt(Op op) {

@@ -22,6 +22,7 @@
 
 #include "phases.h"
 #include "pool.h"
+#include "process.h"
 #include "turns.h"
 #include "window.h"
 #include "window_layout.h"
@@ -64,7 +65,7 @@ class Group {
  public:
   static constexpr uint64_t kMaxExperts = 1 << 15;
 
-  // The window grows as operations need it, to `bytes` at most; 0: to the own share in half of the host's memory.
+  // The window grows as operations need it, to `bytes` at most; 0: to the own share in half of the memory there is.
   Group(int rank, int size, uint64_t bytes, std::chrono::milliseconds timeout);
   ~Group();
 
@@ -75,6 +76,9 @@ class Group {
   int size() const { return size_; }
   uint64_t bytes() const { return bytes_; }
   int fd() const { return own_->window.fd(); }
+
+  // From so many bytes on a rank looks, before it takes them, whether they are there.
+  uint64_t much() const { return much_; }
 
   // Bytes of the own window that hold no rows now.
   uint64_t spare() const { return own_->pool.spare(); }
@@ -118,7 +122,7 @@ class Group {
   struct Peer {
     Window window;  // unused for the own rank
     WindowLayout at{};
-    int pidfd = -1;
+    std::optional<Process> process;
     int64_t pid = 0;
   };
 
@@ -134,6 +138,7 @@ class Group {
   const int rank_;
   const int size_;
   const uint64_t bytes_;
+  const uint64_t much_;
   const std::chrono::milliseconds timeout_;
   std::shared_ptr<OwnWindow> own_;
   std::vector<Peer> peers_;

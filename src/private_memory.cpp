@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "error.h"
+#include "host_memory.h"
 #include "idle.h"
 #include "per_process.h"
 #include "window_layout.h"
@@ -59,6 +60,7 @@ class Spare {
     *is_new = taken.memory == nullptr;
     if (!*is_new) return taken;
     try {
+      require(bytes);
       taken.memory = map(bytes);
     } catch (...) {
       std::lock_guard lock(mutex_);
@@ -94,6 +96,16 @@ class Spare {
  private:
   static constexpr uint64_t kSlack = 4;  // a mapping may be larger than what is asked for by one part in as many
   static constexpr unsigned kOld = 2;    // sweeps
+
+  // Memory is taken where it is touched, and who takes more than its cgroup has is killed.
+  static void require(uint64_t bytes) {
+    constexpr uint64_t kMuch = 64 << 20;
+    if (bytes < kMuch) return;
+    const std::optional<Memory> cgroup = host_memory().cgroup;
+    if (cgroup && bytes > cgroup->available)
+      throw Error(str("cannot allocate ", bytes, " bytes: ", cgroup->owner, " has only ", cgroup->available,
+                      " bytes available"));
+  }
 
   static std::byte* map(uint64_t bytes) {
     void* const made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -16,6 +16,7 @@ constexpr int64_t kMaxItems = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMinBuffers = 2;       // one is filled while another is sent
 constexpr int64_t kMaxBuffers = 4;       // enough for transfers to overlap, and a core has 6 events of a kind
 constexpr int64_t kMaxChunkTokens = 64;  // longer transfers of ids gain nothing
+constexpr int64_t kMaxFlags = 32;
 
 constexpr int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 constexpr int64_t align(int64_t value, int64_t unit) { return divide_up(value, unit) * unit; }
@@ -45,19 +46,20 @@ int64_t other_tiles(const Work& work) {
   return Tiling::kResults + 2 * 4 / work.element_bytes + (work.copied ? kMaxBuffers : 0);
 }
 
-// Tables besides those of Numbers: the dispatches' three; for answers, where each rank's are.
+// Tables besides those of Numbers: the dispatches' four; for answers, where each rank's are.
 int64_t other_tables(const Work& work) {
   if (work.hidden == 0) return 0;
-  return work.arithmetic ? work.answers : 3;
+  return work.arithmetic ? work.answers : 4;
 }
 
-// What goes with one token of a chunk: ids, weights and rows per k; a record; a place per (token, k) and their number,
+// What goes with one token of a chunk: ids, weights and rows per k; a record, and where it
+// is from; a place per (token, k) and their number,
 // twice; per k kWordsPerPair times 32 bytes for what is known of a row, a word of an answer, and a word of the result.
 // For the layout, a word per rank.
 int64_t chunk_bytes_per_token(const Work& work, int64_t record_bytes) {
   constexpr int64_t kWordsPerPair = 3;
   const auto words = [](int64_t bytes, int64_t count) { return align(bytes * count, Tiling::kAlignment); };
-  return words(8, work.top_k) + 4 * words(4, work.top_k) + record_bytes + words(8, 2 * work.top_k + 1) +
+  return words(8, work.top_k) + 4 * words(4, work.top_k) + record_bytes + words(8, 1) + words(8, 2 * work.top_k + 1) +
          kWordsPerPair * Tiling::kAlignment * work.top_k + (work.nodes > 0 ? words(4, work.ranks) : 0);
 }
 
@@ -78,8 +80,9 @@ std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling) {
   const int64_t per_token = chunk_bytes_per_token(work, t.record_bytes);
   const int64_t other_tiles = deep_ep::other_tiles(work);
   const int64_t smallest_tiles = work.hidden == 0 ? 0 : Tiling::kBlockBytes * (kMinBuffers + other_tiles);
-  const int64_t words =
-      Tiling::kStatusBytes * (3 + soc.vector_cores + Tiling::kFlags) + 2 * align(4 * work.ranks, Tiling::kAlignment);
+  t.flags = std::clamp(divide_up(work.ranks, 2), int64_t{1}, kMaxFlags);
+  const int64_t words = Tiling::kStatusBytes * (1 + soc.vector_cores) + Tiling::kFlagBytes * t.flags +
+                        2 * align(4 * work.ranks, Tiling::kAlignment);
   // Two of them are for tables that are read.
   const int64_t tables = Tiling::kTables + other_tables(work) + 2;
   int64_t free = soc.unified_buffer_bytes - words - tables * t.table_bytes - smallest_tiles;
@@ -105,7 +108,8 @@ std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling) {
 
   t.count_stride = align(4 * t.table_words, Tiling::kBlockBytes);
   t.failures = 2 * t.blocks * t.count_stride;
-  t.workspace_bytes = t.failures + align(2 * t.blocks * Tiling::kStatusBytes, Tiling::kBlockBytes);
+  t.shared = t.failures + align(2 * t.blocks * Tiling::kStatusBytes, Tiling::kBlockBytes);
+  t.workspace_bytes = t.shared + 2 * t.count_stride;
   return {};
 }
 

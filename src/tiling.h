@@ -57,16 +57,16 @@ struct Split {
 // What a kernel gets. A row of H elements goes through `buffers` buffers of the unified buffer in `tiles` pieces of
 // tile_bytes; the last piece has last_tile_bytes.
 //
-//   unified buffer: [ a flag, the status of each block, what flags say | tables | what goes with a chunk of tokens |
+//   unified buffer: [ flags, the status of each block | tables | what goes with a chunk of tokens |
 //                     buffers x tile | more tiles and tables, as it says in tiling.cpp ]
-//   workspace:      [ counts of each block, twice | status of each block, twice ]
+//   workspace:      [ counts of each block, twice | status of each block, twice | tables of all blocks ]
 struct Tiling {
   static constexpr int64_t kBlockBytes = 512;  // the unit in which remote writes arrive, and what is fast to move
   static constexpr int64_t kAlignment = 32;    // of everything in the unified buffer
   static constexpr int64_t kTables = 4;        // int32 [E], then [R] each, or int64 [L]
   static constexpr int64_t kResults = 2;       // tiles: one is filled while another is sent
   static constexpr int64_t kStatusBytes = 32;  // what a block says if it fails
-  static constexpr int64_t kFlags = 32;        // of peers that are read at a time
+  static constexpr int64_t kFlagBytes = 64;
 
   Work work;
   int64_t blocks;
@@ -88,7 +88,9 @@ struct Tiling {
   int64_t record_bytes;  // int32: the token, and three words per k; a multiple of kAlignment
 
   int64_t count_stride;  // of a block's counts, a table
-  int64_t failures;      // offset in the workspace
+  int64_t flags;         // that are raised at a time, and half of those that are read
+  int64_t failures;      // offsets in the workspace
+  int64_t shared;        // two tables
   int64_t workspace_bytes;
 };
 

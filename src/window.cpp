@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -12,24 +13,35 @@
 #include <utility>
 
 #include "error.h"
+#include "host_memory.h"
 
 namespace deep_ep {
 namespace {
 
 constexpr int kMadviseCollapse = 25;  // MADV_COLLAPSE, which older headers lack
 
-// At an address that huge pages can be mapped to.
+// At an address that huge pages can be mapped to. In a process that locks all its memory (mlockall) a window is not
+// locked, which would give memory to all of it: unlocked before it can be read, it is never filled.
 std::byte* map(int fd, uint64_t bytes) {
   const auto failed = [bytes] {
-    return Error(str("cannot map a window of ", bytes, " bytes: ", std::strerror(errno)));
+    const int error = errno;
+    rlimit locked{};
+    getrlimit(RLIMIT_MEMLOCK, &locked);
+    return Error(str("cannot map a window of ", bytes, " bytes: ", std::strerror(error),
+                     error == EAGAIN
+                         ? str("; this process locks its memory (mlockall), and may lock ", locked.rlim_cur,
+                               " bytes (RLIMIT_MEMLOCK, ulimit -l), which a window has to fit into", kAskForLess)
+                         : ""));
   };
   void* const room = mmap(nullptr, bytes + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (room == MAP_FAILED) throw failed();
+  munlock(room, bytes + kHugePage);
   const auto begin = reinterpret_cast<uintptr_t>(room), at = round_up(begin, kHugePage);
-  void* const base = mmap(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
-  if (base == MAP_FAILED) {
+  void* const base = mmap(reinterpret_cast<void*>(at), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, fd, 0);
+  if (base == MAP_FAILED || munlock(base, bytes) != 0 || mprotect(base, bytes, PROT_READ | PROT_WRITE) != 0) {
+    const Error error = failed();
     munmap(room, bytes + kHugePage);
-    throw failed();
+    throw error;
   }
   // What is not needed of the room. If it stays, it is addresses without memory.
   const uint64_t page = sysconf(_SC_PAGESIZE), behind = round_up(at + bytes, page);
@@ -86,6 +98,11 @@ Window Window::create(uint64_t bytes) {
 }
 
 void Window::reserve(uint64_t offset, uint64_t bytes) {
+  // A cgroup has nothing to say when it has too little: who takes it is killed.
+  const HostMemory memory = host_memory();
+  if (bytes > memory.scarcest().available)
+    throw Error(str("cannot reserve ", bytes, " bytes of shared memory for a window: ", memory.scarcest().owner,
+                    " has only ", memory.scarcest().available, " bytes available", kAskForLess));
   if (reserve_huge(offset, bytes)) return;
   if (const int error = allocate(fd_, offset, bytes); error != 0)
     throw Error(
@@ -142,17 +159,6 @@ Window::~Window() {
 
 void Window::close_fd() {
   if (fd_ >= 0) close(std::exchange(fd_, -1));
-}
-
-HostMemory host_memory() {
-  std::ifstream file("/proc/meminfo");
-  HostMemory memory{};
-  std::string name;
-  for (uint64_t kilobytes; file >> name >> kilobytes; file.ignore(kLine, '\n')) {
-    if (name == "MemTotal:") memory.total = kilobytes << 10;
-    if (name == "MemAvailable:") memory.available = kilobytes << 10;
-  }
-  return memory;
 }
 
 }  // namespace deep_ep

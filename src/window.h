@@ -15,7 +15,7 @@ class Window {
   // A new window of `bytes`, none of which may be touched before it was reserved.
   static Window create(uint64_t bytes);
 
-  // Reserves memory. Throws, and raises no SIGBUS later, if the host has too little.
+  // Reserves memory. Throws, and raises no SIGBUS later, if the host or this process's cgroup has too little.
   void reserve(uint64_t offset, uint64_t bytes);
 
   // Gives memory back; what was in it is gone. False if that cannot be.
@@ -41,14 +41,5 @@ class Window {
   uint64_t bytes_ = 0;
   int fd_ = -1;
 };
-
-// Bytes that this host has, and those that it can still give away.
-struct HostMemory {
-  uint64_t total, available;
-};
-HostMemory host_memory();
-
-// What a window leaves of the host's memory to others.
-inline uint64_t left_alone(const HostMemory& memory) { return memory.total / 20; }
 
 }  // namespace deep_ep

@@ -44,8 +44,11 @@ struct Post {
   int64_t rows;          // of the tensor that receives expert rows; dispatch: W, 0 in exact mode
   uint64_t pool_offset;  // the pool block that this rank offers for rows of this operation
   uint64_t pool_bytes;
-  // Where much memory is wanted, what this rank has seen: bytes that the host has available, and that it has to spare.
-  uint64_t available;
+  // Where much memory is wanted, what this rank has seen: bytes that the host and the rank's cgroup, which has an id,
+  // can give, and that it has to spare.
+  uint64_t of_host;
+  uint64_t of_cgroup;
+  uint64_t cgroup;  // 0: none that has a limit
   uint64_t spare;
   char text[kTextBytes];  // if not rejected: the form of the call (ThreadCalls), or nothing
 };

@@ -24,7 +24,7 @@ TIMEOUT = 60.0
 TEST_TIMEOUT = 300.0
 # A second of sleep is worth so many of work, and so many on the wall.
 WORK = 10.0
-WALL = 20.0
+WALL = 100.0
 
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _ASLEEP = "SIZX"  # states of a thread: sleeping, idle, dead

@@ -5,6 +5,7 @@ signatures that CANN's generator gives the operator definitions. Operator packag
 
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -147,6 +148,23 @@ def test_usual_places_are_named(tmp_path: Path) -> None:
         "/home/of me/Ascend/cann, /home/of me/Ascend/ascend-toolkit/latest, /home/of me/Ascend/latest, and "
         "ASCEND_HOME_PATH is not set. Install CANN 8.5 or 9"
     ) in result.stderr
+
+
+def test_what_runs_for_a_usual_place(tmp_path: Path) -> None:
+    """It has the environment of set_env.sh, in the folder of the toolkit or beside it. Everything else has its own."""
+    folder = tmp_path / "ascend-toolkit" / "latest"
+    folder.mkdir(parents=True)
+    command = ("bash", ROOT / "cmake" / "in_cann.sh", folder, "bash", "-c", 'echo "$ASCEND_HOME_PATH $SOURCED"')
+
+    def told(cann: Path | None = None) -> str:
+        return run(*command, cwd=tmp_path, cann=cann, SOURCED="nothing").stdout
+
+    assert told() == f"{folder} nothing"
+    (folder.parent / "set_env.sh").write_text("export SOURCED=beside ASCEND_HOME_PATH=/elsewhere\n")
+    assert told() == f"{folder} beside"
+    (folder / "set_env.sh").write_text("export SOURCED=inside\n")
+    assert told() == f"{folder} inside"
+    assert told(tmp_path) == f"{folder} nothing"
 
 
 def test_a_path_with_a_space(tmp_path: Path) -> None:
@@ -438,6 +456,9 @@ def wheel(tree: Path, cann_library: Path, tmp_path_factory: pytest.TempPathFacto
             if build is AT_HOME:
                 environment["HOME"] = str(at)
             named = None if build is AT_HOME else cann
+            before = tree / "build" / build.soc / "wheel" / "operator_package" / "packages" / "vendors" / "deep_ep"
+            before.mkdir(parents=True, exist_ok=True)
+            (before / "of_another_version").touch()
             result = run("bash", tree / "build.sh", "-a", *build.arguments, cwd=at, cann=named, **environment)
             assert result.returncode == 0, result.stdout + result.stderr
             (file,) = (tree / "output").glob("*.whl")
@@ -451,7 +472,7 @@ def wheel(tree: Path, cann_library: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def over_fake_cann(test: Callable[..., None]) -> Callable[..., None]:
-    return needs_both(pytest.mark.slow(pytest.mark.timeout(900)(test)))
+    return needs_both(pytest.mark.slow(test))
 
 
 @over_fake_cann
@@ -654,6 +675,37 @@ def test_errors_of_calls(wheel: Callable[[Build], Wheel]) -> None:
     assert kernels.prepare(call, plan, size, error) == 0
     assert kernels.launch(plan, None, None, error) != 0
     assert error.value == b"aclnnDeepEpCombine failed: 1: EZ9999: what CANN says"
+
+
+REQUEST = {
+    **{"version": 0, "count": 4, "offsets": 8, "debug_mode": 40, "prepare_position": 41, "queues": 42, "blocks": 44},
+    **{"device": 46, "reserved": 47, "skip_local_copy": 64, "skip_window_copy": 65, "step": 66, "kind_version": 67},
+    **{"more_reserved": 68, "engine": 77, "source_dtype": 78, "destination_dtype": 79, "communicator": 80},
+    **{"algorithm": 208, "kind": 336, "reduction": 340, "last_reserved": 344, "": 64 + 512},
+}
+"""HCCL's Mc2InitTilingInner, of 64 bytes, and its Mc2CcTilingInner, of 512: where each member begins, and the end."""
+
+
+@over_fake_cann
+def test_request_of_windows_is_laid_out_as_hccl_reads_it(tmp_path: Path) -> None:
+    text = f'#include "{ROOT}/torch_library/npu/aclnn/windows_tiling.cpp"\nusing deep_ep::aclnn::Request;\n'
+    for member, at in REQUEST.items():
+        found = f"offsetof(Request, {member})" if member else "sizeof(Request)"
+        text += f'static_assert({found} == {at}, "{member or "size"}");\n'
+    # Members without a name in the table would lie between others.
+    members = list(REQUEST)
+    for member, following in itertools.pairwise(members):
+        end = f"offsetof(Request, {following})" if following else "sizeof(Request)"
+        text += f'static_assert(offsetof(Request, {member}) + sizeof(Request::{member}) == {end}, "{member}");\n'
+    source = tmp_path / "request.cpp"
+    source.write_text(text)
+    torch_npu = native.torch_npu_dir()
+    assert torch_npu is not None
+    include = torch_npu / "include"
+    folders = [ROOT / "torch_library", ROOT / "src", ROOT / "torch_library" / "npu" / "aclnn" / "host_shim"]
+    folders += [include, include / "third_party" / "acl" / "inc", include / "third_party" / "hccl" / "inc"]
+    made = run("g++", "-std=c++20", "-fsyntax-only", *(f"-I{folder}" for folder in folders), source, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
 
 
 @over_fake_cann

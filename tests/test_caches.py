@@ -117,7 +117,7 @@ def check_tags_of_the_user(ctx: RankContext) -> None:
     def check() -> None:
         assert look_up(ctx) == (0, 0)
         assert look_up(ctx)[0] == 1
-        with mock.patch.object(_compile, "_digest", lambda: "another version"):
+        with mock.patch.object(_compile, "python_digest", lambda: "another version"):
             assert look_up(ctx) == (0, 0)
 
     assert compiler_config.cache_key_tag == ""

@@ -145,7 +145,7 @@ def unused_rows(ctx: RankContext) -> None:
 
 
 def test_rows_that_hold_nothing(pool: RankPool) -> None:
-    pool.run(3, unused_rows, timeout=300)
+    pool.run(3, unused_rows)
 
 
 @st.composite

@@ -12,7 +12,7 @@ from unittest import mock
 
 import patience
 import pytest
-from patience import INTERVAL, WALL, Patience, own_time, pace, wait_until
+from patience import INTERVAL, Patience, own_time, pace, wait_until
 
 SPIN = [sys.executable, "-c", "while True: pass"]
 
@@ -74,11 +74,11 @@ def test_who_looks_does_nothing_else() -> None:
 
 def test_who_is_stopped_has_not_hung() -> None:
     """Nor have those that wait for it, but for ever nobody waits."""
-    with sleeper() as one, sleeper() as other:
+    with mock.patch.object(patience, "WALL", 20.0), sleeper() as one, sleeper() as other:
         os.kill(one.pid, signal.SIGSTOP)
         os.waitpid(one.pid, os.WUNTRACED)
         for pids in ([one.pid], [other.pid, one.pid]):
-            assert looks_until_over(pids, 4 * INTERVAL) == pytest.approx(4 * WALL + 1, abs=1)
+            assert looks_until_over(pids, 4 * INTERVAL) == pytest.approx(4 * 20 + 1, abs=1)
         os.kill(one.pid, signal.SIGCONT)
         assert wait_until(lambda _: patience._sleeps(one.pid), [one.pid])
         assert looks_until_over([other.pid, one.pid], 4 * INTERVAL) == 5

@@ -101,6 +101,14 @@ BlockLock::~BlockLock() {
 Report run(const Settings& settings, const std::string& kernel, const std::vector<Region>& regions,
            const std::function<void()>& body) {
   Launch launch(settings, kernel, regions);
+  const auto refuse = [&](int block, const std::string& why) {
+    launch.report("kernel " + kernel + ", core " + std::to_string(block) + ", begins when others have ended: " + why);
+  };
+  if (settings.cores > settings.vector_cores)
+    refuse(settings.vector_cores, "there are " + std::to_string(settings.cores) + " blocks, and " +
+                                      std::to_string(settings.vector_cores) + " vector cores");
+  else if (settings.cores > 1 && !settings.together)
+    refuse(1, "SetScheduleMode(1) is missing");
   if (launch.stopped()) return launch.take_report();
   std::vector<std::thread> threads;
   for (int index = 0; index < settings.cores; ++index) {

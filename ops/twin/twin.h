@@ -36,12 +36,14 @@ struct Shared {
 constexpr uint64_t kSystemWorkspaceBytes = 16 << 20;
 
 struct Settings {
-  int arch;  // 2201 or 3510
-  int cores;
+  int arch;   // 2201 or 3510
+  int cores;  // that run the launch: its blocks
   bool adversarial;
   uint64_t seed;  // of the adversary
   uint64_t unified_buffer_bytes;
   uint64_t clock_hz;         // of GetSystemCycle
+  int vector_cores;          // that the SoC has
+  bool together;             // all blocks start at the same time: SetScheduleMode(1)
   Shared* shared = nullptr;  // nullptr: the process has no others
 };
 
@@ -71,6 +73,8 @@ struct Report {
   std::vector<Counters> counters;       // by core
 };
 
+// Blocks that begin when others have ended are refused: these may wait for them.
+//
 // Runs `body` once per core, each on a thread of its own; returns when all have ended. A violation ends its core's
 // program, and the other cores where they next synchronise or poll. Any number of runs may be under way in a process.
 Report run(const Settings& settings, const std::string& kernel, const std::vector<Region>& regions,

@@ -22,12 +22,10 @@ that contains our ops is looked up in a cache or lowered.
 
 import dataclasses
 import functools
-import hashlib
 import operator
 import sys
 import weakref
 from collections.abc import Iterable, MutableMapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +34,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ._library import python_digest
 from .npu import ge
 
 _communicating: list[torch._ops.OpOverload] = []
@@ -59,14 +58,6 @@ def prepare() -> None:
 
 
 @functools.cache
-def _digest() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-@functools.cache
 def _key_caches() -> None:
     # torch.compiler.config.cache_key_tag is the user's: what we put there would be gone when he sets it.
     from torch._inductor.codecache import FxGraphHashDetails
@@ -76,7 +67,7 @@ def _key_caches() -> None:
     @functools.wraps(init)
     def init_with_ours(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        self.deep_ep = _digest()
+        self.deep_ep = python_digest()
 
     FxGraphHashDetails.__init__ = init_with_ours  # type: ignore[method-assign]
 

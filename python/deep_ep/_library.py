@@ -1,6 +1,9 @@
 """Loads the C++ part (libdeep_ep.so), which defines the ops, and gives access to its functions without tensors."""
 
 import ctypes
+import functools
+import hashlib
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -44,6 +47,8 @@ def _load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
         "deep_ep_group_bytes": (u64, [pointer]),
         "deep_ep_group_connect": (i32, [pointer, pointer, pointer, pointer, text]),
         "deep_ep_group_publish": (None, [pointer, text]),
+        "deep_ep_sources": (text, []),
+        "deep_ep_host_memory": (None, [text, pointer, text]),
         "deep_ep_sweep": (None, []),
         "deep_ep_group_spoil": (None, [pointer]),
         "deep_ep_group_log": (u64, [pointer, pointer, u64]),
@@ -90,3 +95,18 @@ ERROR_BYTES = 512
 def raise_interrupt() -> None:
     """If the last call on this thread failed because of a signal, raises what the signal's handler raised."""
     _with_python.deep_ep_raise_interrupt()
+
+
+@functools.cache
+def python_digest() -> str:
+    """Of the Python part of this package."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build() -> str:
+    """Version and digest of all sources of this package: ranks of one group have the same."""
+    sources = library.deep_ep_sources().decode() + python_digest()
+    return f"{importlib.metadata.version('deep_ep')} ({hashlib.sha256(sources.encode()).hexdigest()[:8]})"

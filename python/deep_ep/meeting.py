@@ -3,6 +3,7 @@
 No collective of the caller's group is used: one that not all ranks come to would stay behind in it.
 """
 
+import errno
 import os
 import pickle
 import socket
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
+
+from ._library import build
 
 # Seconds between two looks at the store, at first and at most, and between two looks at the peers.
 _PAUSES = 0.0005, 0.05
@@ -41,30 +44,44 @@ def is_fake(group: dist.ProcessGroup) -> bool:
 class Process(NamedTuple):
     """Who a rank is."""
 
-    host: tuple[str, str]  # the machine, and the namespace of its process ids
+    host: str  # the machine; "" where /proc does not say it
+    container: str  # the namespace of process ids
+    user: str
     pid: int
-    started: str  # when, by the clock of the machine
+    started: str  # when, by the clock of the machine; "" where /proc does not say it
 
     def has_ended(self) -> bool:
         """Whether that is known, which it may be on this host only."""
-        if self.host != _host():
+        if not self.host or (self.host, self.container) != _host():
             return False
         state, started = _status(self.pid)
-        return state in ("", "Z", "X") or started != self.started
+        if state:
+            return state in ("Z", "X") or started != self.started != ""
+        # It may be hidden from this one.
+        try:
+            os.kill(self.pid, 0)
+        except OSError as error:
+            return error.errno == errno.ESRCH
+        return False
 
 
 def this_process() -> Process:
-    return Process(_host(), os.getpid(), _status(os.getpid())[1])
+    real, effective, saved = os.getresuid()
+    user = str(effective) if real == effective == saved else f"{effective} (real {real}, saved {saved})"
+    return Process(*_host(), user, os.getpid(), _status(os.getpid())[1])
 
 
 def _host() -> tuple[str, str]:
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return f"{socket.gethostname()} ({boot})", os.readlink("/proc/self/ns/pid")
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        return f"{socket.gethostname()} ({boot})", os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "", ""
 
 
 def _status(pid: int) -> tuple[str, str]:
-    """State and start of a process, empty if there is none."""
+    """State and start of a process, empty where /proc shows none."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()
@@ -93,7 +110,15 @@ class Meeting:
         self._round = 0
 
     def __enter__(self) -> "Meeting":
-        self.processes = self.exchange(this_process())
+        # Plain values, which every build can read.
+        ranks = self.exchange((build(), *this_process()))
+        if len({rank[0] for rank in ranks}) > 1:
+            builds = ", ".join(f"rank {rank} has {one[0]}" for rank, one in enumerate(ranks))
+            raise RuntimeError(
+                f"deep_ep.init: the ranks of the group '{self.name}' have different builds of deep_ep: {builds}; "
+                "install one on all of them"
+            )
+        self.processes = [Process(*rank[1:]) for rank in ranks]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:

@@ -6,7 +6,6 @@ the ProcessGroup object that they were made for.
 
 import ctypes
 import os
-import socket
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ._library import ERROR_BYTES, library, raise_interrupt
-from .meeting import Meeting
+from .meeting import Meeting, Process
 
 # How many ops a group remembers.
 _LOGGED = 1024
@@ -71,28 +70,13 @@ def agree(op: str, group: str, rejected: str | None, dtype: torch.dtype, sizes: 
         raise RuntimeError(error.value.decode())
 
 
-class _Place(NamedTuple):
-    """What ranks must have in common to open each other's windows."""
-
-    host: str
-    container: str
-    user: str
-
-
-def _place() -> _Place:
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    real, effective, saved = os.getresuid()
-    user = str(effective) if real == effective == saved else f"{effective} (real {real}, saved {saved})"
-    return _Place(f"{socket.gethostname()} ({boot})", os.readlink("/proc/self/ns/pid"), user)
-
-
-def _scattered(places: list[_Place]) -> str | None:
-    """What the ranks do not have in common."""
-    for what, by_rank in zip(_Place._fields, zip(*places, strict=True), strict=True):
+def _apart(ranks: list[Process]) -> str | None:
+    """Why ranks cannot open each other's windows."""
+    for what in ("host", "container", "user"):
+        by_rank = [getattr(rank, what) for rank in ranks]
         if len(set(by_rank)) > 1:
-            return f"several {what}s ({', '.join(f'rank {rank}: {value}' for rank, value in enumerate(by_rank))})"
-    return None
+            return f"spans several {what}s ({', '.join(f'rank {rank}: {value}' for rank, value in enumerate(by_rank))})"
+    return None if ranks[0].host else "has ranks whose /proc is without sys/kernel or self/ns"
 
 
 class Traced(NamedTuple):
@@ -115,6 +99,11 @@ class Windows:
     def __init__(self, group: dist.ProcessGroup, meeting: Meeting, num_bytes: int | None, timeout: timedelta) -> None:
         self.name = group.group_name
         self.timeout = timeout
+        if apart := _apart(meeting.processes):
+            raise RuntimeError(
+                f"deep_ep: the group '{self.name}' {apart}; on CPU the strategy 'default' works within one host, "
+                "container and user, use DEEP_USE_MODE=alltoall"
+            )
         error = ctypes.create_string_buffer(ERROR_BYTES)
         self._handle = library.deep_ep_group_create(
             group.rank(), group.size(), num_bytes or 0, int(timeout.total_seconds() * 1000), error
@@ -131,16 +120,11 @@ class Windows:
     def _connect(self, group: dist.ProcessGroup, meeting: Meeting) -> None:
         handle, size = self._handle, group.size()
         fd, num_bytes = library.deep_ep_group_fd(handle), library.deep_ep_group_bytes(handle)
-        peers = meeting.exchange((_place(), os.getpid(), fd, num_bytes))
-        if scattered := _scattered([peer[0] for peer in peers]):
-            raise RuntimeError(
-                f"deep_ep: the group '{self.name}' spans {scattered}; on CPU the strategy 'default' works within one "
-                "host, container and user, use DEEP_USE_MODE=alltoall"
-            )
-        pids, fds = ((ctypes.c_int64 * size)(*(peer[i] for peer in peers)) for i in (1, 2))
-        sizes = (ctypes.c_uint64 * size)(*(peer[3] for peer in peers))
+        fds, sizes = zip(*meeting.exchange((fd, num_bytes)), strict=True)
+        pids = [rank.pid for rank in meeting.processes]
+        numbers, lengths = ctypes.c_int64 * size, ctypes.c_uint64 * size
         error = ctypes.create_string_buffer(ERROR_BYTES)
-        library.deep_ep_group_connect(handle, pids, fds, sizes, error)
+        library.deep_ep_group_connect(handle, numbers(*pids), numbers(*fds), lengths(*sizes), error)
         meeting.raise_everywhere("windows", error.value.decode() or None)
         library.deep_ep_group_publish(handle, self.name.encode())
 

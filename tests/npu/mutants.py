@@ -49,7 +49,7 @@ _LEFT_OUT = {
     r"(?:SetFlag|WaitFlag)<event>\(id\)": "(void)0",
     r"refresh\(\w+\)": "(void)0",
     r"SetAtomic(?:Add<int32_t>|None)\(\)": "(void)0",
-    r"raise\([^;]*\)\)": "(void)0",
+    r"raise\(phase, at, [^;]*\)": "(void)0",
     r"exchange_\.(?:begin|finish)\(\)": "(void)0",
     r"exchange_\.raise_all\([^;]*\)\)": "(void)0",
     r"control\.SetValue\(\w+, epoch_\)": "(void)0",
@@ -70,14 +70,14 @@ _LEFT_OUT = {
     r"\(got = flag\.GetValue\(kEpoch\)\) != expected": "(got = flag.GetValue(kEpoch)) == 0",
     r"GetSystemCycle\(\) - start <= deadline": "true",
     r"DataCacheCleanAndInvalid<[^;]*>\(line\)": "(void)0",
-    r"DataCopy\(global<int32_t>\(window\(to\)[^;]*\)": "(void)0",
+    r"DataCopy\(global<int32_t>\(flag\)[^;]*\)": "(void)0",
 }
 _DEFINITION = re.compile(r"__aicore__ (inline )?(?!GM_ADDR round)[\w<>:]+ \w+\(|^\s*//|#define")
 
 # What an index is multiplied with, in the offset of a slot, row, record or the like.
 _STRIDE = (
     r"(?:tiling_?(?:->|\.)(?:row_stride|row_bytes|record_bytes|count_stride|tile_bytes|work\.top_k)|stride_|top_k_"
-    r"|kWords|words_|kStatusBytes|kStatusWords|kKnownWords|kSourceBytes|kLine|kLane|answer_words_|room\(\)|slot_bytes|work\.ranks"
+    r"|kWords|words_|words|kFlagWords|kStatusBytes|kStatusWords|kKnownWords|kSourceBytes|kLine|kLane|answer_words_|room\(\)|slot_bytes|work\.ranks"
     r"|exchange_\.ranks\(\)|sizeof\(int32_t\)|sizeof\(T\)|3|L|R)"
 )
 _CALL = r"(?:\([\w, ]*\))?"

@@ -69,7 +69,7 @@ class Tiling(ctypes.Structure):
             for name in (
                 *("row_bytes", "row_stride", "answer", "tile_bytes", "last_tile_bytes", "tiles", "buffers"),
                 *("table_ranks", "table_words", "table_bytes", "table_batch", "chunk_tokens", "record_bytes"),
-                *("count_stride", "failures", "workspace_bytes"),
+                *("count_stride", "flags", "failures", "shared", "workspace_bytes"),
             )
         ],
     ]

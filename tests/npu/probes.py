@@ -310,25 +310,39 @@ def many_ranks(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
         raise wrong[0]
 
 
+def shapes_as_read(shapes: Tensor) -> list[list[int]]:
+    """GE's way: a slot of 9 words for every output, in words of 64 bits if bit 31 of the first is set, else of 32."""
+    is_wide = bool(shapes.view(torch.int32)[0, 0] < 0)
+    slots = (shapes if is_wide else shapes.view(torch.int32).flatten()[: shapes.numel()].view(-1, 9)).tolist()
+    for dims, *_ in slots:
+        assert 0 <= dims & ~(1 << 31) <= 8, f"{dims} dimensions"
+    return [sizes[: dims & ~(1 << 31)] for dims, *sizes in slots]
+
+
 def exact(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int, setup: Setup) -> None:
     """dispatch as graphs have it in exact mode: with memory for more rows, and for too few on one rank."""
     twin.configure(setup)
     expected, r = expect_normal(case), ctx.rank
     x, ids, weights, wanted = (t[r] for t in (expected.xs, expected.ids, expected.weights, expected.received))
     N = wanted.recv_x.shape[0]
+
+    def shapes_of(rows: int) -> list[list[int]]:
+        (T, K), R, L = ids.shape, case.R, case.local_experts
+        received = [[rows, case.H], [rows, K], [rows, K], [L], []]
+        return [*received, [R, R], [R, L], [L, R], [rows, 3], [T, K]]
+
     num_bytes = window_bytes(case, slot_tokens) + 1024 * case.R
     with Group(twin, key, r, ctx.size, num_bytes, timeout_ms=5000) as group:
         for room in (N + 5, N, N - 1 if r == 1 else N + r):
-            shapes = torch.full((4, 9), -9)
+            shapes = torch.full((10, 9), -9)  # GE does not clear it
             out = group.dispatch(x, ids, weights, room, case.E, shapes)
             if any(s > 0 for s in group.status()):
                 assert room == (N - 1 if r == 1 else N + r)
                 rows = expected.received[1].recv_x.shape[0]
                 _check_status(group, [NO_ROOM, None, 1, 0, rows - 1, rows, 0])
-                assert shapes[:, :3].tolist() == [[2**31 + 2, 0, size] for size in (case.H, case.K, case.K, 3)]
+                assert shapes_as_read(shapes) == shapes_of(0)
                 return
-            sizes = [2**31 + 2, N], [0] * 6
-            assert shapes.tolist() == [[*sizes[0], size, *sizes[1]] for size in (case.H, case.K, case.K, 3)]
+            assert shapes_as_read(shapes) == shapes_of(N)
             rows_of = (True, True, True, False, False, False, False, False, True, False)
             assert_dispatched(tuple(t[:N] if has_rows else t for t, has_rows in zip(out, rows_of, strict=True)), wanted)
         raise AssertionError("rows that there is no memory for have been taken")

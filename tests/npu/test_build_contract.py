@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
-from deep_ep.twin import native
+from deep_ep.twin import kernels, native
 
 pytestmark = [
     pytest.mark.skipif(
@@ -19,28 +20,30 @@ pytestmark = [
 ]
 
 ROOT = native.root()
-OP = "dispatch_backward"
+OP, LAYOUT = "dispatch_backward", "get_dispatch_layout"
 DEFINITION = f"ops/{OP}/op_host/{OP}.cpp"
-KERNEL = f"ops/{OP}/op_kernel/{OP}.cpp"
+KERNEL = f"kernels/{OP}/op_kernel/{OP}.cpp"
+LAYOUT_DEFINITION = f"ops/{LAYOUT}/op_host/{LAYOUT}.cpp"
 
 
 class Sources(NamedTuple):
     tree: Path
-    build: Path
+    """ops, src and torch_library as they are; and in `kernels` and `layout`, one kernel each."""
 
-    def compile(self, target: str) -> None:
-        native.build_with_torch_npu(
+    def build(self, target: str, ops: str) -> Path:
+        return native.build_with_torch_npu(
             self.tree / "ops" / "twin" / "kernels",
-            self.build,
+            self.tree / "build",
             target,
+            DEEP_EP_OPS=self.tree / ops,
             CMAKE_CXX_FLAGS_RELWITHDEBINFO="-O0",
         )
 
     def compile_kernel(self, column: int = 0) -> None:
-        self.compile(f"CMakeFiles/kernel_{OP}.dir/{OP}_{column}.cpp.o")
+        self.build(f"CMakeFiles/kernel_{OP}.dir/{OP}_{column}.cpp.o", "kernels")
 
     def replace(self, path: str, old: str, new: str) -> None:
-        text = (ROOT / path).read_text()
+        text = (self.tree / path).read_text()
         assert old in text, f"{path} has no {old!r}"
         (self.tree / path).write_text(text.replace(old, new))
 
@@ -50,14 +53,19 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     at = tmp_path_factory.mktemp("contract")
     for name in ("ops", "src", "torch_library"):
         shutil.copytree(ROOT / name, at / name)
-    return Sources(at, at / "build")
+    for folder, op in (("kernels", OP), ("layout", LAYOUT)):
+        for name in (op, "common"):
+            shutil.copytree(ROOT / "ops" / name / "op_kernel", at / folder / name / "op_kernel")
+    return Sources(at)
 
 
 @pytest.fixture
 def sources(copy: Sources) -> Iterator[Sources]:
+    texts = {path: (copy.tree / path).read_text() for path in (DEFINITION, KERNEL, LAYOUT_DEFINITION)}
     yield copy
-    for path in (DEFINITION, KERNEL):
-        shutil.copy(ROOT / path, copy.tree / path)
+    for path, text in texts.items():
+        if (copy.tree / path).read_text() != text:
+            (copy.tree / path).write_text(text)
 
 
 class Change(NamedTuple):
@@ -111,7 +119,7 @@ def test_what_a_kernel_may_rely_on(sources: Sources, column: int, dtype: str, ro
         **dict.fromkeys(("recv_src_idx", "send_head"), ("DT_INT32", "int32_t")),
         **dict.fromkeys(("topk_idx", "windows"), ("DT_INT64", "int64_t")),
     }
-    text = (ROOT / KERNEL).read_text()
+    text = (sources.tree / KERNEL).read_text()
     for name, (number, type) in types.items():
         upper = name.upper()
         text += f"static_assert(ORIG_DTYPE_{upper} == {number} && FORMAT_{upper} == FORMAT_ND);\n"
@@ -119,3 +127,27 @@ def test_what_a_kernel_may_rely_on(sources: Sources, column: int, dtype: str, ro
         text += f"#if ORIG_DTYPE_{upper} != {number}\n#error of the preprocessor as well\n#endif\n"
     (sources.tree / KERNEL).write_text(text)
     sources.compile_kernel(column)
+
+
+@pytest.mark.parametrize(
+    "call, instead, said",
+    [
+        (
+            "SetScheduleMode(mode)",
+            "GetNodeType()",
+            "core 1, begins .*: SetScheduleMode.1. is missing",
+        ),
+        ("SetBlockDim(blocks)", "SetBlockDim(blocks + 1)", "core 3, begins .*: there are 4 blocks, and 3 vector cores"),
+    ],
+)
+def test_blocks_that_cannot_run_together(sources: Sources, tmp_path: Path, call: str, instead: str, said: str) -> None:
+    """A tiling that leaves it out, or asks for one block too many."""
+    include = '#include "definition.h"'
+    shim = '#include "register/op_def_registry.h"'
+    sources.replace(LAYOUT_DEFINITION, include, f"{shim}\n#define {call} {instead}\n{include}")
+    library = sources.build("deep_ep_twin_kernels", "layout")
+    # A process loads a path once.
+    twin = kernels.Twin(Path(shutil.copy(library, tmp_path / "kernels.so")))
+    twin.configure(kernels.Setup(cores=3))
+    with pytest.raises(kernels.Failed, match=said):
+        kernels.get_dispatch_layout(twin, torch.zeros(5, 2, dtype=torch.int64), 4, 2, 1)

@@ -466,7 +466,7 @@ def given_to(node: Node) -> dict[str, tuple[torch.dtype, list[int]]]:
 @pytest.mark.parametrize("is_quantised", [False, True], ids=["rows as they are", "int8"])
 @pytest.mark.parametrize("comm_alg", ["hierarchy", "fullmesh_v2"])
 def test_all_inputs_of_torch_npus_operators(pool: RankPool, comm_alg: str, is_quantised: bool) -> None:
-    pool.run(R, low_latency_of_all_inputs, comm_alg, is_quantised, timeout=240)
+    pool.run(R, low_latency_of_all_inputs, comm_alg, is_quantised)
 
 
 # Fused

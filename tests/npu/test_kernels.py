@@ -20,7 +20,7 @@ from torch import Tensor
 from deep_ep import reference
 from deep_ep.twin import kernels as twin_kernels
 from deep_ep.twin import native
-from deep_ep.twin.kernels import A2, ARCHS, Group, Setup, Twin
+from deep_ep.twin.kernels import A2, ARCHS, VECTOR_CORES, Group, Setup, Twin
 
 pytestmark = pytest.mark.skipif(
     native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"
@@ -185,6 +185,24 @@ FAILURES = [
 @pytest.mark.parametrize("probe", FAILURES, ids=lambda probe: probe.__name__)
 def test_launches_that_fail(ranks: RankPool, probe: Any, setup: Setup) -> None:
     run_probe(ranks, (probe, (setup,)))
+
+
+def check_all_cores(ctx: RankContext, key: str, case: Case, M: int, setup: Setup) -> None:
+    twin = Twin(twin_kernels.build())
+    twin.configure(setup)
+    with Group(twin, key, ctx.rank, ctx.size, 8 << 20, timeout_ms=120_000) as group:
+        probes.check_round(group, case, M, ctx.rank)
+        group.notify_dispatch(probes.expect(case, M).ids[ctx.rank], case.E)
+    assert len(twin.take_report()[-1]["cores"]) == setup.cores
+
+
+@pytest.mark.parametrize(
+    "setup", [Setup(arch, cores) for arch, numbers in VECTOR_CORES.items() for cores in numbers], ids=str
+)
+def test_every_number_of_cores(ranks: RankPool, setup: Setup) -> None:
+    """A block for each vector core that the SoC has."""
+    case = Case((80, 75), H=40, K=2, local_experts=3, dtype=torch.float16, ids="distinct", absent=0.1)
+    ranks.run(2, check_all_cores, uuid.uuid4().hex, case, 80, setup, timeout=240)
 
 
 # How work is split over cores, and what goes over links.

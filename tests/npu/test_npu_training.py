@@ -52,11 +52,9 @@ def train_twice(ctx: RankContext, options: dict[str, Any]) -> tuple[list[float],
     "size, options",
     [
         (2, {}),
-        (2, {"num_worst_tokens": 600}),
+        (4, {"num_worst_tokens": 300}),
         (2, {"strategy": "alltoall"}),
         (2, {"strategy": "alltoall", "num_worst_tokens": 600}),
-        (4, {}),
-        (4, {"num_worst_tokens": 300}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) or "exact" if isinstance(value, dict) else f"{value} ranks",
 )

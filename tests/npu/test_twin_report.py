@@ -143,9 +143,10 @@ def check_links(options: Options, tiles: int = 1) -> None:
     ]
     row, flag = options.hidden * torch.finfo(getattr(torch, options.dtype)).bits // 8, 64
     for (op, rank), launch in launches.items():
-        # Blocks agree on what they send and on the flags, and meet before flags are raised.
+        # Blocks agree on what they send and on the flags, and meet before flags are raised; those of a dispatch agree
+        # on where rows go.
         phases = 1 if op in ("notify_dispatch", *DISPATCHES) else 2
-        syncs = 1 if op == "get_dispatch_layout" else 3 * phases
+        syncs = 1 if op == "get_dispatch_layout" else 3 * phases + (op in DISPATCHES)
         assert {core["syncs"] for core in launch["cores"]} == {syncs}
         assert launch["completed"]
         others = [peer for peer in range(R) if peer != rank and op != "get_dispatch_layout"]

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <optional>
 
 #include "attached_tokens.h"
+#include "host_memory.h"
 #include "private_memory.h"
 #include "recv_rows.h"
 #include "routing.h"
@@ -90,32 +92,50 @@ const char* asks_for_rows(Op op) {
   return op == Op::dispatch ? "num_worst_tokens" : "num_max_dispatch_tokens_per_rank";
 }
 
-// What this rank has seen of the host's memory, if it is about to take much.
+// What this rank has seen of the memory there is, if it is about to take much.
 void look_at_memory(Checks& checks, Contribution& mine, const Group& group, uint64_t bytes) {
-  constexpr uint64_t kMuch = 256 << 20;
-  if (bytes < kMuch) return;
+  if (bytes < group.much()) return;
   const HostMemory memory = host_memory();
-  mine.post.available = memory.available - std::min(memory.available, left_alone(memory));
+  mine.post.of_host = memory.host.free();
+  if (memory.cgroup) {
+    mine.post.of_cgroup = memory.cgroup->free();
+    mine.post.cgroup = memory.cgroup->id;
+  }
   mine.post.spare = group.spare() + spare_private_memory();
   checks.require(mine.post.rows == 0 || can_map(bytes), asks_for_rows(mine.post.op), " asks for ", mine.post.rows,
                  " rows, of ", bytes, " bytes with what goes with them, which this process may not have");
 }
 
-// What is wrong if the host has too little memory for what all ranks receive: the same on all of them.
+// What is wrong if the host, or a cgroup of ranks, has too little memory for what they receive: the same on all ranks.
 std::string too_much_memory(const Operation& op, const Routing& routing, int64_t element_size) {
-  uint64_t available = 0, wanted = 0;
-  std::string ranks;
+  struct Demand {
+    uint64_t available = 0, wanted = 0;
+    std::string ranks;
+  };
+  Demand host;
+  std::map<uint64_t, Demand> cgroups;
   for (int r = 0; r < op.size(); ++r) {
     const Post& post = op.post(r);
     const int64_t rows = routing.total_rows(r), bytes = row_memory(post, post.hidden * element_size);
-    // Of those that looked the first one has seen the most, before others took theirs.
-    available = std::max(available, post.available);
-    wanted += rows * bytes - std::min<uint64_t>(rows * bytes, post.spare);
-    ranks += str(ranks.empty() ? "" : ", ", "rank ", r, " makes room for ", rows, " rows of ", bytes, " bytes");
+    const auto add = [&](Demand& demand, uint64_t available) {
+      // Of those that looked the first one has seen the most, before others took theirs.
+      demand.available = std::max(demand.available, available);
+      demand.wanted += rows * bytes - std::min<uint64_t>(rows * bytes, post.spare);
+      demand.ranks +=
+          str(demand.ranks.empty() ? "" : ", ", "rank ", r, " makes room for ", rows, " rows of ", bytes, " bytes");
+    };
+    add(host, post.of_host);
+    if (post.cgroup != 0) add(cgroups[post.cgroup], post.of_cgroup);
   }
-  if (available == 0 || wanted <= available) return "";
-  return str("the host has too little memory, ", available, " bytes: ", ranks, "; ask for less with ",
-             asks_for_rows(op.post(0).op));
+  const auto wrong = [&](const char* owner, const Demand& demand) {
+    if (host.available == 0 || demand.wanted <= demand.available) return std::string();
+    return str(owner, " has too little memory, ", demand.available, " bytes: ", demand.ranks, "; ask for less with ",
+               asks_for_rows(op.post(0).op));
+  };
+  std::string text = wrong("the host", host);
+  for (const auto& [id, demand] : cgroups)
+    if (text.empty()) text = wrong("a memory cgroup", demand);
+  return text;
 }
 
 }  // namespace

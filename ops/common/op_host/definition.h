@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstring>
 #include <string>
 
 #include "register/op_def_registry.h"
@@ -211,7 +210,8 @@ void define(ops::OpDef& def) {
   }
   for (const TensorDef& output : signature.outputs) {
     ops::OpParamDef& param = define(def.Output(output.name), output, has_rows, has_weights);
-    if (signature.most_rows && std::strchr(output.shape, 'N')) param.OutputShapeDependOnCompute();
+    // Of all outputs if of any: GE reads the shapes of all, other parts of CANN those of outputs that are marked.
+    if (signature.most_rows) param.OutputShapeDependOnCompute();
   }
   for (const AttrDef& attr : signature.attrs) {
     ops::OpAttrDef& param = def.Attr(attr.name).AttrType(ops::REQUIRED);

@@ -52,7 +52,7 @@ struct Signature {
   std::vector<AttrDef> attrs;
   // The size N of outputs, where no input has it; -1 as long as it is not known. May also require something of sizes.
   int64_t (*num_rows)(Sizes& sizes) = nullptr;
-  // For kernels that alone know N: what it is at most. The shapes of outputs with N then depend on the computation.
+  // For kernels that alone know N: what it is at most. The shapes of outputs then depend on the computation.
   int64_t (*most_rows)(const Sizes& sizes) = nullptr;
   // For kernels that send rows into slots for as many tokens: M.
   int64_t (*max_tokens)(const Sizes& sizes) = nullptr;

@@ -60,20 +60,21 @@ class Counts {
       store(exchange.slot(to, exchange.rank()), numbers_.total().tensor(), tiling_->work.experts);
   }
 
-  // The counts of all ranks have arrived: their sums by expert are in numbers().total() from now on.
-  __aicore__ void receive(Exchange& exchange) {
-    clear(numbers_.total(), tiling_->work.experts);
-    for (TableReader& reader = from_all(exchange); reader.any(); reader.next()) add(reader, numbers_.total());
+  // The counts of all ranks have arrived. numbers().total() begins with the sums of those of some experts from now on.
+  __aicore__ void receive(Exchange& exchange, int64_t first, int64_t experts) {
+    clear(numbers_.total(), experts);
+    for (TableReader& reader = from_all(exchange, first, experts); reader.any(); reader.next())
+      add(reader, numbers_.total(), experts);
     order<HardEvent::V_S>();
   }
   // Goes through them, by source.
-  __aicore__ TableReader& from_all(Exchange& exchange) {
-    numbers_.reader().begin(exchange.slot(exchange.rank(), 0), exchange.slot_bytes(), exchange.ranks(),
-                            tiling_->work.experts);
+  __aicore__ TableReader& from_all(Exchange& exchange, int64_t first, int64_t experts) {
+    GM_ADDR counts = exchange.slot(exchange.rank(), 0) + first * sizeof(int32_t);
+    numbers_.reader().begin(counts, exchange.slot_bytes(), exchange.ranks(), experts);
     return numbers_.reader();
   }
-  __aicore__ void add(TableReader& reader, Table& table) {
-    Add(table.tensor(), table.tensor(), reader.row(), static_cast<int32_t>(tiling_->work.experts));
+  __aicore__ void add(TableReader& reader, Table& table, int64_t experts) {
+    Add(table.tensor(), table.tensor(), reader.row(), static_cast<int32_t>(experts));
     PipeBarrier<PIPE_V>();
   }
 

@@ -21,7 +21,7 @@ struct DispatchOutputs {
   GM_ADDR recv_channel_prefix;  // layout_range in low latency
   GM_ADDR recv_src_idx;
   GM_ADDR send_head;
-  GM_ADDR shapes;  // of what has N rows, where N is not known before; then no row may be dropped
+  GM_ADDR shapes;  // of all outputs, where N is not known before; then no row may be dropped
 };
 
 // Rows: PlainRows or Int8Rows. kIsNormal: with all outputs but scales.
@@ -35,6 +35,7 @@ class Dispatch {
     x_ = x;
     out_ = outputs;
     recv_row_bytes_ = tiling.work.hidden * tiling.work.sent_bytes;
+    shared_ = workspace + tiling.shared;
     exchange_.init(pipe_, tiling, windows, workspace, op, outputs.shapes != nullptr);
     counts_.init(pipe_, tiling, workspace, topk_idx);
     send_head_.init(pipe_, tiling, outputs.send_head);
@@ -44,6 +45,7 @@ class Dispatch {
     sent_.init(pipe_, words);
     first_.init(pipe_, words);
     ends_.init(pipe_, words);
+    delivered_to_.init(pipe_, words);
     rows_.init(pipe_, tiling);
     local_experts_ = tiling.work.experts / tiling.work.ranks;
     first_expert_ = exchange_.rank() * local_experts_;
@@ -86,8 +88,7 @@ class Dispatch {
     if (is_first) arrange();
     if (exchange_.has_failed()) return;
     answer();
-    for (Share share(exchange_, *tiling_); share.any(); share.next())
-      for (Chunk chunk = share.chunk(); chunk.any(); chunk.next()) expand(share.source(), chunk);
+    for (Share share(exchange_); share.any();) expand(share);
   }
 
   // Rows and records of this block's tokens, to the ranks of their experts.
@@ -108,42 +109,60 @@ class Dispatch {
     }
   }
 
-  // The counts of all ranks have arrived, and with them where rows go: first_ becomes the first row of this rank for
-  // each expert; ends_, for each of this rank's experts and each source, where the rows of that source end.
+  // The counts of all ranks have arrived, and with them where rows go. Each block finds that out for the experts of
+  // some ranks, and tells all: first_ becomes the first row of this rank for each expert; ends_, for each of this
+  // rank's experts and each source, where the rows of that source end.
   __aicore__ void arrange() {
-    Table& base = counts_.numbers().total();
-    Table& next = counts_.numbers().next();
-    counts_.receive(exchange_);
-    for (int64_t rank = 0; rank < exchange_.ranks(); ++rank) first_row_of_experts(base, rank);
-    if (exchange_.has_failed()) return;
-    order<HardEvent::S_V>();
-    const int32_t experts = static_cast<int32_t>(tiling_->work.experts);
-    Adds(next.tensor(), base.tensor(), 0, experts);
-    PipeBarrier<PIPE_V>();
-    for (TableReader& reader = counts_.from_all(exchange_); reader.any(); reader.next()) {
-      const int64_t source = reader.number();
-      if (source == exchange_.rank()) Adds(first_.tensor(), next.tensor(), 0, experts);
-      PipeBarrier<PIPE_V>();
-      counts_.add(reader, next);
-      order<HardEvent::V_S>();
-      for (int64_t l = 0; l < local_experts_; ++l)
-        ends_.set(l * exchange_.ranks() + source, next.get(first_expert_ + l));
-      if constexpr (kIsNormal)
-        if (source % GetBlockNum() == GetBlockIdx()) describe_delivered(source, base, next);
-      order<HardEvent::S_V>();
-    }
+    const int64_t experts = tiling_->work.experts;
+    const Split split = Split::of(exchange_.ranks(), GetBlockNum());
+    const int64_t begin = split.begin(GetBlockIdx()), end = split.end(GetBlockIdx());
+    if (begin < end) arrange(begin, end);
+    if (!exchange_.agree()) return;
+    load(first_.tensor(), shared_, experts);
+    load(ends_.tensor(), shared_ + tiling_->count_stride, experts);
+    order<HardEvent::MTE2_S>();
+    delivered_ = clip(ends_.get(experts - 1), exchange_.rank());
     if (GetBlockIdx() + 1 == GetBlockNum()) describe_received();
   }
 
-  // From rows per expert to the first row of each expert, of the experts of one rank.
-  __aicore__ void first_row_of_experts(Table& table, int64_t rank) {
+  // For the experts of the ranks begin..end-1. Tables begin with theirs.
+  __aicore__ void arrange(int64_t begin, int64_t end) {
+    const int64_t first = begin * local_experts_, experts = (end - begin) * local_experts_;
+    const bool has_own = begin <= exchange_.rank() && exchange_.rank() < end;
+    Table& base = counts_.numbers().total();
+    Table& next = counts_.numbers().next();
+    counts_.receive(exchange_, first, experts);
+    for (int64_t rank = begin; rank < end; ++rank) first_row_of_experts(base, (rank - begin) * local_experts_, rank);
+    order<HardEvent::S_V>();
+    Adds(next.tensor(), base.tensor(), 0, static_cast<int32_t>(experts));
+    PipeBarrier<PIPE_V>();
+    for (TableReader& reader = counts_.from_all(exchange_, first, experts); reader.any(); reader.next()) {
+      const int64_t source = reader.number();
+      if (source == exchange_.rank()) Adds(first_.tensor(), next.tensor(), 0, static_cast<int32_t>(experts));
+      PipeBarrier<PIPE_V>();
+      counts_.add(reader, next, experts);
+      if (!kIsNormal && !has_own) continue;
+      order<HardEvent::V_S>();
+      for (int64_t l = 0; has_own && l < local_experts_; ++l)
+        ends_.set(l * exchange_.ranks() + source, next.get((exchange_.rank() - begin) * local_experts_ + l));
+      if constexpr (kIsNormal) describe_delivered(source, begin, end - begin, base, next);
+      order<HardEvent::S_V>();
+    }
+    order<HardEvent::V_MTE3>();
+    store(shared_ + first * sizeof(int32_t), first_.tensor(), experts);
+    order<HardEvent::S_MTE3>();
+    if (has_own) store(shared_ + tiling_->count_stride, ends_.tensor(), tiling_->work.experts);
+  }
+
+  // From rows per expert to the first row of each expert, of the experts of `rank`, which are in the table from `at`
+  // on.
+  __aicore__ void first_row_of_experts(Table& table, int64_t at, int64_t rank) {
     int32_t row = 0;
-    for (int64_t expert = rank * local_experts_; expert < (rank + 1) * local_experts_; ++expert) {
+    for (int64_t expert = at; expert < at + local_experts_; ++expert) {
       const int32_t count = table.get(expert);
       table.set(expert, row);
       row += count;
     }
-    if (rank == exchange_.rank()) delivered_ = clip(row, rank);
     if (row > exchange_.room(rank) && exchange_.must_fit(rank))
       exchange_.fail(Failure::no_room, rank, 0, exchange_.room(rank), row);
   }
@@ -175,10 +194,11 @@ class Dispatch {
     }
   }
 
-  __aicore__ void expand(int64_t source, const Chunk& chunk) {
-    messages_.load(source, chunk);
+  __aicore__ void expand(Share& share) {
+    const int64_t count = messages_.load(share);
     Places& places = messages_.places();
-    for (int64_t i = 0; i < chunk.count(); ++i) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t source = messages_.source(i);
       places.clear(i);
       for (int64_t k = 0; k < tiling_->work.top_k; ++k) {
         const int64_t l = messages_.local_expert(i, k);
@@ -199,9 +219,10 @@ class Dispatch {
       }
     }
     order<HardEvent::S_MTE3>();
-    for (int64_t i = 0; i < chunk.count(); ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       for (int64_t n = 0; n < places.count(i); ++n) describe_row(places.with(i, n), known_of(i, n));
-      rows_.copy(exchange_.row(exchange_.slot(exchange_.rank(), source), chunk.first + i), places, i);
+      GM_ADDR slot = exchange_.slot(exchange_.rank(), messages_.source(i));
+      rows_.copy(exchange_.row(slot, messages_.number(i)), places, i);
     }
     order<HardEvent::MTE3_S>();
   }
@@ -251,18 +272,23 @@ class Dispatch {
     write(out_.channel_prefix, sums.tensor(), tiling_->work.experts);
   }
 
-  // A row of rank_prefix_matrix: rows that ranks up to `source` deliver to each rank, of which those for an expert
-  // begin at `base` and end at `next`.
-  __aicore__ void describe_delivered(int64_t source, Table& base, Table& next) {
-    const int64_t sums = tiling_->table_ranks;
-    for (int64_t rank = 0; rank < exchange_.ranks(); ++rank) {
+  // Of some ranks' columns of rank_prefix_matrix the row of `source`: rows that ranks up to it deliver to each of them,
+  // of which those for an expert begin at `base` and end at `next`. As many rows as there is room for go together.
+  __aicore__ void describe_delivered(int64_t source, int64_t first, int64_t ranks, Table& base, Table& next) {
+    const int64_t words = align(ranks * sizeof(int32_t)) / sizeof(int32_t);
+    const int64_t most = tiling_->table_bytes / sizeof(int32_t) / words, at = source % most;
+    for (int64_t rank = 0; rank < ranks; ++rank) {
       int32_t sum = 0;
       for (int64_t expert = rank * local_experts_; expert < (rank + 1) * local_experts_; ++expert)
-        sum += clip(next.get(expert), rank) - clip(base.get(expert), rank);
-      ends_.set(sums + rank, sum);
+        sum += clip(next.get(expert), first + rank) - clip(base.get(expert), first + rank);
+      delivered_to_.set(at * words + rank, sum);
     }
-    GM_ADDR row = out_.rank_prefix + source * exchange_.ranks() * sizeof(int32_t);
-    write(row, ends_.tensor()[static_cast<uint32_t>(sums)], exchange_.ranks());
+    if (at + 1 < most && source + 1 < exchange_.ranks()) return;
+    const int64_t R = exchange_.ranks();
+    order<HardEvent::S_MTE3>();
+    store_rows(out_.rank_prefix + ((source - at) * R + first) * sizeof(int32_t), R * sizeof(int32_t),
+               delivered_to_.tensor(), at + 1, ranks);
+    order<HardEvent::MTE3_S>();
   }
 
   // recv_channel_prefix_matrix or layout_range, the rows of each expert, and how many were dropped.
@@ -283,16 +309,20 @@ class Dispatch {
     }
   }
 
-  // As CANN reads them: for each output the number of dimensions, of 64 bits, and 8 sizes.
+  // As GE reads them: for every output, in order, the number of dimensions and 8 sizes. Bit 31 of the number: these
+  // words have 64 bits.
   __aicore__ void write_shapes() {
-    constexpr int64_t kDims = 0x80000000 | 2, kWords = 9;
-    const int64_t sizes[] = {tiling_->work.hidden, tiling_->work.top_k, tiling_->work.top_k, 3};
+    constexpr int64_t kWide = int64_t{1} << 31, kWords = 9, kOutputs = 10;
+    const int64_t N = exchange_.has_failed() ? 0 : delivered_, H = tiling_->work.hidden, K = tiling_->work.top_k;
+    const int64_t R = exchange_.ranks(), L = local_experts_;
+    const int64_t shapes[kOutputs][3] = {{2, N, H}, {2, N, K}, {2, N, K}, {1, L, 0}, {0, 0, 0},
+                                         {2, R, R}, {2, R, L}, {2, L, R}, {2, N, 3}, {2, tiling_->work.tokens, K}};
     LocalTensor<int64_t> shape = known_.tensor().ReinterpretCast<int64_t>();
     for (uint32_t i = 0; i < kWords; ++i) shape.SetValue(i, 0);
-    shape.SetValue(0, kDims);
-    shape.SetValue(1, exchange_.has_failed() ? 0 : delivered_);
-    for (int64_t i = 0; i < 4; ++i) {
-      shape.SetValue(2, sizes[i]);
+    for (int64_t i = 0; i < kOutputs; ++i) {
+      shape.SetValue(0, kWide | shapes[i][0]);
+      shape.SetValue(1, shapes[i][1]);
+      shape.SetValue(2, shapes[i][2]);
       write(out_.shapes + i * kWords * sizeof(int64_t), shape, kWords);
     }
   }
@@ -307,6 +337,7 @@ class Dispatch {
 
   const Tiling* tiling_ = nullptr;
   GM_ADDR x_ = nullptr;
+  GM_ADDR shared_ = nullptr;  // tables of all blocks
   DispatchOutputs out_{};
   int64_t recv_row_bytes_ = 0;
   int64_t local_experts_ = 1, first_expert_ = 0, delivered_ = 0;
@@ -316,9 +347,10 @@ class Dispatch {
   TokenValues<int32_t> send_head_;
   Messages<kIsNormal, Rows::kHasScales> messages_;
   Array<int32_t> known_;
-  Table sent_;   // by expert: rows of this rank in earlier rounds, and of this one
-  Table first_;  // by expert: the first row of this rank
-  Table ends_;   // by this rank's experts and the sources: the end of their rows
+  Table sent_;          // by expert: rows of this rank in earlier rounds, and of this one
+  Table first_;         // by expert: the first row of this rank
+  Table ends_;          // by this rank's experts and the sources: the end of their rows
+  Table delivered_to_;  // by sources and some ranks: rows that they deliver, in one transfer
   Rows rows_;
 };
 

@@ -19,13 +19,11 @@ class Exchange {
     rank_ = table_.GetValue(WindowMap::kRank);
     map_ = WindowMap{table_.GetValue(WindowMap::kRanks), table_.GetValue(WindowMap::kBytes)};
     op_ = static_cast<int32_t>(op);
-    flag_.init(pipe, kFlagWords);
-    flags_.init(pipe, Tiling::kFlags * kPeerWords);
+    flags_.init(pipe, tiling.flags * kFlagWords);
     entries_.init(pipe, map_.ranks);
     rooms_.init(pipe, map_.ranks);
     failure_.init(pipe, kStatusWords);
     all_failures_.init(pipe, kStatusWords * GetBlockNum());
-    for (int32_t i = 0; i < kFlagWords; ++i) flag_.set(i, 0);
     for (int32_t i = 0; i < kStatusWords; ++i) failure_.set(i, 0);
     GlobalTensor<int64_t> control = this->control();
     epoch_ = control.GetValue(kEnded) + 1;
@@ -111,25 +109,6 @@ class Exchange {
     if (bytes > map_.room()) fail(Failure::too_small, rank_, 0, bytes, map_.room());
   }
 
-  // Tells rank `to` that its slot is full, with `entries` of whatever the kernel counts, or that this rank has failed.
-  __aicore__ void raise(int64_t phase, int64_t to, int64_t entries) {
-    const Work& work = tiling_->work;
-    const int32_t op = has_failed() ? kRefused : op_;
-    flag_.set(kEpoch, static_cast<int32_t>(epoch_));
-    flag_.set(kEntries, static_cast<int32_t>(entries));
-    flag_.set(kFlagOp, op);
-    flag_.set(kHidden, static_cast<int32_t>(work.hidden));
-    flag_.set(kTopK, static_cast<int32_t>(work.top_k));
-    flag_.set(kExperts, static_cast<int32_t>(work.experts));
-    flag_.set(kMaxTokens, static_cast<int32_t>(work.max_tokens));
-    flag_.set(kElementBytes, static_cast<int32_t>(work.element_bytes));
-    flag_.set(kMore, has_more());
-    flag_.set(kRoom, static_cast<int32_t>(must_fit_ ? -1 - work.rows : work.rows));
-    order<HardEvent::S_MTE3>();
-    DataCopy(global<int32_t>(window(to) + map_.flag(epoch_, phase, rank_)), flag_.tensor(), kFlagWords);
-    order<HardEvent::MTE3_S>();  // the next flag is made in its place
-  }
-
   // Waits until all ranks have raised their flags, each block for some of them. False: the launch has failed.
   __aicore__ bool all_raised(int64_t phase) {
     for (int64_t source = GetBlockIdx(); source < map_.ranks; source += GetBlockNum())
@@ -148,10 +127,18 @@ class Exchange {
   }
   __aicore__ bool must_fit(int64_t source) { return rooms_.get(source) < 0; }
 
-  // All blocks have written what they have for their peers: each tells some of them, with what `of_rank` says.
+  // All blocks have written what they have for their peers: each tells some of them that their slots are full, with as
+  // many entries as it has tokens for them, or that this rank has failed.
   __aicore__ void raise_all(int64_t phase, Numbers& numbers) {
     all_blocks();
-    for (int64_t to = GetBlockIdx(); to < map_.ranks; to += GetBlockNum()) raise(phase, to, numbers.tokens_for(to));
+    for (int64_t to = GetBlockIdx(); to < map_.ranks;) {
+      const int64_t first = to;
+      for (int64_t i = 0; i < tiling_->flags && to < map_.ranks; ++i, to += GetBlockNum())
+        make_flag(i * kFlagWords, numbers.tokens_for(to));
+      order<HardEvent::S_MTE3>();
+      for (int64_t i = 0, at = first; at < to; ++i, at += GetBlockNum()) raise(phase, at, i * kFlagWords);
+      order<HardEvent::MTE3_S>();  // the next flags are made in their place
+    }
   }
 
   // The launch has come to its end, about which all blocks agree.
@@ -179,11 +166,32 @@ class Exchange {
     return reinterpret_cast<GM_ADDR>(table_.GetValue(WindowMap::kHeader + rank));
   }
 
+  // A flag in flags_, from a word on.
+  __aicore__ void make_flag(int64_t at, int64_t entries) {
+    const Work& work = tiling_->work;
+    for (int64_t i = 0; i < kFlagWords; ++i) flags_.set(at + i, 0);
+    flags_.set(at + kEpoch, static_cast<int32_t>(epoch_));
+    flags_.set(at + kEntries, static_cast<int32_t>(entries));
+    flags_.set(at + kFlagOp, has_failed() ? kRefused : op_);
+    flags_.set(at + kHidden, static_cast<int32_t>(work.hidden));
+    flags_.set(at + kTopK, static_cast<int32_t>(work.top_k));
+    flags_.set(at + kExperts, static_cast<int32_t>(work.experts));
+    flags_.set(at + kMaxTokens, static_cast<int32_t>(work.max_tokens));
+    flags_.set(at + kElementBytes, static_cast<int32_t>(work.element_bytes));
+    flags_.set(at + kMore, has_more());
+    flags_.set(at + kRoom, static_cast<int32_t>(must_fit_ ? -1 - work.rows : work.rows));
+  }
+  __aicore__ void raise(int64_t phase, int64_t to, int64_t at) {
+    GM_ADDR flag = window(to) + map_.flag(epoch_, phase, rank_);
+    DataCopy(global<int32_t>(flag), flags_.tensor()[static_cast<uint32_t>(at)], kFlagWords);
+  }
+
   // The first words of all flags, by MTE2: one after the other, each would have to be waited for.
   __aicore__ void read_flags() {
     any_has_more_ = false;
-    for (int64_t first = 0; first < map_.ranks; first += Tiling::kFlags) {
-      const int64_t rest = map_.ranks - first, count = rest < Tiling::kFlags ? rest : Tiling::kFlags;
+    const int64_t most = tiling_->flags * kFlagWords / kPeerWords;
+    for (int64_t first = 0; first < map_.ranks; first += most) {
+      const int64_t rest = map_.ranks - first, count = rest < most ? rest : most;
       order<HardEvent::S_MTE2>();
       load_rows(flags_.tensor(), window(rank_) + map_.flag(epoch_, 0, first), WindowMap::kLine, count, kPeerWords);
       order<HardEvent::MTE2_S>();
@@ -253,7 +261,7 @@ class Exchange {
   int32_t op_ = 0;
   bool must_fit_ = false, any_has_more_ = false;
   GM_ADDR failures_ = nullptr;  // of all blocks
-  Array<int32_t> flag_, failure_, all_failures_;
+  Array<int32_t> failure_, all_failures_;
   Array<int32_t> flags_;            // some at a time
   Array<int32_t> entries_, rooms_;  // by rank
 };

@@ -80,6 +80,14 @@ __aicore__ inline void store(GM_ADDR to, const LocalTensor<T>& from, int64_t cou
   DataCopyPad(global<T>(to), from, params);
 }
 
+// Rows of `count` elements, each of which begins on an alignment in `from`, `stride` bytes from one to the next.
+template <typename T>
+__aicore__ inline void store_rows(GM_ADDR to, int64_t stride, const LocalTensor<T>& from, int64_t rows, int64_t count) {
+  const uint32_t bytes = static_cast<uint32_t>(count * sizeof(T));
+  const DataCopyExtParams params{static_cast<uint16_t>(rows), bytes, 0, static_cast<uint32_t>(stride - bytes), 0};
+  DataCopyPad(global<T>(to), from, params);
+}
+
 // An array in the unified buffer.
 template <typename T>
 class Array {
@@ -102,8 +110,8 @@ class TableReader {
  public:
   __aicore__ TableReader() {}
   __aicore__ void init(TPipe& pipe, const Tiling& tiling) {
-    batch_ = tiling.table_batch;
-    pipe.InitBuffer(queue_, kBuffers, static_cast<uint32_t>(batch_ * tiling.table_bytes));
+    bytes_ = tiling.table_batch * tiling.table_bytes;
+    pipe.InitBuffer(queue_, kBuffers, static_cast<uint32_t>(bytes_));
   }
 
   // `count` rows of `words` words, `stride` bytes from one to the next.
@@ -113,6 +121,8 @@ class TableReader {
     count_ = count;
     words_ = words;
     number_ = 0;
+    const int64_t fitting = bytes_ / align(words * sizeof(int32_t));
+    batch_ = fitting < kMostRows ? fitting : kMostRows;
     read();
   }
   __aicore__ bool any() const { return number_ < count_; }
@@ -131,6 +141,7 @@ class TableReader {
 
  private:
   static constexpr int32_t kBuffers = 2;
+  static constexpr int64_t kMostRows = 4095;  // of a transfer
 
   __aicore__ void read() {
     const int64_t rest = count_ - number_, rows = rest < batch_ ? rest : batch_;
@@ -141,7 +152,7 @@ class TableReader {
   }
 
   GM_ADDR from_ = nullptr;
-  int64_t stride_ = 0, count_ = 0, words_ = 0, number_ = 0, batch_ = 1;
+  int64_t bytes_ = 0, stride_ = 0, count_ = 0, words_ = 0, number_ = 0, batch_ = 1;
   LocalTensor<int32_t> rows_;
   TQue<QuePosition::VECIN, 1> queue_;
 };

@@ -8,6 +8,35 @@
 
 namespace deep_ep {
 
+// Goes through this block's share of all entries, which are split evenly over the blocks, whoever they are from.
+class Share {
+ public:
+  __aicore__ Share(Exchange& exchange) : exchange_(&exchange) {
+    int64_t arrived = 0;
+    for (int64_t source = 0; source < exchange.ranks(); ++source) arrived += exchange.entries(source);
+    const Split split = Split::of(arrived, GetBlockNum());
+    at_ = split.begin(GetBlockIdx());
+    end_ = split.end(GetBlockIdx());
+  }
+
+  __aicore__ bool any() const { return at_ < end_; }
+  // The next entries, `most` or fewer, all of one source.
+  __aicore__ Chunk take(int64_t most) {
+    while (at_ >= first_ + exchange_->entries(source_)) first_ += exchange_->entries(source_++);
+    const int64_t behind = first_ + exchange_->entries(source_), end = behind < end_ ? behind : end_;
+    const int64_t begin = at_;
+    at_ = end - at_ < most ? end : at_ + most;
+    return {begin - first_, at_ - first_, most};
+  }
+  // Theirs.
+  __aicore__ int64_t source() const { return source_; }
+
+ private:
+  Exchange* exchange_;
+  int64_t at_ = 0, end_ = 0;
+  int64_t source_ = 0, first_ = 0;  // first_: entries of the sources before
+};
+
 template <bool kHasWeights, int64_t kExtra = 0>
 class Messages {
  public:
@@ -21,6 +50,7 @@ class Messages {
     stride_ = tiling.record_bytes / sizeof(int32_t);
     extra_ = 1 + kWords * tiling.work.top_k;
     words_.init(pipe, tiling.chunk_tokens * stride_);
+    from_.init(pipe, tiling.chunk_tokens);
     places_.init(pipe, tiling);
     if constexpr (kHasWeights) weights_.init(pipe, tiling, topk_weights);
   }
@@ -58,12 +88,22 @@ class Messages {
     order<HardEvent::MTE3_S>();
   }
 
-  // A chunk of the records that have come from `source`.
-  __aicore__ void load(int64_t source, const Chunk& chunk) {
-    deep_ep::load(words_.tensor(), exchange_->record(exchange_->slot(exchange_->rank(), source), chunk.first),
-                  chunk.count() * stride_);
+  // The next records of a share of those that have come: how many.
+  __aicore__ int64_t load(Share& share) {
+    int64_t count = 0;
+    while (share.any() && count < tiling_->chunk_tokens) {
+      const Chunk chunk = share.take(tiling_->chunk_tokens - count);
+      GM_ADDR slot = exchange_->slot(exchange_->rank(), share.source());
+      deep_ep::load(words_.tensor()[static_cast<uint32_t>(count * stride_)], exchange_->record(slot, chunk.first),
+                    chunk.count() * stride_);
+      for (int64_t i = 0; i < chunk.count(); ++i, ++count) from_.set(count, share.source() << 32 | (chunk.first + i));
+    }
     order<HardEvent::MTE2_S>();
+    return count;
   }
+  // Whose it is, and which of that rank's.
+  __aicore__ int64_t source(int64_t i) { return from_.get(i) >> 32; }
+  __aicore__ int64_t number(int64_t i) { return from_.get(i) & 0xffffffff; }
 
   __aicore__ int32_t token(int64_t i) { return words_.get(i * stride_); }
   // Which of this rank's experts it is, or -1.
@@ -97,42 +137,9 @@ class Messages {
   int64_t local_experts_ = 1, first_expert_ = 0;
   int64_t stride_ = 0, extra_ = 0;
   Array<int32_t> words_;
+  Array<int64_t> from_;
   Places places_;
   TokenValues<float> weights_;
-};
-
-// Goes through the sources whose entries are this block's share: all entries are split evenly over the blocks, whoever
-// they are from.
-class Share {
- public:
-  __aicore__ Share(Exchange& exchange, const Tiling& tiling) : exchange_(&exchange), size_(tiling.chunk_tokens) {
-    int64_t arrived = 0;
-    for (int64_t source = 0; source < exchange.ranks(); ++source) arrived += exchange.entries(source);
-    const Split split = Split::of(arrived, GetBlockNum());
-    begin_ = split.begin(GetBlockIdx());
-    end_ = split.end(GetBlockIdx());
-    enter();
-  }
-
-  __aicore__ bool any() const { return source_ < exchange_->ranks() && at_ < end_; }
-  __aicore__ void next() {
-    at_ += entries_;
-    ++source_;
-    enter();
-  }
-  __aicore__ int64_t source() const { return source_; }
-  // The block's entries of the source; none where it only passes.
-  __aicore__ Chunk chunk() const {
-    return {begin_ > at_ ? begin_ - at_ : 0, end_ - at_ < entries_ ? end_ - at_ : entries_, size_};
-  }
-
- private:
-  __aicore__ void enter() { entries_ = source_ < exchange_->ranks() ? exchange_->entries(source_) : 0; }
-
-  Exchange* exchange_;
-  int64_t size_;
-  int64_t begin_ = 0, end_ = 0;
-  int64_t source_ = 0, entries_ = 0, at_ = 0;  // at_: entries of the sources before
 };
 
 }  // namespace deep_ep

@@ -73,8 +73,7 @@ class RoundTrip {
     if (counts_.count(exchange_, exchange_.own_tokens())) ask();
     exchange_.raise_all(kAsked, counts_.numbers());
     if (exchange_.all_raised(kAsked))
-      for (Share share(exchange_, *tiling_); share.any(); share.next())
-        for (Chunk chunk = share.chunk(); chunk.any(); chunk.next()) answer(share.source(), chunk);
+      for (Share share(exchange_); share.any();) answer(share);
     const bool agreed = exchange_.agree();
     exchange_.raise_all(kAnswered, counts_.numbers());
     if (agreed && exchange_.all_raised(kAnswered)) gather();
@@ -91,42 +90,45 @@ class RoundTrip {
     }
   }
 
-  // What `source` has asked for, to its window.
-  __aicore__ void answer(int64_t source, const Chunk& chunk) {
+  // What has been asked for, to the windows of those who ask.
+  __aicore__ void answer(Share& share) {
     order<HardEvent::S_MTE2>();
-    messages_.load(source, chunk);
-    GM_ADDR to = exchange_.slot(source, exchange_.rank());
-    GM_ADDR arrived = exchange_.slot(exchange_.rank(), source);
+    const int64_t count = messages_.load(share);
     Places& places = messages_.places();
-    if constexpr (kSendsRows) clear_products(chunk);
-    for (int64_t i = 0; i < chunk.count(); ++i) {
-      find_rows(source, i);
+    if constexpr (kSendsRows) clear_products(count);
+    for (int64_t i = 0; i < count; ++i) {
+      find_rows(i);
       if constexpr (kSendsRows)
-        rows_.multiply(exchange_.row(arrived, chunk.first + i), places, i, tensors_.x, tensors_.grad_x, products(i));
+        rows_.multiply(exchange_.row(arrived(i), messages_.number(i)), places, i, tensors_.x, tensors_.grad_x,
+                       products(i));
       else
-        rows_.template sum<kHasWeights>(places, i, exchange_.row(to, chunk.first + i));
+        rows_.template sum<kHasWeights>(places, i, exchange_.row(asker(i), messages_.number(i)));
     }
-    if constexpr (kSendsRows) add_up_products(chunk);
-    if constexpr (kTrip == Trip::dispatch_backward) load_recv_weights(chunk);
+    if constexpr (kSendsRows) add_up_products(count);
+    if constexpr (kTrip == Trip::dispatch_backward) load_recv_weights(count);
     if constexpr (kAnswersWords) {
       order<HardEvent::S_MTE3>();
-      for (int64_t i = 0; i < chunk.count(); ++i)
+      for (int64_t i = 0; i < count; ++i)
         if (places.count(i) > 0)
-          store(exchange_.answer(to, chunk.first + i), answers_.tensor()[static_cast<uint32_t>(i * answer_words_)],
-                places.count(i));
+          store(exchange_.answer(asker(i), messages_.number(i)),
+                answers_.tensor()[static_cast<uint32_t>(i * answer_words_)], places.count(i));
       order<HardEvent::MTE3_S>();
     }
   }
 
+  // The slot that the record has come to, and that for its answer.
+  __aicore__ GM_ADDR arrived(int64_t i) { return exchange_.slot(exchange_.rank(), messages_.source(i)); }
+  __aicore__ GM_ADDR asker(int64_t i) { return exchange_.slot(messages_.source(i), exchange_.rank()); }
+
   // places(): the rows that the record is about. Of combine_backward their offsets.
-  __aicore__ void find_rows(int64_t source, int64_t i) {
+  __aicore__ void find_rows(int64_t i) {
     Places& places = messages_.places();
     places.clear(i);
     for (int64_t k = 0; k < tiling_->work.top_k; ++k) {
       if (messages_.local_expert(i, k) < 0) continue;
       const int64_t row = messages_.row(i, k);
       if (row >= tiling_->work.rows) {
-        exchange_.fail(Failure::bad_row, source, kAsked, tiling_->work.rows, row);
+        exchange_.fail(Failure::bad_row, messages_.source(i), kAsked, tiling_->work.rows, row);
         continue;
       }
       GM_ADDR base = kSendsRows ? nullptr : tensors_.x;
@@ -139,12 +141,12 @@ class RoundTrip {
   __aicore__ LocalTensor<float> products(int64_t i) {
     return loose_.tensor()[static_cast<uint32_t>(i * tiling_->work.top_k * kLane)];
   }
-  __aicore__ void clear_products(const Chunk& chunk) {
-    Duplicate(loose_.tensor(), 0.0f, static_cast<int32_t>(chunk.count() * tiling_->work.top_k * kLane));
+  __aicore__ void clear_products(int64_t count) {
+    Duplicate(loose_.tensor(), 0.0f, static_cast<int32_t>(count * tiling_->work.top_k * kLane));
   }
-  __aicore__ void add_up_products(const Chunk& chunk) {
+  __aicore__ void add_up_products(int64_t count) {
     order<HardEvent::V_S>();
-    for (int64_t i = 0; i < chunk.count(); ++i)
+    for (int64_t i = 0; i < count; ++i)
       for (int64_t n = 0; n < messages_.places().count(i); ++n) {
         float sum = 0;
         for (int64_t lane = 0; lane < kLane; ++lane)
@@ -154,15 +156,15 @@ class RoundTrip {
   }
 
   // The gradients of weights, one word each, to the answers.
-  __aicore__ void load_recv_weights(const Chunk& chunk) {
+  __aicore__ void load_recv_weights(int64_t count) {
     Places& places = messages_.places();
     int64_t at = 0;
-    for (int64_t i = 0; i < chunk.count(); ++i)
+    for (int64_t i = 0; i < count; ++i)
       for (int64_t n = 0; n < places.count(i); ++n, at += kLane)
         load(loose_.tensor()[static_cast<uint32_t>(at)], tensors_.recv_weights + places.with(i, n) * sizeof(float), 1);
     order<HardEvent::MTE2_S>();
     at = 0;
-    for (int64_t i = 0; i < chunk.count(); ++i)
+    for (int64_t i = 0; i < count; ++i)
       for (int64_t n = 0; n < places.count(i); ++n, at += kLane) answers_.set(i * answer_words_ + n, loose_.get(at));
   }
 

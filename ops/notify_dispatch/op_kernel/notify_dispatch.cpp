@@ -29,9 +29,9 @@ class NotifyDispatch {
     if (counts_.count(exchange_, own_tokens(*tiling_, 0, tiling_->tokens))) counts_.send(exchange_);
     exchange_.raise_all(0, counts_.numbers());
     if (exchange_.all_raised(0)) {
-      counts_.receive(exchange_);
       const int64_t L = tiling_->work.experts / exchange_.ranks();
-      for (int64_t l = 0; l < L; ++l) rows += counts_.numbers().total().get(exchange_.rank() * L + l);
+      counts_.receive(exchange_, exchange_.rank() * L, L);
+      for (int64_t l = 0; l < L; ++l) rows += counts_.numbers().total().get(l);
     }
     exchange_.finish();
     return rows;

