@@ -98,6 +98,15 @@ def returned(app: Sphinx, what: str, name: str, thing: object, options: object, 
     lines[start:end] = [":returns:", *textwrap.indent(text, "    ").split("\n"), ""]
 
 
+def described(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Attributes: what stands before the colon stays there, which Napoleon takes for a type; no texts of namedtuple."""
+    shape = next((line for line in lines if line.startswith(":type: ")), None)
+    if shape is not None:
+        lines[:] = [f"{shape.removeprefix(':type: ')}: {lines[0]}", *(line for line in lines[1:] if line != shape)]
+    elif lines and re.match(r"Alias for field number \d+$", lines[0]):
+        lines.clear()
+
+
 def complete(app: Sphinx, environment: BuildEnvironment, node: pending_xref, text: nodes.TextElement) -> Any:
     """A type of a signature, `deep_ep.ops.dispatch.DispatchOutput`, is in the API as `deep_ep.DispatchOutput`."""
     target = node.get("reftarget", "")
@@ -140,6 +149,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     for name in WRITERS:
         app.add_directive(name, FromCode)
     app.connect("autodoc-process-docstring", returned, priority=400)
+    app.connect("autodoc-process-docstring", described, priority=600)
     app.connect("missing-reference", complete)
     app.connect("doctree-read", lead_out, priority=100)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
