@@ -36,6 +36,7 @@ WRONG = {
     "HCCL_INTRA_PCIE_ENABLE": ("on", "one of 0, 1"),
     "HCCL_INTRA_ROCE_ENABLE": ("-1", "one of 0, 1"),
     "MOE_ENABLE_CCU": ("on", "one of 0, 1"),
+    "DEEP_EP_KERNEL_TIMEOUT": ("0.5", "a whole number of at least 1, at most 1000000"),
 }
 """A wrong value of each variable that has one everywhere, and what is allowed."""
 

@@ -70,6 +70,7 @@ void Core::fill(uint8_t* address, Line* line) {
 }
 
 void Core::write_back(uint8_t* address, Line* line) {
+  if (line->dirty) act();
   BlockLock lock(launch_, line->memory, std::max(address, line->memory->begin()));
   runs(line->held, [&](int begin, int bytes) { std::memcpy(address + begin, &line->data[begin], bytes); });
   runs(line->dirty, [&](int begin, int bytes) { line->memory->mark_written(address + begin, bytes); });
@@ -117,6 +118,7 @@ void Core::load(const void* address, void* value, uint32_t bytes, Site at) {
   }
   if (adversarial_ && memory->window() && line_address + kLine < memory->end() && random() % 8 == 0)
     line_of(line_address + kLine, memory);
+  note_read(address);
   Line& line = line_of(line_address, memory);
   const uint64_t wanted = bits(begin - line_address, bytes);
   if (memory->written && (line.dirty & wanted) != wanted &&
@@ -129,6 +131,7 @@ void Core::store(void* address, const void* value, uint32_t bytes, Site at) {
   last_site_ = at;
   check_stopped();
   idle_ = 0;
+  act();
   Memory* memory = memory_of(address, bytes, true, at, S);
   auto* begin = static_cast<uint8_t*>(address);
   uint8_t* line_address = line_begin(address);

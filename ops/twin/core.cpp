@@ -4,7 +4,7 @@
 #include <sched.h>
 #include <time.h>
 
-#include <chrono>
+#include <utility>
 
 #include "launch.h"
 
@@ -21,7 +21,8 @@ Core::Core(Launch& launch, int index)
       adversarial_(launch.settings.adversarial),
       random_state_((launch.settings.seed + 1) * 0x9e3779b97f4a7c15 ^ (index + 1) * 0xd1b54a32d192ed03),
       ub_bytes_(static_cast<uint32_t>(launch.settings.unified_buffer_bytes)),
-      known_(std::make_shared<const Known>(launch.settings.cores)) {
+      known_(std::make_shared<const Known>(launch.settings.cores)),
+      place_(launch.places[index]) {
   ub_memory_.reset(new uint8_t[ub_bytes_ + kLinkBlock]);
   const auto address = reinterpret_cast<uintptr_t>(ub_memory_.get());
   ub_ = ub_memory_.get() + (kLinkBlock - address % kLinkBlock) % kLinkBlock;
@@ -155,7 +156,8 @@ void Core::sync_all(Site at) {
   auto known = std::make_shared<Known>(*known_);
   (*known)[index_].join(mine);
   known_ = std::move(known);
-  const int ended = launch_.meet(launch_.hard_gate, cores(), &known_);
+  wrote_ = true;
+  const int ended = launch_.meet(launch_.hard_gate, cores(), place_, &known_);
   if (ended >= 0) fail(at, S, "SyncAll waits for ever: core " + std::to_string(ended) + " has ended without it");
 }
 
@@ -188,7 +190,8 @@ void Core::sync_all(void* workspace, Span own, int cores_used, Site at) {
   auto known = std::make_shared<Known>(*known_);
   (*known)[index_].join(after_[S]);
   known_ = std::move(known);
-  const int ended = launch_.meet(launch_.gate_of(workspace), used, &known_);
+  wrote_ = true;
+  const int ended = launch_.meet(launch_.gate_of(workspace), used, place_, &known_);
   if (ended >= 0) fail(at, S, "SyncAll waits for ever: core " + std::to_string(ended) + " has ended without it");
 }
 
@@ -286,23 +289,35 @@ void Core::tick(bool polling) {
   execute_one(&all, false);
 }
 
-void Core::relax() {
+bool Core::relax() {
   check_stopped();
   if (adversarial_) tick(true);
-  if (++idle_ < 64) return;
+  if (++idle_ < 64) return false;
   if (idle_ < 1024) {
     sched_yield();
-    return;
+    return false;
   }
   const timespec pause{0, 50'000};
   nanosleep(&pause, nullptr);
+  return true;
+}
+
+bool Core::has_pending() const {
+  return std::any_of(pending_.begin(), pending_.end(), [](const auto& operations) { return !operations.empty(); });
 }
 
 int64_t Core::system_cycle() {
-  relax();
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  const double seconds = std::chrono::duration<double>(now).count();
-  return static_cast<int64_t>(seconds * static_cast<double>(launch_.settings.clock_hz));
+  constexpr uint64_t kBegin = 1'000'000'000;  // microseconds: the device has been on for a while
+  const bool has_slept = relax();
+  const bool is_new = std::exchange(wrote_, false) || reads_ != last_reads_ || has_pending();
+  last_reads_ = std::exchange(reads_, 0);
+  if (is_new) {
+    place_.goes_on();
+  } else {
+    place_.waits();
+    if (has_slept) place_.sleeps();
+  }
+  return static_cast<int64_t>((kBegin + launch_.ranks.microseconds()) * (launch_.settings.clock_hz / 1'000'000));
 }
 
 void Core::finish() {

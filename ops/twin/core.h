@@ -37,6 +37,7 @@
 #include <vector>
 
 #include "twin.h"
+#include "waiting.h"
 
 namespace twin {
 
@@ -164,8 +165,9 @@ class Core {
   ~Core();
   void finish();  // the kernel's end: completes everything, and checks what is left
   [[noreturn]] void fail(Site at, Pipe pipe, const std::string& what);
-  // The core polls: time passes for what it has issued, and in the end it yields to what it waits for.
-  void relax();
+  // The core polls: time passes for what it has issued, and in the end it yields to what it waits for. Returns whether
+  // it has slept for a while.
+  bool relax();
 
   // Operations. `effect` runs when the operation executes; `uses` are the unified buffer's bytes that it touches.
   template <class Effect>
@@ -208,7 +210,7 @@ class Core {
   int index() const { return index_; }
   int arch() const;
   int cores() const;
-  int64_t system_cycle();
+  int64_t system_cycle();  // a poll, if nothing has changed since the last one
   void check_span(Span span, uint32_t alignment, Site at, Pipe pipe);
   void check_written(uint32_t begin, uint32_t bytes, Site at, Pipe pipe);
   void* pipe_object = nullptr;  // the kernel's TPipe
@@ -267,6 +269,15 @@ class Core {
 
   uint64_t random();
   void check_stopped();
+  bool has_pending() const;
+  // The core writes to global memory: others may wait for that.
+  void act() {
+    wrote_ = true;
+    place_.goes_on();
+  }
+  void note_read(const void* address) {
+    reads_ += (reinterpret_cast<uintptr_t>(address) ^ 0x5bd1e995) * 0x9e3779b97f4a7c15;
+  }
 
   static constexpr int kEvents = 8;
   Launch& launch_;
@@ -307,6 +318,11 @@ class Core {
 
   Memory* last_memory_ = nullptr;
   uint32_t idle_ = 0;
+  Place& place_;
+  // Of global memory, since the last look at the clock and between the two before: whether it was written, and where it
+  // was read.
+  bool wrote_ = true;
+  uint64_t reads_ = 0, last_reads_ = 0;
   const void* polled_ = nullptr;
   Site last_site_;
   std::unordered_map<const void*, int> soft_syncs_;  // by workspace

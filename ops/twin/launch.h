@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "core.h"
+#include "waiting.h"
 
 namespace twin {
 
@@ -49,22 +50,23 @@ struct Gate {
   uint64_t generation = 0;
   Known joined;
   std::shared_ptr<const Known> known;  // by the last generation
+  std::vector<Place*> waiting;
 };
 
 class Launch {
  public:
-  Launch(const Settings& settings, const std::string& kernel, const std::vector<Region>& regions);
+  Launch(const Settings& settings, const Group& group, const std::string& kernel, const std::vector<Region>& regions);
+  ~Launch();
 
   // Waits for cores 0..cores-1 to arrive, and adds what each of them knows to `known`. Returns the number of a core
   // that has ended instead, or -1.
-  int meet(Gate& gate, int cores, std::shared_ptr<const Known>* known);
+  int meet(Gate& gate, int cores, Place& place, std::shared_ptr<const Known>* known);
   Gate& gate_of(const void* workspace);
   void report(const std::string& violation);
   void end(Core& core);
   Memory* find(const void* address);  // the region that holds it, or nullptr
   bool stopped() const {
-    return stopped_.load(std::memory_order_relaxed) ||
-           (settings.shared && settings.shared->stopped.load(std::memory_order_relaxed));
+    return stopped_.load(std::memory_order_relaxed) || group.shared->stopped.load(std::memory_order_relaxed);
   }
   Report take_report() {
     report_.stopped = stopped();
@@ -74,6 +76,9 @@ class Launch {
   const Settings settings;
   const std::string kernel;
   const size_t num_regions;
+  const Group group;
+  Ranks ranks{group};
+  std::deque<Place> places;  // by core
   GlobalAccesses accesses;
   Gate hard_gate;
 

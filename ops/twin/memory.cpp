@@ -183,7 +183,12 @@ void Core::transfer(Pipe pipe, Site at) {
       if (segment.bytes % atomic_element_ != 0 || reinterpret_cast<uintptr_t>(segment.gm) % atomic_element_ != 0)
         fail(at, MTE3, "an atomic on part of an element: " + segment.memory->text(segment.gm));
   const bool polling = pipe == MTE2 && polled_ == segments_[0].gm;
-  if (pipe == MTE3) idle_ = 0;
+  if (pipe == MTE3) {
+    idle_ = 0;
+    act();
+  } else {
+    for (const Segment& segment : segments_) note_read(segment.gm);
+  }
   if (pipe == MTE2) polled_ = segments_[0].gm;
   std::vector<Moved>& moved = pipe == MTE2 ? counters_.read : counters_.written;
   ++moved[segments_[0].memory->index].transfers;

@@ -10,15 +10,17 @@ namespace twin {
 namespace {
 
 thread_local Core* this_core = nullptr;
-Shared process{};
 
 }  // namespace
 
 Core& Core::current() { return *this_core; }
 
-Launch::Launch(const Settings& settings, const std::string& kernel, const std::vector<Region>& regions)
-    : settings(settings), kernel(kernel), num_regions(regions.size()), ended_(settings.cores) {
+Launch::Launch(const Settings& settings, const Group& group, const std::string& kernel,
+               const std::vector<Region>& regions)
+    : settings(settings), kernel(kernel), num_regions(regions.size()), group(group), ended_(settings.cores) {
   report_.counters.resize(settings.cores);
+  for (int core = 0; core < settings.cores; ++core) places.emplace_back(ranks);
+  ranks.begin_launch();
   for (const Region& region : regions) {
     if (region.bytes == 0) continue;
     std::unique_ptr<uint8_t[]> written;
@@ -32,6 +34,8 @@ Launch::Launch(const Settings& settings, const std::string& kernel, const std::v
              " overlap");
 }
 
+Launch::~Launch() { ranks.end_launch(); }
+
 Memory* Launch::find(const void* address) {
   const auto* byte = static_cast<const uint8_t*>(address);
   auto next = std::upper_bound(memories_.begin(), memories_.end(), byte,
@@ -44,13 +48,14 @@ void Launch::report(const std::string& violation) {
   std::lock_guard lock(mutex_);
   report_.violations.push_back(violation);
   stopped_ = true;
-  if (settings.shared) settings.shared->stopped = 1;
+  group.shared->stopped = 1;
   changed_.notify_all();
 }
 
 void Launch::end(Core& core) {
   std::lock_guard lock(mutex_);
   ended_[core.index()] = true;
+  places[core.index()].ends();
   report_.counters[core.index()] = core.counters_;
   changed_.notify_all();
 }
@@ -60,7 +65,7 @@ Gate& Launch::gate_of(const void* workspace) {
   return soft_gates_[workspace];
 }
 
-int Launch::meet(Gate& gate, int cores, std::shared_ptr<const Known>* known) {
+int Launch::meet(Gate& gate, int cores, Place& place, std::shared_ptr<const Known>* known) {
   std::unique_lock lock(mutex_);
   gate.joined.resize(settings.cores);
   for (int core = 0; core < settings.cores; ++core) gate.joined[core].join((**known)[core]);
@@ -69,7 +74,12 @@ int Launch::meet(Gate& gate, int cores, std::shared_ptr<const Known>* known) {
     gate.arrived = 0;
     ++gate.generation;
     gate.known = std::make_shared<const Known>(gate.joined);
+    for (Place* waiting : gate.waiting) waiting->meets_no_more();
+    gate.waiting.clear();
     changed_.notify_all();
+  } else {
+    gate.waiting.push_back(&place);
+    place.meets();
   }
   int ended = -1;
   changed_.wait(lock, [&] {
@@ -85,13 +95,17 @@ int Launch::meet(Gate& gate, int cores, std::shared_ptr<const Known>* known) {
 
 BlockLock::BlockLock(const Launch& launch, const Memory* memory, const uint8_t* address) {
   if (!memory->window()) return;
-  Shared& shared = launch.settings.shared ? *launch.settings.shared : process;
   // The same number in all processes.
   const uint64_t block =
       (reinterpret_cast<uintptr_t>(address) / kLinkBlock) - (reinterpret_cast<uintptr_t>(memory->begin()) / kLinkBlock);
-  lock_ = &shared.locks[(block * 31 + static_cast<uint64_t>(memory->region.rank) * 257) % Shared::kLocks];
-  // A process that died while it held the lock must not stop the others.
-  for (int tries = 0; tries < 100'000 && lock_->exchange(1, std::memory_order_acquire) != 0; ++tries) sched_yield();
+  lock_ = &launch.group.shared->locks[(block * 31 + static_cast<uint64_t>(memory->region.rank) * 257) % Shared::kLocks];
+  const uint32_t own = launch.group.rank + 1;
+  uint32_t holder = 0;
+  for (uint32_t tries = 1; !lock_->compare_exchange_weak(holder, own, std::memory_order_acquire); ++tries) {
+    // A process that died while it held the lock must not stop the others.
+    if (tries % 1024 != 0 || holder == 0 || !launch.ranks.has_ended(static_cast<int>(holder) - 1)) holder = 0;
+    sched_yield();
+  }
 }
 
 BlockLock::~BlockLock() {
@@ -100,7 +114,10 @@ BlockLock::~BlockLock() {
 
 Report run(const Settings& settings, const std::string& kernel, const std::vector<Region>& regions,
            const std::function<void()>& body) {
-  Launch launch(settings, kernel, regions);
+  Shared shared{};
+  Presence presence{};
+  const Group alone{&shared, &presence, 1, 0};
+  Launch launch(settings, settings.group != nullptr ? *settings.group : alone, kernel, regions);
   const auto refuse = [&](int block, const std::string& why) {
     launch.report("kernel " + kernel + ", core " + std::to_string(block) + ", begins when others have ended: " + why);
   };

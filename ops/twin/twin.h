@@ -28,9 +28,27 @@ struct Region {
 // What processes that map the same windows have in common, in shared memory that starts as zeros.
 struct Shared {
   static constexpr uint32_t kLocks = 1024;
-  std::atomic<uint32_t> locks[kLocks];  // of 512-byte blocks of windows (rule 8: an aligned block never tears)
-  std::atomic<uint32_t> stopped;        // a violation on one of them ends the launches of all
+  // Of 512-byte blocks of windows (rule 8: an aligned block never tears): 0, or the rank that holds it, plus 1.
+  std::atomic<uint32_t> locks[kLocks];
+  std::atomic<uint32_t> stopped;       // a violation on one of them ends the launches of all
+  std::atomic<uint64_t> microseconds;  // that have passed
+  std::atomic<uint64_t> round, step;   // of waiting.h
 };
+
+struct Presence;  // of a rank, in waiting.h
+
+// The ranks that map the same windows.
+struct Group {
+  Shared* shared;
+  Presence* ranks;
+  int size;
+  int rank;  // this one
+};
+
+// This rank is there, and is of this process.
+void enter(const Group& group);
+// It comes to no launch any more: whoever waits for it finds that it is late.
+void leave(const Group& group);
 
 // What AscendC itself has of every workspace, in front of the kernel's part.
 constexpr uint64_t kSystemWorkspaceBytes = 16 << 20;
@@ -41,10 +59,10 @@ struct Settings {
   bool adversarial;
   uint64_t seed;  // of the adversary
   uint64_t unified_buffer_bytes;
-  uint64_t clock_hz;         // of GetSystemCycle
-  int vector_cores;          // that the SoC has
-  bool together;             // all blocks start at the same time: SetScheduleMode(1)
-  Shared* shared = nullptr;  // nullptr: the process has no others
+  uint64_t clock_hz;             // of GetSystemCycle
+  int vector_cores;              // that the SoC has
+  bool together;                 // all blocks start at the same time: SetScheduleMode(1)
+  const Group* group = nullptr;  // nullptr: no other rank takes part
 };
 
 // Between the unified buffer and global memory. A transfer is one DataCopy or DataCopyPad, however many blocks it has;

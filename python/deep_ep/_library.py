@@ -71,7 +71,7 @@ def _load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
         "deep_ep_npu_open_windows": (i32, [text, text, i32, i32, u64, i64, pointer, text]),
         "deep_ep_npu_check": (i32, [pointer, text]),
         "deep_ep_npu_close_windows": (None, [text]),
-        "deep_ep_npu_publish_windows": (None, [text, i64, pointer]),
+        "deep_ep_npu_publish_windows": (None, [text, i64, pointer, pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

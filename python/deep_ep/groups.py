@@ -149,7 +149,7 @@ def init(
         strategy: ``default``, ``alltoall`` or ``ops``; None takes what was chosen, or DEEP_USE_MODE, read now.
         low_latency_strategy: another one for the low-latency ops: ``default``, ``alltoall`` or ``ops``.
         timeout: how long an op waits for a peer without progress; None is the group's own timeout. This call waits for
-            the longer of the two.
+            the longer of the two. Kernels on NPUs wait no longer than DEEP_EP_KERNEL_TIMEOUT.
         comm_alg: for the strategy ``ops``: hierarchy, fullmesh_v1, fullmesh_v2 or ccu; empty leaves it to torch_npu or,
             on A2, to HCCL_INTRA_PCIE_ENABLE and HCCL_INTRA_ROCE_ENABLE.
 
@@ -185,7 +185,8 @@ def prepare(
         raise _is_parents(pg.group_name)
     if num_bytes is not None and num_bytes <= 0:
         raise ValueError(f"num_bytes must be positive, got {num_bytes}")
-    env.value("MOE_SHARED_EXPERT_RANK_NUM")
+    for name in ("MOE_SHARED_EXPERT_RANK_NUM", "DEEP_EP_KERNEL_TIMEOUT"):
+        env.value(name)
     on = {device.type for device in pg._device_types}
     from_environment = env.comm_alg(platform_of(pg))
     if num_bytes is None:

@@ -14,6 +14,7 @@ struct State {
   std::mutex mutex;
   std::map<aclSysParamOpt, int64_t> parameters;
   std::map<aclCompileOpt, std::string> compile_options{{ACL_OP_JIT_COMPILE, "disable"}};
+  uint32_t op_timeout = 0;  // ms; 0: not set
 };
 
 auto& state = *new State;
@@ -160,6 +161,18 @@ aclError aclrtGetSysParamOpt(aclSysParamOpt option, int64_t* value) {
 aclError aclrtCtxSetSysParamOpt(aclSysParamOpt option, int64_t value) { return aclrtSetSysParamOpt(option, value); }
 aclError aclrtSetOpWaitTimeout(uint32_t) { return ACL_SUCCESS; }
 aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode) { return ACL_SUCCESS; }
-aclError aclrtSetOpExecuteTimeOut(uint32_t) { return ACL_SUCCESS; }
+
+aclError aclrtSetOpExecuteTimeOut(uint32_t seconds) {
+  const std::lock_guard lock(state.mutex);
+  state.op_timeout = seconds * 1000;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtGetOpExecuteTimeout(uint32_t* milliseconds) {
+  const std::lock_guard lock(state.mutex);
+  *milliseconds = state.op_timeout;
+  return ACL_SUCCESS;
+}
+
 aclError aclrtSetStreamAttribute(aclrtStream, aclrtStreamAttr, aclrtStreamAttrValue*) { return ACL_SUCCESS; }
 }

@@ -67,6 +67,14 @@ aclError aclrtMemcpy(void* to, size_t, const void* from, size_t bytes, aclrtMemc
   return ACL_SUCCESS;
 }
 
+// What FAKE_CANN_OP_TIMEOUT_MS in the environment says; without it CANN is too old to tell.
+aclError aclrtGetOpExecuteTimeout(uint32_t* milliseconds) {
+  const char* const given = std::getenv("FAKE_CANN_OP_TIMEOUT_MS");
+  if (given == nullptr) return 507899;
+  *milliseconds = static_cast<uint32_t>(std::stoul(given));
+  return ACL_SUCCESS;
+}
+
 aclError aclrtMemset(void* to, size_t, int32_t value, size_t bytes) {
   cleared = {reinterpret_cast<uint64_t>(to), static_cast<uint64_t>(value), bytes};
   return ACL_SUCCESS;

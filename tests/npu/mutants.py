@@ -68,7 +68,7 @@ _LEFT_OUT = {
     r"begun \+ 1 != epoch_": "false",
     r"bytes > map_\.room\(\)": "false",
     r"\(got = flag\.GetValue\(kEpoch\)\) != expected": "(got = flag.GetValue(kEpoch)) == 0",
-    r"GetSystemCycle\(\) - start <= deadline": "true",
+    r"GetSystemCycle\(\) - begin_ <= deadline": "true",
     r"DataCacheCleanAndInvalid<[^;]*>\(line\)": "(void)0",
     r"DataCopy\(global<int32_t>\(flag\)[^;]*\)": "(void)0",
 }

@@ -23,7 +23,9 @@ from deep_ep.twin.kernels import POISON, Failed, Group, Setup, Twin, get_dispatc
 NAMES = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")
 # enum Op of src/op.h
 DISPATCH, COMBINE, DISPATCH_BACKWARD, COMBINE_BACKWARD, _, LOW_LATENCY_DISPATCH, LOW_LATENCY_COMBINE, NOTIFY = range(8)
+DEADLINE = 4  # word of the window table
 FLAG = 64  # bytes
+DAY = 24 * 60 * 60 * 1000  # of the twin's virtual time, in ms
 # enum Failure of src/window_map.h
 LATE, AHEAD, DIFFERENT, REFUSED, BAD_ID, BAD_ROW, TOO_SMALL, ABORTED, NO_ROOM = range(1, 10)
 
@@ -249,10 +251,10 @@ def normal(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int,
         wanted = over_links + rounds * phases * (case.R - 1) * FLAG
         assert group.status() == [0] * 8, f"{op}: status {group.status()}"
         assert (read, written) == (0, wanted), f"{op}: {read} bytes read, {written} written over links, not {wanted}"
-        assert list(_control(group)) == [epoch] * 2, f"{op}: epoch {list(_control(group))}, expected {epoch}"
+        assert list(control(group)) == [epoch] * 2, f"{op}: epoch {list(control(group))}, expected {epoch}"
         return out
 
-    with Group(twin, key, r, ctx.size, num_bytes, timeout_ms=5000) as group:
+    with Group(twin, key, r, ctx.size, num_bytes, timeout_ms=DAY) as group:
         for _ in range(times):
             counts, record, row_only = (case.R - 1) * 4 * E, 4 * (1 + 3 * case.K), 4 * (1 + 2 * case.K)
             out = check(
@@ -297,7 +299,7 @@ def many_ranks(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     def run(rank: int) -> None:
         wanted = expected.received[rank]
         given = expected.xs[rank], expected.ids[rank], expected.weights[rank]
-        with Group(twin, key, rank, R, num_bytes, timeout_ms=30_000, name=f"{key}-{rank}") as group:
+        with Group(twin, key, rank, R, num_bytes, timeout_ms=DAY, name=f"{key}-{rank}") as group:
             for _ in range(2):
                 assert_dispatched(tuple(group.dispatch(*given, wanted.recv_x.shape[0], case.E)), wanted)
                 handle = wanted.recv_src_idx, wanted.send_head
@@ -332,14 +334,14 @@ def exact(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int, 
         return [*received, [R, R], [R, L], [L, R], [rows, 3], [T, K]]
 
     num_bytes = window_bytes(case, slot_tokens) + 1024 * case.R
-    with Group(twin, key, r, ctx.size, num_bytes, timeout_ms=5000) as group:
+    with Group(twin, key, r, ctx.size, num_bytes, timeout_ms=DAY) as group:
         for room in (N + 5, N, N - 1 if r == 1 else N + r):
             shapes = torch.full((10, 9), -9)  # GE does not clear it
             out = group.dispatch(x, ids, weights, room, case.E, shapes)
             if any(s > 0 for s in group.status()):
                 assert room == (N - 1 if r == 1 else N + r)
                 rows = expected.received[1].recv_x.shape[0]
-                _check_status(group, [NO_ROOM, None, 1, 0, rows - 1, rows, 0])
+                check_status(group, [NO_ROOM, None, 1, 0, rows - 1, rows, 0])
                 assert shapes_as_read(shapes) == shapes_of(0)
                 return
             assert shapes_as_read(shapes) == shapes_of(N)
@@ -363,7 +365,7 @@ def rounds(ctx: RankContext, twin: Twin, key: str, cases: list[tuple[Case, int]]
     """One after the other on the same windows, which have no byte to spare for the largest."""
     twin.configure(setup)
     size = max(window_bytes(*case) for case in cases)
-    with Group(twin, key, ctx.rank, ctx.size, size, timeout_ms=5000) as group:
+    with Group(twin, key, ctx.rank, ctx.size, size, timeout_ms=DAY) as group:
         for case, M in cases:
             check_round(group, case, M, ctx.rank)
             group.notify_dispatch(expect(case, M).ids[ctx.rank], case.E)  # each launch of a round in both parities
@@ -375,7 +377,7 @@ def rounds(ctx: RankContext, twin: Twin, key: str, cases: list[tuple[Case, int]]
 CASE, M = Case((5, 3, 0, 4), H=24, K=2, local_experts=2, ids="distinct", absent=0.0), 6
 
 
-def _check_status(group: Group, wanted: list[int | None]) -> None:
+def check_status(group: Group, wanted: list[int | None]) -> None:
     status = group.status()
     same = all(w in (None, s) for w, s in zip(wanted, status, strict=False))
     assert same, f"status {status}, expected {wanted}"
@@ -407,7 +409,7 @@ def different(ctx: RankContext, twin: Twin, key: str, what: str) -> None:
         "max_tokens": (7, 6),
         "element_bytes": (2, 4),
     }
-    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=5000) as group:
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=DAY) as group:
         if is_other and what == "op":
             group.notify_dispatch(ids, E)
         else:
@@ -418,7 +420,7 @@ def different(ctx: RankContext, twin: Twin, key: str, what: str) -> None:
             group.low_latency_dispatch(x, ids, given["max_tokens"], given["experts"])
         mine, other = own[what] if is_other else own[what][::-1]
         op = NOTIFY if is_other and what == "op" else LOW_LATENCY_DISPATCH
-        _check_status(group, [DIFFERENT, 1, None if is_other else 0, 0, mine, other, op])
+        check_status(group, [DIFFERENT, 1, None if is_other else 0, 0, mine, other, op])
         _check_stays(group, r)
 
 
@@ -427,7 +429,7 @@ def bad_id(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     twin.configure(setup)
     expected, r = expect(CASE, M), ctx.rank
     for op, num_bytes in ((NOTIFY, 1 << 20), (LOW_LATENCY_DISPATCH, 1 << 20), (DISPATCH, window_bytes(CASE, 1) + 4096)):
-        with Group(twin, f"{key}-{op}", r, ctx.size, num_bytes, timeout_ms=5000) as group:
+        with Group(twin, f"{key}-{op}", r, ctx.size, num_bytes, timeout_ms=DAY) as group:
             x, ids, weights = expected.xs[r], expected.ids[r].clone(), expected.weights[r]
             if r == 1:
                 ids[2, 1] = CASE.E + 3
@@ -438,7 +440,7 @@ def bad_id(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
             else:
                 group.dispatch(x, ids, weights, 9, CASE.E)
             own = [BAD_ID, 1, 1, 0, CASE.E, CASE.E + 3, op]
-            _check_status(group, own if r == 1 else [REFUSED, 1, 1, 0, op, -1, op])
+            check_status(group, own if r == 1 else [REFUSED, 1, 1, 0, op, -1, op])
             _check_stays(group, r)
 
 
@@ -449,7 +451,7 @@ def bad_row(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     x, ids, weights, y = (t[r] for t in (expected.xs, expected.ids, expected.weights, expected.ys))
     peer, N = int(expected.ids[0][0, 0]) // CASE.local_experts, expected.dispatched[0][0].shape[0]
     for op in (LOW_LATENCY_COMBINE, COMBINE, DISPATCH_BACKWARD, COMBINE_BACKWARD):
-        with Group(twin, f"{key}-{op}", r, ctx.size, 1 << 20, timeout_ms=5000) as group:
+        with Group(twin, f"{key}-{op}", r, ctx.size, 1 << 20, timeout_ms=DAY) as group:
             check_round(group, CASE, M, r)
             src_idx, layout_range, send_head = (t.clone() for t in expected.dispatched[r][2:])
             if r == 0:
@@ -464,7 +466,7 @@ def bad_row(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
             else:
                 group.combine_backward(x, y, ids, weights, handle, E)
             own = [BAD_ROW, 5, 0, 0, N, N + 5, op]
-            _check_status(group, own if r == peer else [REFUSED, 5, peer, 1, op, -1, op])
+            check_status(group, own if r == peer else [REFUSED, 5, peer, 1, op, -1, op])
             _check_stays(group, r)
 
 
@@ -472,53 +474,69 @@ def late(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     """Rank 2 does not come to the second launch."""
     twin.configure(setup)
     ids, r = expect(CASE, M).ids[ctx.rank], ctx.rank
-    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=1200) as group:
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=DAY) as group:
         assert group.notify_dispatch(ids, CASE.E).item() == expect(CASE, M).num_rows[r]
         if r != 2:
             assert group.notify_dispatch(ids, CASE.E).item() == 0
-            _check_status(group, [LATE, 2, 2, 0, 2, 0, NOTIFY])
+            check_status(group, [LATE, 2, 2, 0, 2, 0, NOTIFY])
             _check_stays(group, r)
+
+
+def slow(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
+    """Rank 2 has much to do before it comes, many times what the others may wait for one that does nothing."""
+    twin.configure(setup)
+    expected, r = expect(CASE, M), ctx.rank
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=DAY) as group:
+        group.table[DEADLINE] //= DAY // 100
+        for launch in (1, 2):
+            if r == 2:
+                while any(list(control(group, peer))[1] < launch for peer in (0, 1, 3)):
+                    pass
+                for _ in range(10_000_000):
+                    pass
+            assert group.notify_dispatch(expected.ids[r], CASE.E).item() == expected.num_rows[r]
+            assert group.status() == [0] * 8, f"status {group.status()}"
 
 
 def lost(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     """Rank 0 has forgotten its launches but one, as if they had never reached the device."""
     twin.configure(setup)
     ids, r = expect(CASE, M).ids[ctx.rank], ctx.rank
-    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=1200) as group:
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=DAY) as group:
         for _ in range(4):
             group.notify_dispatch(ids, CASE.E)
         if r == 0:
-            _control(group)[:] = [0, 0]
+            control(group)[:] = [0, 0]
         group.notify_dispatch(ids, CASE.E)
         # The peers' launch 5 may have come already.
-        _check_status(group, [AHEAD, 1, None, 0, 1, None, NOTIFY] if r == 0 else [LATE, 5, 0, 0, 5, 1, NOTIFY])
+        check_status(group, [AHEAD, 1, None, 0, 1, None, NOTIFY] if r == 0 else [LATE, 5, 0, 0, 5, 1, NOTIFY])
         _check_stays(group, r)
 
 
 def wrapped(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     """Epochs beyond what a flag can hold: 2^31, weeks of decoding."""
     twin.configure(setup)
-    with Group(twin, key, ctx.rank, ctx.size, 1 << 20, timeout_ms=5000) as group:
-        _control(group)[:] = [2**31 - 13] * 2
+    with Group(twin, key, ctx.rank, ctx.size, 1 << 20, timeout_ms=DAY) as group:
+        control(group)[:] = [2**31 - 13] * 2
         for _ in range(5):
             check_round(group, CASE, M, ctx.rank)
             group.notify_dispatch(expect(CASE, M).ids[ctx.rank], CASE.E)
-        assert list(_control(group)) == [2**31 + 12] * 2
+        assert list(control(group)) == [2**31 + 12] * 2
 
 
 def aborted(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     """Rank 0's second launch has ended before its end."""
     twin.configure(setup)
     expected, r = expect(CASE, M), ctx.rank
-    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=5000) as group:
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=DAY) as group:
         group.notify_dispatch(expected.ids[r], CASE.E)
         if r == 0:
-            assert list(_control(group)) == [1, 1], "the launch has not been counted"
-            _control(group)[1] = 2
+            assert list(control(group)) == [1, 1], "the launch has not been counted"
+            control(group)[1] = 2
         group.low_latency_dispatch(expected.xs[r], expected.ids[r], M, CASE.E)
         own = [ABORTED, 2, 0, 0, 1, 2, LOW_LATENCY_DISPATCH]
-        _check_status(group, own if r == 0 else [REFUSED, 2, 0, 0, LOW_LATENCY_DISPATCH, -1, LOW_LATENCY_DISPATCH])
-        assert list(_control(group)) == [2, 2]
+        check_status(group, own if r == 0 else [REFUSED, 2, 0, 0, LOW_LATENCY_DISPATCH, -1, LOW_LATENCY_DISPATCH])
+        assert list(control(group)) == [2, 2]
 
 
 def too_small(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
@@ -527,14 +545,14 @@ def too_small(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     expected, r = expect(CASE, M), ctx.rank
     for case, op in ((CASE, LOW_LATENCY_DISPATCH), (CASE, LOW_LATENCY_COMBINE)):
         size = window_bytes(case, M) - 1024
-        with Group(twin, f"{key}-{op}", r, ctx.size, size, timeout_ms=5000) as group:
+        with Group(twin, f"{key}-{op}", r, ctx.size, size, timeout_ms=DAY) as group:
             if op == LOW_LATENCY_DISPATCH:
                 group.low_latency_dispatch(expected.xs[r], expected.ids[r], M, case.E)
             else:
                 handle = expected.dispatched[r][2:]
                 group.low_latency_combine(expected.ys[r], expected.ids[r], expected.weights[r], handle, case.E)
             slots = (window_bytes(case, M) - 512 - 1024) // 2
-            _check_status(group, [TOO_SMALL, 1, r, 0, slots, slots - 512, op])
+            check_status(group, [TOO_SMALL, 1, r, 0, slots, slots - 512, op])
             _check_stays(group, r)
 
 
@@ -542,18 +560,18 @@ def begun(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     """A launch that waits says that it has begun: whoever aborts it leaves that behind."""
     twin.configure(setup)
     ids, r = expect(CASE, M).ids[ctx.rank], ctx.rank
-    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=5000) as group:
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=DAY) as group:
         if r == 0:
-            while (words := list(_control(group, 1))) != [0, 1]:
+            while (words := list(control(group, 1))) != [0, 1]:
                 assert words == [0, 0], f"control words {words}"
                 time.sleep(0.001)
             group.notify_dispatch(ids, CASE.E)
         else:
             group.notify_dispatch(ids, CASE.E)
-        assert list(_control(group)) == [1, 1]
+        assert list(control(group)) == [1, 1]
 
 
-def _control(group: Group, rank: int | None = None) -> Any:
+def control(group: Group, rank: int | None = None) -> Any:
     """The control words of a rank's window, which is mapped here."""
     address = group.table[8 + (group.rank if rank is None else rank)].item()
     return (ctypes.c_int64 * 2).from_address(address)

@@ -4,6 +4,8 @@ T local tokens, H hidden, K top-k, E experts, R ranks, L = E/R local experts, M 
 N = R·M·min(K, L) packed rows.
 """
 
+import os
+import signal
 import uuid
 from dataclasses import replace
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from cases import Case, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import RankContext, RankPool
+from ranks import RankContext, RankDied, RankPool, raise_failures, spawn_ranks
 from torch import Tensor
 
 from deep_ep import reference
@@ -41,7 +43,7 @@ def check(ctx: RankContext, session: str, case: Case, M: int, setup: Setup) -> N
     """On windows that launches of all kinds have used before."""
     if ctx.size not in _groups:
         twin = Twin(twin_kernels.build())
-        _groups[ctx.size] = Group(twin, f"{session}-{ctx.size}", ctx.rank, ctx.size, 64 << 20, timeout_ms=20_000)
+        _groups[ctx.size] = Group(twin, f"{session}-{ctx.size}", ctx.rank, ctx.size, 64 << 20, timeout_ms=probes.DAY)
     group = _groups[ctx.size]
     group.twin.configure(setup)
     probes.check_round(group, case, M, ctx.rank)
@@ -176,7 +178,7 @@ def test_rows_that_a_graph_in_exact_mode_has_no_memory_for(ranks: RankPool, setu
 
 
 FAILURES = [
-    *(probes.bad_id, probes.bad_row, probes.late, probes.lost, probes.wrapped),
+    *(probes.bad_id, probes.bad_row, probes.late, probes.slow, probes.lost, probes.wrapped),
     *(probes.aborted, probes.too_small, probes.begun),
 ]
 
@@ -190,7 +192,7 @@ def test_launches_that_fail(ranks: RankPool, probe: Any, setup: Setup) -> None:
 def check_all_cores(ctx: RankContext, key: str, case: Case, M: int, setup: Setup) -> None:
     twin = Twin(twin_kernels.build())
     twin.configure(setup)
-    with Group(twin, key, ctx.rank, ctx.size, 8 << 20, timeout_ms=120_000) as group:
+    with Group(twin, key, ctx.rank, ctx.size, 8 << 20, timeout_ms=probes.DAY) as group:
         probes.check_round(group, case, M, ctx.rank)
         group.notify_dispatch(probes.expect(case, M).ids[ctx.rank], case.E)
     assert len(twin.take_report()[-1]["cores"]) == setup.cores
@@ -202,7 +204,29 @@ def check_all_cores(ctx: RankContext, key: str, case: Case, M: int, setup: Setup
 def test_every_number_of_cores(ranks: RankPool, setup: Setup) -> None:
     """A block for each vector core that the SoC has."""
     case = Case((80, 75), H=40, K=2, local_experts=3, dtype=torch.float16, ids="distinct", absent=0.1)
-    ranks.run(2, check_all_cores, uuid.uuid4().hex, case, 80, setup, timeout=240)
+    ranks.run(2, check_all_cores, uuid.uuid4().hex, case, 80, setup)
+
+
+def die(ctx: RankContext, key: str) -> None:
+    """Rank 2 dies while the others wait for it."""
+    twin = Twin(twin_kernels.build())
+    ids, r = probes.expect(probes.CASE, probes.M).ids[ctx.rank], ctx.rank
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=probes.DAY) as group:
+        group.notify_dispatch(ids, probes.CASE.E)
+        if r == 2:
+            while any(list(probes.control(group, peer)) != [1, 2] for peer in (0, 1, 3)):
+                pass
+            os.kill(os.getpid(), signal.SIGKILL)
+        group.notify_dispatch(ids, probes.CASE.E)
+        probes.check_status(group, [probes.LATE, 2, 2, 0, 2, 0, probes.NOTIFY])
+
+
+def test_nobody_waits_for_the_dead() -> None:
+    twin_kernels.build()
+    with spawn_ranks(4, die, uuid.uuid4().hex, init=False) as ranks:
+        outcomes = ranks.outcomes()
+    assert isinstance(outcomes.pop(2).exception, RankDied)
+    raise_failures(outcomes)
 
 
 # How work is split over cores, and what goes over links.
@@ -238,7 +262,7 @@ def check_moved(
     twin.configure(setup)
     moved = {}
     num_bytes = probes.window_bytes(Case((T,) * R, H=H, K=K, local_experts=E // R, dtype=torch.bfloat16), T)
-    with Group(twin, key, r, R, num_bytes + (1 << 20), timeout_ms=60_000) as group:
+    with Group(twin, key, r, R, num_bytes + (1 << 20), timeout_ms=probes.DAY) as group:
         calls: dict[str, Any] = {
             "dispatch": lambda: group.dispatch(xs[r], ids, weights[r], N, E),
             "combine": lambda: group.combine(y, ids, weights[r], handle, E),

@@ -16,7 +16,9 @@ int64_t exact_rows(const Tensor& topk_idx, int64_t num_experts, int64_t num_rank
             "for; pass num_worst_tokens"));
   const Tensor rows = empty_tensor(topk_idx, {1}, ScalarType::Long);
   run("notify_dispatch", group, {topk_idx}, {num_experts, num_ranks}, {rows});
-  return *to(rows, torch::stable::Device(torch::headeronly::kCPU)).const_data_ptr<int64_t>();
+  const Tensor found = to(rows, torch::stable::Device(torch::headeronly::kCPU));
+  require_no_failure(op, group);  // which would have left no number
+  return *found.const_data_ptr<int64_t>();
 }
 
 Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,

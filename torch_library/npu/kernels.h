@@ -50,7 +50,7 @@ typedef struct DeepEpKernels {
 
   /* Collective over the group, outside of graphs: makes a window of `bytes` on every rank and fills the table (host
    * memory, DEEP_EP_TABLE_HEADER + size words). `communicator` is HCCL's name of a communicator that nothing else
-   * uses. Once all ranks have returned, windows may be used. Kernels wait timeout_ms for a peer. */
+   * uses. Once all ranks have returned, windows may be used. A launch waits timeout_ms for its peers at most. */
   int (*open_windows)(const char* group, const char* communicator, int32_t rank, int32_t size, uint64_t bytes,
                       int64_t timeout_ms, int64_t* table, char* error);
   void (*close_windows)(const char* group);

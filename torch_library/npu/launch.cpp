@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -16,8 +17,9 @@ namespace deep_ep::npu {
 namespace {
 
 struct Windows {
-  DeepEpTensor table;
-  int64_t size;
+  std::vector<int64_t> words;  // the table
+  void* table;                 // on the device
+  int64_t size() const { return static_cast<int64_t>(words.size()) - DEEP_EP_TABLE_HEADER; }
 };
 
 // What Python has loaded and made (python/deep_ep/npu/windows.py). Never destroyed: calls may outlive static
@@ -25,7 +27,7 @@ struct Windows {
 struct State {
   std::mutex mutex;
   const DeepEpKernels* kernels = nullptr;
-  std::map<std::string, Windows> windows;
+  std::map<std::string, std::shared_ptr<const Windows>> windows;
 };
 
 State& state() {
@@ -44,7 +46,7 @@ const DeepEpKernels& kernels(const char* op) {
   return *state().kernels;
 }
 
-Windows windows(const char* op, const std::string& group) {
+std::shared_ptr<const Windows> windows(const char* op, const std::string& group) {
   kernels(op);
   std::lock_guard lock(state().mutex);
   const auto found = state().windows.find(group);
@@ -142,9 +144,26 @@ std::string text_of(const int32_t* status, int64_t rank) {
              text_of(static_cast<Failure>(status[kFailure])), ": ", status[kExpected], ", ", status[kGot]);
 }
 
+// What a launch on these windows has failed of, or what keeps this from being found out; empty if all is well.
+std::string failure_of(const DeepEpKernels& kernels, const int64_t* table) {
+  int32_t status[DEEP_EP_STATUS_WORDS];
+  char error[DEEP_EP_TEXT_BYTES] = "";
+  if (kernels.read_status(table, status, error) != 0) return error;
+  return status[kFailure] == 0 ? "" : text_of(status, table[WindowMap::kRank]);
+}
+
 }  // namespace
 
-int64_t group_size(const char* op, const std::string& group) { return windows(op, group).size; }
+int64_t group_size(const char* op, const std::string& group) { return windows(op, group)->size(); }
+
+void require_no_failure(const char* op, const std::string& group) {
+  const std::string failure = failure_of(kernels(op), windows(op, group)->words.data());
+  if (failure.empty()) return;
+  throw Error(str("deep_ep.", op,
+                  ": a launch before has failed, and what it was to give, and those after it, is not "
+                  "defined; call deep_ep.init(group) on all ranks before the next one. ",
+                  failure));
+}
 
 bool is_capturing(const Tensor& like) {
   static auto* const status = torch_npu_function<int(void*)>("_ZN7c10_npu23captureStatusMayInitCtxEPv");
@@ -158,10 +177,15 @@ void require(const char* op, const Checks& checks) {
 void run(const char* op, const std::string& group, std::initializer_list<Tensor> inputs,
          std::initializer_list<int64_t> integers, const std::vector<Tensor>& outputs) {
   const DeepEpKernels& kernels = npu::kernels(op);
+  const Tensor& like = *inputs.begin();
+  if (!group.empty() && !is_capturing(like)) require_no_failure(op, group);
   std::vector<DeepEpTensor> in, out;
   for (const Tensor& tensor : inputs) in.push_back(describe(tensor));
   for (const Tensor& tensor : outputs) out.push_back(describe(tensor));
-  if (!group.empty()) in.push_back(windows(op, group).table);
+  if (!group.empty()) {
+    const auto found = windows(op, group);
+    in.push_back({found->table, acl_dtype(ScalarType::Long), 1, {static_cast<int64_t>(found->words.size()), 0}});
+  }
   const DeepEpCall call{op,
                         group.c_str(),
                         static_cast<int32_t>(in.size()),
@@ -176,7 +200,6 @@ void run(const char* op, const std::string& group, std::initializer_list<Tensor>
   char error[DEEP_EP_TEXT_BYTES] = "";
   if (kernels.prepare(&call, &plan, &workspace_bytes, error) != 0) throw Error(str("deep_ep.", op, ": ", error));
   // Given back before the kernel has run, but on this stream: the allocator gives it to work that comes later.
-  const Tensor& like = *inputs.begin();
   const Tensor workspace = empty_tensor(like, {static_cast<int64_t>(workspace_bytes)}, ScalarType::Byte);
   void* const memory = workspace.mutable_data_ptr();
   void* const stream = current_stream(like);
@@ -228,20 +251,19 @@ DEEP_EP_API int deep_ep_npu_open_windows(const char* group, const char* communic
 
 // Nonzero: a launch on these windows has failed, and `error` says which and why.
 DEEP_EP_API int deep_ep_npu_check(const int64_t* table, char* error) {
-  int32_t status[DEEP_EP_STATUS_WORDS];
-  if (state().kernels->read_status(table, status, error) != 0) return 1;
-  if (status[deep_ep::kFailure] == 0) return 0;
-  std::snprintf(error, DEEP_EP_TEXT_BYTES, "%s",
-                deep_ep::npu::text_of(status, table[deep_ep::WindowMap::kRank]).c_str());
-  return 1;
+  const std::string failure = deep_ep::npu::failure_of(*state().kernels, table);
+  std::snprintf(error, DEEP_EP_TEXT_BYTES, "%s", failure.c_str());
+  return failure.empty() ? 0 : 1;
 }
 
 DEEP_EP_API void deep_ep_npu_close_windows(const char* group) { state().kernels->close_windows(group); }
 
-// The ops on the group `name` of `size` ranks pass the table at `table` (device memory) to their kernels; nullptr: no
-// longer.
-DEEP_EP_API void deep_ep_npu_publish_windows(const char* name, int64_t size, void* table) {
+// The ops on the group `name` of `size` ranks pass the table at `table` (device memory), which has these words, to
+// their kernels; nullptr: no longer.
+DEEP_EP_API void deep_ep_npu_publish_windows(const char* name, int64_t size, const int64_t* words, void* table) {
   std::lock_guard lock(state().mutex);
   state().windows.erase(name);
-  if (table != nullptr) state().windows[name] = {{table, 9, 1, {DEEP_EP_TABLE_HEADER + size, 0}}, size};
+  if (table == nullptr) return;
+  state().windows[name] = std::make_shared<const deep_ep::npu::Windows>(
+      deep_ep::npu::Windows{{words, words + DEEP_EP_TABLE_HEADER + size}, table});
 }

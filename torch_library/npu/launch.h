@@ -14,7 +14,11 @@ namespace deep_ep::npu {
 // `deep_ep.init` was not called for the group.
 int64_t group_size(const char* op, const std::string& group);
 
-// Queues the kernel of `op`; see kernels.h for the order. `group` is "" if ranks do not communicate.
+// Raises Error if a launch of the group has failed, as far as this rank's window tells by now. Waits for no stream.
+void require_no_failure(const char* op, const std::string& group);
+
+// Queues the kernel of `op`; see kernels.h for the order. `group` is "" if ranks do not communicate. Where it is not
+// captured, the kernel is not queued behind one that has failed: see require_no_failure.
 void run(const char* op, const std::string& group, std::initializer_list<Tensor> inputs,
          std::initializer_list<int64_t> integers, const std::vector<Tensor>& outputs);
 

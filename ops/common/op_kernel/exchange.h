@@ -12,6 +12,7 @@ class Exchange {
   // must_fit: whether rows of this rank must not be dropped.
   __aicore__ void init(TPipe& pipe, const Tiling& tiling, GM_ADDR table, GM_ADDR workspace, Op op,
                        bool must_fit = false) {
+    begin_ = GetSystemCycle();
     tiling_ = &tiling;
     must_fit_ = must_fit;
     failures_ = workspace + tiling.failures;
@@ -227,13 +228,13 @@ class Exchange {
 
   __aicore__ bool wait(int64_t phase, int64_t source) {
     const int32_t expected = static_cast<int32_t>(epoch_);
-    const int64_t start = GetSystemCycle(), deadline = table_.GetValue(WindowMap::kDeadline);
+    const int64_t deadline = table_.GetValue(WindowMap::kDeadline);
     GlobalTensor<int32_t> flag = own_flag(phase, source);
     int32_t got = 0;
     for (refresh(flag); (got = flag.GetValue(kEpoch)) != expected; refresh(flag)) {
       // Epochs wrap around in a flag.
       const bool is_ahead = static_cast<int32_t>(static_cast<uint32_t>(got) - static_cast<uint32_t>(expected)) > 0;
-      if (!is_ahead && GetSystemCycle() - start <= deadline) continue;
+      if (!is_ahead && GetSystemCycle() - begin_ <= deadline) continue;
       fail(is_ahead ? Failure::ahead : Failure::late, source, phase, expected, got);
       return false;
     }
@@ -257,6 +258,7 @@ class Exchange {
   WindowMap map_{};
   SlotMap slots_{};
   int64_t first_ = 0;  // token of the round
+  int64_t begin_ = 0;  // of the launch, in cycles
   int64_t rank_ = 0, epoch_ = 0, rounds_ = 0;
   int32_t op_ = 0;
   bool must_fit_ = false, any_has_more_ = false;

@@ -161,6 +161,10 @@ std::unique_ptr<Plan> plan(const DeepEpCall& call) {
   return plan;
 }
 
+const int32_t* status_of(const uint8_t* window) {
+  return reinterpret_cast<const int32_t*>(window + WindowMap::status());
+}
+
 Report execute(Plan& plan) {
   std::shared_ptr<Windows> windows;
   if (!plan.group.empty()) {
@@ -175,12 +179,16 @@ Report execute(Plan& plan) {
   regions.push_back({plan.workspace + kSystemWorkspaceBytes, plan.workspace_bytes - kSystemWorkspaceBytes, "workspace",
                      false, -1, true});
   regions.push_back({plan.tiling.data(), plan.tiling.size() * sizeof(uint64_t), "tiling", true, -1, false});
-  plan.settings.shared = windows ? windows->shared() : nullptr;
+  const Group group = windows ? windows->group() : Group{};
+  if (windows) plan.settings.group = &group;
 
   std::vector<uint8_t*> arguments = plan.arguments;
   arguments.push_back(plan.workspace);
   arguments.push_back(reinterpret_cast<uint8_t*>(plan.tiling.data()));
   Report report = run(plan.settings, plan.kernel->op, regions, [&] { plan.kernel->call(arguments.data()); });
+
+  // A rank whose launch has failed sends nothing any more.
+  if (windows && status_of(windows->window(windows->rank()))[deep_ep::kFailure] != 0) leave(group);
 
   std::lock_guard lock(state().mutex);
   state().reports.push_back(describe(plan.kernel->op, plan.settings, windows.get(), report));
@@ -213,7 +221,7 @@ void close_windows(const char* group) {
 
 int read_status(const int64_t* table, int32_t* status, char*) {
   const auto* window = reinterpret_cast<const uint8_t*>(table[WindowMap::kHeader + table[WindowMap::kRank]]);
-  std::memcpy(status, window + WindowMap::status(), DEEP_EP_STATUS_WORDS * sizeof(int32_t));
+  std::memcpy(status, status_of(window), DEEP_EP_STATUS_WORDS * sizeof(int32_t));
   return 0;
 }
 

@@ -2,18 +2,18 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <chrono>
 #include <cstring>
 #include <functional>
 #include <stdexcept>
-#include <thread>
 
 #include "error.h"
+#include "waiting.h"
 #include "window_map.h"
 
 namespace twin::kernels {
@@ -21,17 +21,22 @@ namespace {
 
 constexpr uint64_t kPage = 4096;
 
+constexpr timespec kMillisecond{0, 1'000'000};
+
 constexpr uint64_t pages(uint64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
 }  // namespace
 
+// And a Presence for every rank behind it.
 struct Windows::Header {
   Shared shared;
   std::atomic<int32_t> arrived;
 };
 
+uint64_t Windows::header_bytes(int size) { return sizeof(Header) + size * sizeof(Presence); }
+
 Windows::Windows(const std::string& communicator, int rank, int size, uint64_t bytes, int64_t timeout_ms)
-    : rank_(rank), size_(size), bytes_(bytes), mapped_bytes_(pages(sizeof(Header)) + size * pages(bytes)) {
+    : rank_(rank), size_(size), bytes_(bytes), mapped_bytes_(pages(header_bytes(size)) + size * pages(bytes)) {
   const std::string name = deep_ep::str("/ascendc_twin_", std::hash<std::string>{}(communicator));
   const auto wrong = [&](const char* what) {
     return std::runtime_error(
@@ -45,11 +50,10 @@ Windows::Windows(const std::string& communicator, int rank, int size, uint64_t b
   if (base == MAP_FAILED) throw wrong("map");
   base_ = base;
 
+  enter(group());
   std::atomic<int32_t>& arrived = static_cast<Header*>(base_)->arrived;
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms);
   bool is_last = arrived.fetch_add(1) + 1 == size;
-  while (arrived.load() < size && std::chrono::steady_clock::now() < deadline)
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  for (int64_t looks = 0; arrived.load() < size && looks < timeout_ms; ++looks) nanosleep(&kMillisecond, nullptr);
   const bool complete = arrived.load() >= size;
   // All have it open, or it is given up.
   if (is_last || !complete) shm_unlink(name.c_str());
@@ -60,10 +64,13 @@ Windows::Windows(const std::string& communicator, int rank, int size, uint64_t b
                                         " ms for the communicator ", communicator));
 }
 
-Windows::~Windows() { munmap(base_, mapped_bytes_); }
+Windows::~Windows() {
+  leave(group());
+  munmap(base_, mapped_bytes_);
+}
 
 uint8_t* Windows::window(int rank) const {
-  return static_cast<uint8_t*>(base_) + pages(sizeof(Header)) + rank * pages(bytes_);
+  return static_cast<uint8_t*>(base_) + pages(header_bytes(size_)) + rank * pages(bytes_);
 }
 
 std::vector<Region> Windows::regions() const {
@@ -82,6 +89,9 @@ std::vector<Region> Windows::regions() const {
   return regions;
 }
 
-Shared* Windows::shared() const { return &static_cast<Header*>(base_)->shared; }
+Group Windows::group() const {
+  auto* const header = static_cast<Header*>(base_);
+  return {&header->shared, reinterpret_cast<Presence*>(header + 1), size_, rank_};
+}
 
 }  // namespace twin::kernels

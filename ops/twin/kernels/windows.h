@@ -12,10 +12,12 @@ namespace twin::kernels {
 
 class Windows {
  public:
-  // Collective: waits for the other ranks, for timeout_ms at most. Every window is full of zeros.
+  // Collective: waits for the other ranks, of which it looks for at most timeout_ms times, a millisecond apart. Every
+  // window is full of zeros.
   //
   // std::runtime_error: no memory, or a rank has not come.
   Windows(const std::string& communicator, int rank, int size, uint64_t bytes, int64_t timeout_ms);
+  // Whoever waits for this rank finds that it is late.
   ~Windows();
   Windows(const Windows&) = delete;
   Windows& operator=(const Windows&) = delete;
@@ -28,10 +30,11 @@ class Windows {
   // r is region r * kParts + p.
   enum Part { kControl, kFlags, kSlots, kParts };
   std::vector<Region> regions() const;
-  Shared* shared() const;
+  Group group() const;
 
  private:
   struct Header;
+  static uint64_t header_bytes(int size);
 
   int rank_, size_;
   uint64_t bytes_;

@@ -192,6 +192,16 @@ VARIABLES = {
             ("A2", "A3", "A5"),
             "Nothing is loaded from it.",
         ),
+        Variable(
+            "DEEP_EP_KERNEL_TIMEOUT",
+            "480",
+            range(1, 1_000_001),
+            "Seconds after which a launch of a kernel ends although a peer has not come, and fails: read when windows "
+            "on NPUs are made. A shorter timeout of the group or of deep_ep.init counts instead, and so do nine tenths "
+            "of the device's own limit for operators, 547 s unless torch_npu.npu.set_op_timeout_ms says otherwise.",
+            ("A2", "A3", "A5"),
+            "Ops on CPU tensors wait for as long as the timeout of the group or of deep_ep.init says.",
+        ),
     )
 }
 """Every variable that this library reads for its users, by name."""

@@ -63,8 +63,14 @@ def table_words(num_ranks: int) -> int:
 
 
 def table(name: str) -> Tensor:
-    """int64 [table_words]: the window table of the group `name`, on the NPU of this rank."""
-    return _windows(name).table
+    """int64 [table_words]: the window table of the group `name`, on the NPU of this rank.
+
+    Raises:
+        RuntimeError: there is none, or a launch of the group has failed on this rank, as `check` says it.
+    """
+    windows = _windows(name)
+    windows.check()
+    return windows.table
 
 
 def check(group: str | dist.ProcessGroup | DeviceMesh) -> None:
@@ -72,15 +78,15 @@ def check(group: str | dist.ProcessGroup | DeviceMesh) -> None:
 
     A kernel cannot raise. Where one fails, because a peer did not come in time or asked for something else, or because
     of an id that is no expert's, its results are not defined, and the later launches of the group on this rank end at
-    once, until `deep_ep.init` is called again on all ranks.
+    once, until `deep_ep.init` is called again on all ranks. The next call of an op of the group raises the same, once
+    the launch has ended, and so does the next run of a GE graph; a replay of a captured graph does not.
 
     Raises:
         RuntimeError: a launch has failed on this rank: its op and number, the peer, and what was expected and found.
     """
     from ..groups import process_group  # which needs this module
 
-    if failure := _windows(group if isinstance(group, str) else process_group(group).group_name).failure():
-        raise RuntimeError(failure)
+    _windows(group if isinstance(group, str) else process_group(group).group_name).check()
 
 
 def _windows(name: str) -> "Windows":
@@ -107,7 +113,7 @@ class Windows:
         communicator_name = own.get_hccl_comm_name(group.rank())
         library.deep_ep_npu_open_windows(
             *(name.encode(), communicator_name.encode(), group.rank(), group.size(), num_bytes),
-            *(int(timeout.total_seconds() * 1000), self._words, error),
+            *(int(_patience(timeout).total_seconds() * 1000), self._words, error),
         )
         self._close = finalize_here(group, _close, name, own)
         try:
@@ -117,13 +123,18 @@ class Windows:
             self._close()
             raise
         self.table = torch.tensor(self._words[:]).to("npu")
-        library.deep_ep_npu_publish_windows(name.encode(), group.size(), self.table.data_ptr())
+        library.deep_ep_npu_publish_windows(name.encode(), group.size(), self._words, self.table.data_ptr())
         _open[name] = self
 
     def failure(self) -> str | None:
         """What went wrong in the first launch that has failed on this rank. Waits for no stream."""
         error = ctypes.create_string_buffer(ERROR_BYTES)
         return error.value.decode() if library.deep_ep_npu_check(self._words, error) else None
+
+    def check(self) -> None:
+        """RuntimeError: what `failure` says."""
+        if failure := self.failure():
+            raise RuntimeError(failure)
 
     @property
     def usable(self) -> bool:
@@ -136,6 +147,12 @@ class Windows:
     def close(self) -> None:
         """Gives the windows up."""
         self._close()
+
+
+def _patience(timeout: timedelta) -> timedelta:
+    """How long a kernel waits for its peers. The device ends a kernel that takes too long, and then no status is left:
+    the group's timeout, half an hour if nobody says otherwise, is for hosts."""
+    return min(timeout, timedelta(seconds=int(env.value("DEEP_EP_KERNEL_TIMEOUT"))))
 
 
 def _own_communicator(group: dist.ProcessGroup, meeting: Meeting, num_bytes: int, timeout: timedelta) -> Any:
@@ -155,6 +172,6 @@ def _own_communicator(group: dist.ProcessGroup, meeting: Meeting, num_bytes: int
 
 
 def _close(name: str, own: Any) -> None:
-    library.deep_ep_npu_publish_windows(name.encode(), 0, None)
+    library.deep_ep_npu_publish_windows(name.encode(), 0, None, None)
     library.deep_ep_npu_close_windows(name.encode())
     _open.pop(name, None)

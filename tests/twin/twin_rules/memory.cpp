@@ -4,9 +4,6 @@
 namespace rules {
 namespace {
 
-// A deadline in polls, which no kernel has: what never comes is seen as that.
-constexpr int kPolls = 20'000;
-
 // ---- 5. SyncAll.
 
 RULE(rule5_cores_without_sync_break, .breaks = {"work+0x0", ": nothing orders"}, .cores = 2) {
@@ -301,10 +298,10 @@ void send(World& w, Between between) {
 
 void receive(World& w) {
   GlobalTensor<float> window = w.window(1);
-  int polls = 0;
-  do {
+  wait([&] {
     clean(window[kFlag]);
-  } while (window.GetValue(kFlag) == 0 && ++polls < kPolls);
+    return window.GetValue(kFlag) != 0;
+  });
   for (int i = 0; i < 8; ++i) {
     clean(window[i * 128]);
     if (window.GetValue(i * 128) == 0) w.seen = true;
@@ -386,12 +383,13 @@ void poll_block(World& w, uint32_t begin) {
   Tensors t;
   GlobalTensor<float> window = w.window(1);
   for (int round = 1; round <= 20; ++round) {
-    for (int polls = 0; polls < kPolls; ++polls) {
+    wait([&] {
       DataCopy(t.a, window[begin], 128);
       order<HardEvent::MTE2_S>();
-      if (t.a.GetValue(127) >= round) break;
+      const bool has_come = t.a.GetValue(127) >= round;
       order<HardEvent::S_MTE2>();
-    }
+      return has_come;
+    });
     for (int i = 0; i < 128; ++i)
       if (t.a.GetValue(i) < round) w.seen = true;
     order<HardEvent::S_MTE2>();

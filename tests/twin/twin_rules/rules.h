@@ -108,6 +108,14 @@ void order() {
   WaitFlag<event>(0);
 }
 
+// Polls until something has come. False: it has not in so many cycles.
+template <typename Poll>
+bool wait(Poll has_come, int64_t cycles = int64_t{1} << 50) {
+  for (const int64_t begin = GetSystemCycle(); !has_come();)
+    if (GetSystemCycle() - begin > cycles) return false;
+  return true;
+}
+
 template <typename T>
 void clean(const GlobalTensor<T>& tensor) {
   DataCacheCleanAndInvalid<T, CacheLine::SINGLE_CACHE_LINE, DcciDst::CACHELINE_OUT>(tensor);

@@ -18,6 +18,8 @@
 #include "npu/aclnn/windows.h"
 #include "npu/kernel_library.h"
 
+extern "C" aclError aclrtGetOpExecuteTimeout(uint32_t* milliseconds) __attribute__((weak));
+
 namespace deep_ep::aclnn {
 namespace {
 
@@ -151,6 +153,15 @@ std::unique_ptr<Plan> plan(const DeepEpCall& op_call) {
 // Of the clock that kernels read.
 constexpr int64_t kCyclesPerMillisecond = std::string_view(DEEP_EP_SOC) == "ascend950" ? 1'000'000 : 50'000;
 
+// A kernel gives up before the device ends it, which would leave no status behind. Not all versions of CANN say when
+// that is; torch_npu sets it to 547 s.
+int64_t below_op_timeout(int64_t timeout_ms) {
+  uint32_t device_ms = 0;
+  const bool is_known = aclrtGetOpExecuteTimeout != nullptr && aclrtGetOpExecuteTimeout(&device_ms) == ACL_SUCCESS;
+  if (!is_known || device_ms == 0) device_ms = 547'000;
+  return std::min(timeout_ms, int64_t{device_ms} * 9 / 10);
+}
+
 void* window_of(const int64_t* table, int64_t rank) {
   return reinterpret_cast<void*>(table[WindowMap::kHeader + rank]);
 }
@@ -165,7 +176,7 @@ void open(const char* communicator, int32_t rank, int32_t size, uint64_t bytes, 
                       " (MB) on all ranks"));
   std::vector<uint64_t> addresses;
   for (const Window& window : windows) addresses.push_back(window.address);
-  fill_table(table, rank, addresses, bytes, timeout_ms, kCyclesPerMillisecond);
+  fill_table(table, rank, addresses, bytes, below_op_timeout(timeout_ms), kCyclesPerMillisecond);
   // No launch has been yet, whatever lies in HCCL's memory.
   const WindowMap map{size, static_cast<int64_t>(bytes)};
   const int status = aclrtMemset(window_of(table, rank), bytes, 0, map.slots_begin());
