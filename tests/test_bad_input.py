@@ -537,10 +537,10 @@ def test_ranks_choose_different_strategies(pool: RankPool) -> None:
 
 
 def outcome_of_two_hosts(ctx: RankContext) -> tuple[str, str]:
-    place = deep_ep.windows._place()
+    process = deep_ep.meeting.this_process()
     if ctx.rank == ctx.size - 1:
-        place = place._replace(host="elsewhere (1234)")
-    with mock.patch.object(deep_ep.windows, "_place", lambda: place):
+        process = process._replace(host="elsewhere (1234)")
+    with mock.patch.object(deep_ep.meeting, "this_process", lambda: process):
         error = error_of(deep_ep.init, ctx.group, strategy="default", num_bytes=1 << 20)
         deep_ep.init(ctx.group, strategy="alltoall")
         check_ops(CASES[ctx.size], ctx.rank, ctx.group.group_name, "alltoall")

@@ -85,10 +85,10 @@ class DeepEPLowLatency : public Calls {
 
   Tensor dispatch(const Tensor& x, const Tensor& ids, const Tensor&) override {
     static const auto call = op<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, int64_t, int64_t, int64_t, c10::string_view, c10::string_view)>(
+        const Tensor&, const Tensor&, int64_t, int64_t, int64_t, c10::string_view, c10::string_view, bool)>(
         "deep_ep::low_latency_dispatch");
     auto [recv_x, recv_count, recv_src_idx, layout_range, send_head] =
-        call.call(x, ids, s.tokens, s.experts, s.ranks, s.group, "");
+        call.call(x, ids, s.tokens, s.experts, s.ranks, s.group, "", /*zero_unused=*/false);
     recv_src_idx_ = std::move(recv_src_idx);
     layout_range_ = std::move(layout_range);
     send_head_ = std::move(send_head);
