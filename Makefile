@@ -16,9 +16,9 @@ CXX_FOLDERS := $(wildcard src torch_library)
 # The folders are in the list too: a file that was added or removed changes its folder's time.
 CXX_INPUTS := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find $(CXX_FOLDERS) -type d -o -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS)) \
-  $(shell find benchmarks ops tests/cann tests/fake_cann tests/host_kernels tests/twin -name '*.cpp' -o -name '*.h')
+  $(shell find benchmarks ops tests/aarch64 tests/cann tests/fake_cann tests/host_kernels tests/twin -name '*.cpp' -o -name '*.h')
 
-.PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-long mutate-kernels lint types format docs docs-check wheel \
+.PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-aarch64 test-long mutate-kernels lint types format docs docs-check wheel \
   sdist wheel-check clean
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make bench       the CPU backend against gloo, MPI and the speed of memory (ARGS=--help: other configurations)"
 	@echo "make test        the whole suite, which is test-cpu, then test-npu, and at the end what both did"
 	@echo "make test-quick  about 2 minutes; test-long: with many more random cases"
+	@echo "make test-aarch64  the C++ parts and the kernels, cross-compiled and run by qemu, with pages of 4 and of 64 KB"
 	@echo "make mutate-kernels   faults in the AscendC kernels, one at a time: how many the twin catches"
 	@echo "make lint types  check the style of the code and its types; format: rewrite the files in that style"
 	@echo "make docs        the documentation as a site, in build/docs; docs-check: look at it in Chromium"
@@ -112,6 +113,27 @@ $(NPU_STAMPS)/deep_ep: $(NPU_STAMPS)/setup $(CXX_INPUTS) $(shell find python -na
 
 test-quick: $(STAMPS)/build
 	$(BIN)/python -m pytest tests --ignore tests/npu -m "not slow and not long" $(ARGS)
+
+# The C++ parts on aarch64, without Python and torch: what tests/aarch64/ranks.cpp calls.
+AARCH64 := $(CURDIR)/build/aarch64
+CROSS = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+# The folder torch_npu, wherever .venv-npu finds it: the twin is compiled with headers of that wheel.
+TORCH_NPU = $(shell $(NPU_VENV)/bin/python -c 'import importlib.util as u; print(u.find_spec("torch_npu").submodule_search_locations[0])')
+
+test-aarch64: $(STAMPS)/setup $(NPU_STAMPS)/setup
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null \
+	  || { echo "make: there is no aarch64-linux-gnu-g++ or qemu-aarch64 (Debian: g++-aarch64-linux-gnu qemu-user)" >&2; exit 1; }
+	$(CROSS) -S tests/aarch64 -B $(AARCH64)/ranks
+	$(BIN)/ninja -C $(AARCH64)/ranks
+	$(CROSS) -S . -B $(AARCH64)/library -DCMAKE_MODULE_LINKER_FLAGS=-L$(AARCH64)/ranks
+	$(BIN)/ninja -C $(AARCH64)/library
+	$(CROSS) -S ops/twin/kernels -B $(AARCH64)/kernels -DTORCH_NPU_DIR=$(TORCH_NPU)
+	$(BIN)/ninja -C $(AARCH64)/kernels deep_ep_twin_kernels
+	for pages in 4096 65536; do \
+	  qemu-aarch64 -p $$pages -L /usr/aarch64-linux-gnu -E LD_LIBRARY_PATH=$(AARCH64)/ranks $(AARCH64)/ranks/ranks \
+	    $(AARCH64)/library/libdeep_ep.so $(AARCH64)/kernels/libdeep_ep_twin_kernels.so || exit 1; \
+	done
 
 # Every fault in the AscendC kernels, one at a time: docs/kernels.md.
 mutate-kernels: $(STAMPS)/build $(NPU_STAMPS)/setup

@@ -94,6 +94,12 @@ DEEP_EP_API void deep_ep_host_memory(const char* root, uint64_t* bytes, char* cg
   std::strncpy(cgroup, memory.cgroup->owner.c_str(), kErrorBytes - 1);
 }
 
+// A function of Python that makes windows (groups::Make), of which the caller keeps a reference.
+DEEP_EP_API void deep_ep_make_windows_by(void* function) {
+  deep_ep::groups::set_make(
+      [function](const char* op, const std::string& name) { return deep_ep::call_python(function, op, name.c_str()); });
+}
+
 // Gives back what memory is due to go back to the system, now and not when the time has come.
 DEEP_EP_API void deep_ep_sweep() { deep_ep::sweep(); }
 

@@ -580,9 +580,30 @@ namespace {
 struct Registry {
   std::mutex mutex;
   std::map<std::string, std::shared_ptr<Group>> by_name;
+
+  std::shared_ptr<Group> find(const std::string& name) {
+    std::lock_guard lock(mutex);
+    const auto found = by_name.find(name);
+    return found == by_name.end() ? nullptr : found->second;
+  }
 };
 
 Registry& registry() { return PerProcess<Registry>::get(); }
+
+Make& make() {
+  static Make& instance = *new Make;
+  return instance;
+}
+
+// If that fails it fails on all ranks, as an operation would that all have entered.
+void make_windows(const char* op, const std::string& name) {
+  ThreadCalls& calls = ThreadCalls::mine();
+  const ThreadCalls before = calls;
+  ++calls.entered;
+  calls.completed = false;
+  if (const std::string wrong = make()(op, name); !wrong.empty()) throw Error(wrong);
+  calls = before;
+}
 
 }  // namespace
 
@@ -591,16 +612,21 @@ void put(const std::string& name, std::shared_ptr<Group> group) {
   registry().by_name[name].swap(group);
 }
 
+void set_make(Make function) { make() = std::move(function); }
+
 std::shared_ptr<Group> get(const char* op, const std::string& name) {
-  std::lock_guard lock(registry().mutex);
-  const auto found = registry().by_name.find(name);
-  if (found == registry().by_name.end() && PerProcess<Registry>::forked())
+  std::shared_ptr<Group> found = registry().find(name);
+  if (!found && make()) {
+    make_windows(op, name);
+    found = registry().find(name);
+  }
+  if (!found && PerProcess<Registry>::forked())
     throw Error(str("deep_ep.", op, ": this process was forked from a rank and has no part in its group '", name,
                     "'; call the op in the rank itself, or make a group of such processes"));
-  if (found == registry().by_name.end())
+  if (!found)
     throw Error(str("deep_ep.", op, ": there are no windows for the group '", name,
                     "' on this rank; call deep_ep.init(group) or make a deep_ep.Buffer first"));
-  return found->second;
+  return found;
 }
 
 void remove(const std::string& name, const Group* group) {

@@ -19,9 +19,12 @@ struct Python {
   void (*fetch)(void**, void**, void**);
   void (*restore)(void*, void*, void*);
   void (*decref)(void*);
+  void* (*call)(void*, const char*, ...);
+  const char* (*text)(void*, ssize_t*);
   bool found = find("Py_IsInitialized", is_initialized) && find("PyGILState_Ensure", ensure) &&
                find("PyGILState_Release", release) && find("PyErr_CheckSignals", check_signals) &&
-               find("PyErr_Fetch", fetch) && find("PyErr_Restore", restore) && find("Py_DecRef", decref);
+               find("PyErr_Fetch", fetch) && find("PyErr_Restore", restore) && find("Py_DecRef", decref) &&
+               find("PyObject_CallFunction", call) && find("PyUnicode_AsUTF8AndSize", text);
 
   static const Python& get() {
     static const Python instance{};
@@ -46,7 +49,7 @@ class Interpreter {
   const int state_;
 };
 
-// What a signal handler raised.
+// What a signal handler, or another function, raised.
 struct Raised {
   void* type = nullptr;
   void* value = nullptr;
@@ -64,8 +67,8 @@ struct Raised {
   }
 };
 
-struct HandlerRaised : Interrupted {
-  explicit HandlerRaised(std::shared_ptr<Raised> raised)
+struct PythonRaised : Interrupted {
+  explicit PythonRaised(std::shared_ptr<Raised> raised)
       : Interrupted("interrupted by a signal"), raised_(std::move(raised)) {}
   void set_error() const override { raised_->restore(); }
 
@@ -80,7 +83,18 @@ void check_interrupt() {
   const Python& python = Python::get();
   if (!python.found || !python.is_initialized()) return;
   const Interpreter held;
-  if (python.check_signals() != 0) throw HandlerRaised(std::make_shared<Raised>());
+  if (python.check_signals() != 0) throw PythonRaised(std::make_shared<Raised>());
+}
+
+std::string call_python(void* function, const char* first, const char* second) {
+  const Python& python = Python::get();
+  const Interpreter held;
+  void* const result = python.call(function, "ss", first, second);
+  const char* const text = result != nullptr ? python.text(result, nullptr) : nullptr;
+  std::string copy = text != nullptr ? text : "";
+  if (result != nullptr) python.decref(result);
+  if (text == nullptr) throw PythonRaised(std::make_shared<Raised>());
+  return copy;
 }
 
 }  // namespace deep_ep

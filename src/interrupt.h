@@ -1,7 +1,8 @@
-// Signals for the Python program that waits here, such as Ctrl-C.
+// What this library needs of the Python program that it is in: its signals, such as Ctrl-C, and a function of it.
 #pragma once
 
 #include <stdexcept>
+#include <string>
 
 // As pybind11 has it, through which torch calls ops: what is derived from it says itself what it becomes in Python.
 namespace pybind11 {
@@ -23,5 +24,8 @@ constexpr int kHealthMilliseconds = 100;
 // run as they do between two lines of Python. If one raises, this throws an Interrupted, which becomes that very
 // exception. On other threads, and without an interpreter, it does nothing.
 void check_interrupt();
+
+// Calls a function of Python with two texts and returns its text. What it raises is thrown as an Interrupted, too.
+std::string call_python(void* function, const char* first, const char* second);
 
 }  // namespace deep_ep

@@ -71,7 +71,7 @@ def test_commands(page: Path) -> None:
     text = page.read_text()
     shell = [re.sub(r"#.*", "", block) for block in blocks(page, "bash")]
     code = "\n".join([*shell, *re.findall(r"`((?:make|python|bash)[^`\n]*)`", text)])
-    for targets in re.findall(r"(?:^|[;&] *)make((?: [a-z-]+)+)", code, re.MULTILINE):
+    for targets in re.findall(r"(?:^|[;&] *)make((?: [a-z0-9-]+)+)", code, re.MULTILINE):
         for target in targets.split():
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for module in re.findall(r"python -m ([\w.]+)", code):

@@ -119,7 +119,8 @@ def locked_too_much(ctx: RankContext) -> tuple[str, str]:
     """Rank 1 has locked what it will have, of which it may have little."""
     if ctx.rank == 1:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (LOCKABLE, LOCKABLE))
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)  # root may lock all there is
+    if ctx.rank == 1:
         must(_libc.mlockall(FUTURE))
     return error_of(deep_ep.init, ctx.group, num_bytes=64 << 20)
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import alltoall, calls, windows
 from .arguments import adapted
-from .groups import GroupInfo, has_native_cpu_only, info_of
+from .groups import GroupInfo, info_of, runs_on_cpu
 from .utils import EventOverlap
 
 P = ParamSpec("P")
@@ -110,7 +110,7 @@ def _fail(where: Any, ops_of: Ops, given: dict[str, Any], entered: int, reason: 
         # Collectives do not end within torch.func's transforms, which are the same on all ranks.
         if strategy == "alltoall" and not torch._C._are_functorch_transforms_active():
             alltoall.reject(op, info.name, reason)
-        elif strategy == "default" and has_native_cpu_only(info):
+        elif strategy == "default" and runs_on_cpu(info, tree_leaves(list(given.values()))):
             windows.agree(op, info.name, reason, torch.float32, ())
     late.cancel()
 

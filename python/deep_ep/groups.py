@@ -2,8 +2,9 @@
 
 import functools
 import os
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
@@ -14,9 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from . import _compile, env
+from ._library import library
 from .communicator import Communicator
 from .ep_strategy import MODES, LowLatencyStrategy, NormalStrategy, one_of
-from .meeting import Meeting, group_timeout
+from .meeting import INIT, Meeting, group_timeout
 from .npu import windows as npu_windows
 from .npu.platform import platform
 from .npu_ops import check_comm_alg
@@ -63,6 +65,14 @@ class _Owner(NamedTuple):
     known: "weakref.ref[Any]"
 
 
+class _Late(NamedTuple):
+    """What the windows on CPU of a group with NPUs are made with, when its first tensor on CPU comes."""
+
+    num_bytes: int | None
+    timeout: timedelta
+    lock: threading.Lock
+
+
 # By the group's name: whose it is, what functions do, whether `init` has chosen that, and what the group has: windows
 # by kind of device, and "alltoall": a communicator.
 _owners: dict[str, _Owner] = {}
@@ -70,12 +80,13 @@ _infos: dict[str, GroupInfo] = {}
 _chosen: set[str] = set()
 _parts: dict[str, dict[str, Part]] = {}
 _spoiled: set[str] = set()
+_late: dict[str, "_Late"] = {}
 _parents: dict[str, _Owner] = {}  # of the rank that this process was forked from, if it was
 
 
 def _forget_parents() -> None:
     _parents.update(_owners)
-    for known in (_owners, _infos, _chosen, _parts, _spoiled):
+    for known in (_owners, _infos, _chosen, _parts, _spoiled, _late):
         known.clear()
 
 
@@ -131,6 +142,7 @@ def init(
     low_latency_strategy: str | LowLatencyStrategy | None = None,
     timeout: timedelta | None = None,
     comm_alg: str = "",
+    device: str | torch.device | None = None,
 ) -> GroupInfo:
     """Prepares a group for the ops. Collective: all ranks of the group call it, outside of compiled code.
 
@@ -152,16 +164,20 @@ def init(
             the longer of the two. Kernels on NPUs wait no longer than DEEP_EP_KERNEL_TIMEOUT.
         comm_alg: for the strategy ``ops``: hierarchy, fullmesh_v1, fullmesh_v2 or ccu; empty leaves it to torch_npu or,
             on A2, to HCCL_INTRA_PCIE_ENABLE and HCCL_INTRA_ROCE_ENABLE.
+        device: for whose tensors there are windows from the start, ``cpu`` or ``npu``, where a strategy is
+            ``default``. None: for those of the NPUs of a group that has some, and of others for those on CPU. Those on
+            CPU of a group with NPUs are made by the first op that takes tensors on CPU, which all ranks must call, and
+            which waits for them as long as `timeout` says.
 
     Raises:
         ValueError: an unknown strategy or comm_alg, num_bytes is not positive, a group that this rank is not in or a
-            mesh of several dimensions, or a wrong value in the environment (`deep_ep.env`) of what no argument says; on
-            this rank, before it waits for others.
+            mesh of several dimensions, a device that the group does not have, or a wrong value in the environment
+            (`deep_ep.env`) of what no argument says; on this rank, before it waits for others.
         RuntimeError: on every rank, when other strategies were chosen before `destroy`; when ranks have different
-            builds of this package; when windows cannot be made: too little memory on a rank, or ranks on several hosts
-            under ``default``; when a rank has died, leaves or does not come.
+            builds of this package; when windows cannot be made: too little memory on a rank, or, on CPU, ranks on
+            several hosts; when a rank has died, leaves or does not come.
     """
-    return prepare(group, num_bytes, strategy, low_latency_strategy, timeout, comm_alg, chooses=True)
+    return prepare(group, num_bytes, strategy, low_latency_strategy, timeout, comm_alg, device, chooses=True)
 
 
 def prepare(
@@ -171,6 +187,7 @@ def prepare(
     low_latency_strategy: str | LowLatencyStrategy | None,
     timeout: timedelta | None,
     comm_alg: str,
+    device: str | torch.device | None = None,
     *,
     chooses: bool,
 ) -> GroupInfo:
@@ -187,7 +204,7 @@ def prepare(
         raise ValueError(f"num_bytes must be positive, got {num_bytes}")
     for name in ("MOE_SHARED_EXPERT_RANK_NUM", "DEEP_EP_KERNEL_TIMEOUT"):
         env.value(name)
-    on = {device.type for device in pg._device_types}
+    on = _kinds(pg, device)
     from_environment = env.comm_alg(platform_of(pg))
     if num_bytes is None:
         num_bytes = env.window_bytes()
@@ -206,10 +223,50 @@ def prepare(
             before.low_latency if strategy is None and low_latency_strategy is None else low_latency,
             comm_alg or before.comm_alg,
         )
-    wanted = _wanted(wish, on)
     _join(parts)
+    patience = max(timeout or timedelta(0), group_timeout(pg))
+    _make_missing(Meeting(pg, patience, INIT), pg, wish, before, _wanted(wish, on), num_bytes, timeout)
+    if "npu" in {one.type for one in pg._device_types} and "default" in (wish.normal.value, wish.low_latency.value):
+        _late[name] = _Late(num_bytes, timeout or group_timeout(pg), threading.Lock())
+    if not _owns(pg):
+        store = cast(Any, dist.distributed_c10d)._get_process_group_store(pg)
+        _owners[name] = _Owner(weakref.ref(pg), weakref.ref(store or pg, functools.partial(_forget, name)))
+    if _infos.get(name) == wish:
+        wish = _infos[name]  # for which graphs have been traced
+    if chooses:
+        _chosen.add(name)
+    if chooses or name not in _infos:
+        _infos[name] = wish
+    _compile.prepare()
+    return wish
+
+
+def _kinds(pg: dist.ProcessGroup, device: str | torch.device | None) -> set[str]:
+    """The kinds of devices that windows are wanted for."""
+    on = {device.type for device in pg._device_types}
+    if device is not None:
+        kind = str(device).split(":")[0]
+        if kind not in on:
+            raise ValueError(f"device must be one that the group has, {', '.join(sorted(on))}; got {str(device)!r}")
+        return {kind}
+    has_cpu = _owns(pg) and "cpu" in _parts.get(pg.group_name, {})
+    return on - {"cpu"} if "npu" in on and not has_cpu else on
+
+
+def _make_missing(
+    meeting: Meeting,
+    pg: dist.ProcessGroup,
+    wish: GroupInfo,
+    before: GroupInfo | None,
+    wanted: list[str],
+    num_bytes: int | None,
+    timeout: timedelta | None,
+) -> None:
+    """Makes what of `wanted` some rank does not have. Collective."""
+    name = pg.group_name
+    parts = _parts.get(name, {})
     served = {kind: _is_served(parts.get(kind), num_bytes, timeout) for kind in wanted}
-    with Meeting(pg, timeout) as meeting:
+    with meeting:
         is_whole = all(part.usable for part in parts.values())
         wishes = meeting.exchange((str(wish), served, is_whole, before and str(before)))
         _check_wishes(name, wishes)
@@ -227,17 +284,31 @@ def prepare(
             _parts.setdefault(name, {})[kind] = part
             if isinstance(part, Communicator):
                 part.publish()
-    if not _owns(pg):
-        store = cast(Any, dist.distributed_c10d)._get_process_group_store(pg)
-        _owners[name] = _Owner(weakref.ref(pg), weakref.ref(store or pg, functools.partial(_forget, name)))
-    if _infos.get(name) == wish:
-        wish = _infos[name]  # for which graphs have been traced
-    if chooses:
-        _chosen.add(name)
-    if chooses or name not in _infos:
-        _infos[name] = wish
-    _compile.prepare()
-    return wish
+            if isinstance(part, Windows) and name in _spoiled:
+                part.spoil()
+
+
+def _make_late(op: str, name: str) -> str:
+    """Makes the windows on CPU of a group with NPUs, of which `op` is the first one on CPU. Returns what is wrong."""
+    late = _late.get(name)
+    pg = _owners[name].group() if late is not None else None
+    if late is None or pg is None:
+        return ""
+    call = f"deep_ep.{op}"
+    with late.lock:
+        if "cpu" in _parts.get(name, {}):
+            return ""
+        try:
+            _make_missing(
+                Meeting(pg, late.timeout, call), pg, _infos[name], None, ["cpu"], late.num_bytes, late.timeout
+            )
+        except Exception as error:
+            reason = str(error).removeprefix("deep_ep: ")
+            return reason if reason.startswith(call) else f"{call}: {reason}"
+    return ""
+
+
+library.deep_ep_make_windows_by(_make_late)
 
 
 def _wanted(wish: GroupInfo, devices: set[str]) -> list[str]:
@@ -274,8 +345,9 @@ def _check_wishes(name: str, wishes: list[tuple[str, dict[str, bool], bool, str 
     for rank, (_, served, _, _) in enumerate(wishes):
         if served.keys() != wishes[0][1].keys():
             raise RuntimeError(
-                f"deep_ep: rank {rank} has kernels for {', '.join(served) or 'no device'} of the group '{name}', rank "
-                f"0 for {', '.join(wishes[0][1]) or 'none'}; install one version on all"
+                f"deep_ep: rank {rank} wants {', '.join(served) or 'no windows'} for the group '{name}', rank 0 "
+                f"{', '.join(wishes[0][1]) or 'none'}; give all ranks the same device, and install kernels for NPUs on "
+                "all or none"
             )
 
 
@@ -301,6 +373,7 @@ def _drop(name: str) -> None:
     _owners.pop(name, None)
     _infos.pop(name, None)
     _spoiled.discard(name)
+    _late.pop(name, None)
     _chosen.discard(name)
     for kind in list(_parts.get(name, ())):
         _close(name, kind)
@@ -350,9 +423,13 @@ def info_of(group: Group) -> GroupInfo:
     return info
 
 
-def has_native_cpu_only(info: GroupInfo) -> bool:
-    """Whether what the ops of the group run on is the CPU, where a rank can say that it has failed."""
-    return [kind for kind in _parts.get(info.name, ()) if kind != "alltoall"] == ["cpu"]
+def runs_on_cpu(info: GroupInfo, given: Iterable[object]) -> bool:
+    """Whether a call under ``default`` with such arguments runs on the CPU, where a rank can say that it has failed."""
+    parts = _parts.get(info.name, {})
+    if info.name not in _late:
+        return "cpu" in parts
+    kinds = {tensor.device.type for tensor in given if isinstance(tensor, torch.Tensor)}
+    return kinds == {"cpu"} and ("cpu" in parts or "npu" not in parts)
 
 
 @_untraced

@@ -9,7 +9,7 @@ import pickle
 import socket
 import time
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
@@ -24,6 +24,8 @@ from ._library import build
 _PAUSES = 0.0005, 0.05
 _LOOK = 0.5
 _PROBE_TAG = 0x3DEE9E9
+
+INIT = "deep_ep.init"
 
 _meetings: MutableMapping[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
@@ -94,16 +96,16 @@ class Meeting:
     """One meeting of all ranks of a group, for any number of exchanges; a context manager.
 
     A rank that leaves it by an exception tells the others, whose exchange then raises RuntimeError, as it does when a
-    rank has died, or has not come within the longer of `timeout` and that of the group.
+    rank has died, has come in another call than `call`, or has not come within `timeout`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout: timedelta | None) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta, call: str) -> None:
+        self.call, self.timeout = call, timeout
         self.rank, self.size, self.name = group.rank(), group.size(), group.group_name
         self.number = _meetings.get(group, 0)
         # Also when it fails: who is late to this one must not meet those who try again.
         _meetings[group] = self.number + 1
         self.store: Any = PrefixStore(f"deep_ep/{self.number}", group.get_group_store())
-        self.timeout = max(timeout or timedelta(0), group_timeout(group))
         self.processes: list[Process] = []
         self.is_fake = is_fake(group)
         self._group = group
@@ -111,14 +113,18 @@ class Meeting:
 
     def __enter__(self) -> "Meeting":
         # Plain values, which every build can read.
-        ranks = self.exchange((build(), *this_process()))
-        if len({rank[0] for rank in ranks}) > 1:
-            builds = ", ".join(f"rank {rank} has {one[0]}" for rank, one in enumerate(ranks))
+        builds, calls, *processes = zip(*self.exchange((build(), self.call, *this_process())), strict=True)
+        if len(set(builds)) > 1:
             raise RuntimeError(
-                f"deep_ep.init: the ranks of the group '{self.name}' have different builds of deep_ep: {builds}; "
-                "install one on all of them"
+                f"{self.call}: the ranks of the group '{self.name}' have different builds of deep_ep: "
+                f"{_by_rank('has', builds)}; install one on all of them"
             )
-        self.processes = [Process(*rank[1:]) for rank in ranks]
+        if len(set(calls)) > 1:
+            raise RuntimeError(
+                f"{self.call}: ranks of the group '{self.name}' meet in different calls, {_by_rank('is in', calls)}; "
+                "all must make the same calls in the same order"
+            )
+        self.processes = [Process(*process) for process in zip(*processes, strict=True)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
@@ -161,19 +167,20 @@ class Meeting:
             now = time.monotonic()
             if pause == longest and self._has("left"):
                 rank, reason = pickle.loads(self.store.get("left"))
-                raise RuntimeError(f"deep_ep.init: rank {self.rank} waits for its peers: rank {rank} {reason}")
+                raise RuntimeError(f"{self.call}: rank {self.rank} waits for its peers: rank {rank} {reason}")
             if now - looked >= _LOOK:
                 looked = now
                 if dead := [self._named(rank) for rank in missing() if self._has_died(rank)]:
                     raise RuntimeError(
-                        f"deep_ep.init: rank {self.rank} waits for its peers: {', '.join(dead)} "
+                        f"{self.call}: rank {self.rank} waits for its peers: {', '.join(dead)} "
                         f"{'has' if len(dead) == 1 else 'have'} died"
                     )
             if now - started > self.timeout.total_seconds():
                 late = ", ".join(str(rank) for rank in missing())
+                needed = "call deep_ep.init, or make a Buffer" if self.call == INIT else f"make this {self.call} on CPU"
                 raise RuntimeError(
-                    f"deep_ep.init: rank {self.rank} waited {self.timeout.total_seconds():g} s for rank {late} of the "
-                    f"group '{self.name}'; all its ranks must call deep_ep.init, or make a Buffer"
+                    f"{self.call}: rank {self.rank} waited {self.timeout.total_seconds():g} s for rank {late} of the "
+                    f"group '{self.name}'; all its ranks must {needed}"
                 )
             time.sleep(pause)
             pause = min(2 * pause, longest)
@@ -205,6 +212,10 @@ class Meeting:
                 self.store.set("left", pickle.dumps((self.rank, reason)))
         except RuntimeError:
             pass  # who keeps the store is gone
+
+
+def _by_rank(verb: str, values: Iterable[str]) -> str:
+    return ", ".join(f"rank {rank} {verb} {value}" for rank, value in enumerate(values))
 
 
 def is_connected(backend: Any, rank: int) -> bool:

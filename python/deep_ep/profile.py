@@ -101,15 +101,15 @@ class Profiling:
         arguments have sizes and where the time went (`deep_ep.groups.phases`). The clocks of all ranks of a host are
         one. What a call such as fused_deep_moe calls itself lies within it, and is not counted.
 
-        OSError: the file cannot be written. RuntimeError: the group's windows have been made anew since, so that what
-        was noted is lost.
+        OSError: the file cannot be written. RuntimeError: the group's windows have been made since, so that what was
+        noted is lost.
         """
         name = self.group.group_name
         session = _sessions.pop(name, None)
         if session is None or session.group() is not self.group:
             return
         if session.windows is not cpu_windows(name):
-            raise RuntimeError(f"deep_ep: end_profile: the windows of '{name}' have been made anew since begin_profile")
+            raise RuntimeError(f"deep_ep: end_profile: the windows of '{name}' have been made since begin_profile")
         calls = session.spans + (session.windows.traced() if session.windows is not None else [])
         events: list[dict[str, Any]] = [
             {"name": kind, "ph": "M", "pid": self.rank, "tid": 0, "ts": 0, "args": {"name": text}}
