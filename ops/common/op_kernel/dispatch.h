@@ -150,7 +150,6 @@ class Dispatch {
     }
     order<HardEvent::V_MTE3>();
     store(shared_ + first * sizeof(int32_t), first_.tensor(), experts);
-    order<HardEvent::S_MTE3>();
     if (has_own) store(shared_ + tiling_->count_stride, ends_.tensor(), tiling_->work.experts);
   }
 

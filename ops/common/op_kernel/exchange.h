@@ -167,7 +167,7 @@ class Exchange {
   __aicore__ void hear(int64_t blocks) {
     for (int64_t block = 0; block < blocks; ++block) {
       GlobalTensor<int32_t> line = own_line(block);
-      for (refresh(line); line.GetValue(kPosted) != static_cast<int32_t>(epoch_); refresh(line)) continue;
+      while (line.GetValue(kPosted) != static_cast<int32_t>(epoch_)) refresh(line);
       refuses_ = refuses_ || line.GetValue(kPostFailed) != 0;
     }
   }
