@@ -12,6 +12,8 @@ namespace deep_ep {
 template <typename T>
 class LowLatencyCombine {
  public:
+  __aicore__ LowLatencyCombine() {}
+
   __aicore__ void init(GM_ADDR x, GM_ADDR topk_idx, GM_ADDR topk_weights, GM_ADDR recv_src_idx, GM_ADDR layout_range,
                        GM_ADDR send_head, GM_ADDR windows, GM_ADDR combined, GM_ADDR workspace, const Tiling& tiling) {
     tiling_ = &tiling;
@@ -354,7 +356,6 @@ extern "C" __global__ __aicore__ void deep_ep_low_latency_combine(GM_ADDR x, GM_
                                                                   GM_ADDR tiling_data) {
   DEEP_EP_KERNEL(tiling, tiling_data);
   deep_ep::LowLatencyCombine<DTYPE_X> op;
-  op.init(x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, windows, combined_x,
-          AscendC::GetUserWorkspace(workspace), tiling);
+  op.init(x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, windows, combined_x, workspace, tiling);
   op.process();
 }

@@ -5,8 +5,8 @@
 //   - the call of deep_ep_<name> with the addresses of all inputs, all outputs, their shapes where a shape depends on
 //     the computation, the workspace without AscendC's own part in front, and the tiling
 //
-// Nothing else is defined for a kernel. A column that is the same as one before it makes nothing. What CANN would not
-// notice fails too: an argument that has another name than the parameter in its place.
+// Nothing else is defined for a kernel. A column that the definition lacks, or that is as one before, makes nothing.
+// What CANN would not notice fails too: an argument that has another name than the parameter in its place.
 #include <filesystem>
 #include <fstream>
 #include <iostream>
@@ -79,8 +79,10 @@ std::string generate(const std::filesystem::path& kernel, size_t column, size_t 
       throw Error(
           str("argument ", i, " of ", entry, " is ", arguments[i], ", and ", params[i].name(), " by the definition"));
 
-  if (params.front().dtypes().size() != columns)
-    throw Error(str(type, " has ", params.front().dtypes().size(), " columns, and CMakeLists.txt compiles ", columns));
+  const size_t defined_columns = params.front().dtypes().size();
+  if (defined_columns > columns)
+    throw Error(str(type, " has ", defined_columns, " columns, and CMakeLists.txt compiles ", columns));
+  if (column >= defined_columns) return str("// ", type, " has columns to ", defined_columns - 1, ".\n");
   const auto is_as = [&](size_t other) {
     return std::all_of(params.begin(), params.end(),
                        [&](const ops::OpParamDef& param) { return param.dtypes()[column] == param.dtypes()[other]; });
