@@ -12,11 +12,11 @@ STAMPS := $(VENV)/.stamps
 NPU_VENV := .venv-npu
 NPU_STAMPS := $(NPU_VENV)/.stamps
 NPU_REQUIREMENTS := torch==2.13.0 torch-npu==2.13.0 packaging protobuf pyyaml
-CXX_FOLDERS := $(wildcard src torch_library)
+CXX_FOLDERS := $(wildcard src torch_library ops)
 # The folders are in the list too: a file that was added or removed changes its folder's time.
 CXX_INPUTS := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find $(CXX_FOLDERS) -type d -o -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS)) \
-  $(shell find benchmarks ops tests/aarch64 tests/cann tests/fake_cann tests/host_kernels tests/twin -name '*.cpp' -o -name '*.h')
+  $(shell find benchmarks tests/aarch64 tests/cann tests/fake_cann tests/host_kernels tests/twin -name '*.cpp' -o -name '*.h')
 
 .PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-aarch64 test-long mutate-kernels lint types format docs docs-check wheel \
   sdist wheel-check clean
