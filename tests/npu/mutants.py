@@ -94,7 +94,7 @@ _INDEX = rf"(?:\w+(?:\+\+)? % \w+|\([^()]*(?:\([^()]*\)[^()]*)*\)|[A-Za-z_][\w.]
 _PRODUCT = re.compile(rf"(?<![\w>])({_INDEX}) \* ({_STRIDE})(?!\w)")
 # Sizes, not offsets.
 _SIZE = re.compile(
-    r"count\(\)$|chunk_tokens|^count$|^kWords$|^words$|GetBlockNum|^size$|^places$|^tokens$|^ranks$|^work\.ranks$|^work\.top_k$|local_experts_$|^kParities|^kPhases"
+    r"count\(\)$|chunk_tokens|^count$|^kWords$|^words$|GetBlockNum|^size$|^places$|^tokens$|local_experts_$|^kParities|^kPhases"
 )
 # Whose window, slot or flag: the next rank's, or the other phase's.
 _ARGUMENT = r"((?:[^(),]|\([^()]*\))+)"

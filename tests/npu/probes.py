@@ -629,8 +629,6 @@ def probes(seeds: range = range(6)) -> list[Probe]:
 
     fast: list[Probe] = [(layout, (Setup(arch, 3),)) for arch in ARCHS]
     fast += [(rounds, (_CASES, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]
-    # A quarter of the cores gathers in low-latency combine.
-    fast += [(rounds, (_CASES, Setup(arch, 8))) for arch in ARCHS] + [(bad_row, (Setup(A2, 8),))]
     fast += [(normal, (_NORMAL, 4, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]
     fast += [(exact, (EXACT, 5, Setup(arch, 2))) for arch in ARCHS]
     fast += [(many_ranks, (Setup(cores=1, seed=seed),)) for seed in (None, 0)]
@@ -643,7 +641,7 @@ def probes(seeds: range = range(6)) -> list[Probe]:
         for arch in ARCHS:
             slow.append((layout, (Setup(arch, 4, seed, _SMALL if seed % 2 else 0),)))
             slow.append((normal, (_NORMAL, 3, Setup(arch, 2 + seed % 3, seed, 0 if seed % 2 else _SMALL))))
-            slow.append((rounds, (_CASES, Setup(arch, (2, 3, 8)[seed % 3], seed, 0 if seed % 2 else _SMALL))))
+            slow.append((rounds, (_CASES, Setup(arch, 2 + seed % 3, seed, 0 if seed % 2 else _SMALL))))
         slow += [(probe, (Setup(A5 if seed % 2 else A2, 2, seed),)) for probe in (bad_id, bad_row, aborted, begun)]
     return fast + slow
 
