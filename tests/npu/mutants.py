@@ -82,7 +82,7 @@ _STRIDE = (
 )
 _CALL = r"(?:\([\w, ]*\))?"
 _INDEX = rf"(?:\w+(?:\+\+)? % \w+|\([^()]*(?:\([^()]*\)[^()]*)*\)|[A-Za-z_][\w.]*{_CALL}(?:\.\w+{_CALL})*)"
-_PRODUCT = re.compile(rf"({_INDEX}) \* ({_STRIDE})(?!\w)")
+_PRODUCT = re.compile(rf"(?<![\w>])({_INDEX}) \* ({_STRIDE})(?!\w)")
 # Sizes, not offsets.
 _SIZE = re.compile(
     r"count\(\)$|chunk_tokens|^count$|^kWords$|^words$|GetBlockNum|^size$|^places$|^tokens$|local_experts_$|^kParities|^kPhases"
