@@ -197,7 +197,8 @@ void work(int rank, Table& table, const char* path, const char* kernels) {
                 library, "deep_ep_npu_open_windows")("npu", ("ranks" + std::to_string(getppid())).c_str(), rank, R,
                                                      kBytes, 60'000, words.data(), error) == 0,
             error);
-    function<void(const char*, int64_t, void*)>(library, "deep_ep_npu_publish_windows")("npu", R, words.data());
+    function<void(const char*, int64_t, const int64_t*, void*)>(library, "deep_ep_npu_publish_windows")(
+        "npu", R, words.data(), words.data());
     table.meet(2);
     for (int number = 0; number < 4; ++number) {
       run("PrivateUse1", "npu", rank, number, make_round(random, number, 12, 48), false);
