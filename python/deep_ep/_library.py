@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import hashlib
-import importlib.metadata
 import os
 from pathlib import Path
 
@@ -109,5 +108,7 @@ def python_digest() -> str:
 
 def build() -> str:
     """Version and digest of all sources of this package: ranks of one group have the same."""
+    from . import __version__  # which loads this module first
+
     sources = library.deep_ep_sources().decode() + python_digest()
-    return f"{importlib.metadata.version('deep_ep')} ({hashlib.sha256(sources.encode()).hexdigest()[:8]})"
+    return f"{__version__} ({hashlib.sha256(sources.encode()).hexdigest()[:8]})"

@@ -92,8 +92,8 @@ class LowLatencyCalls:
         Returns:
             recv_x: under rows="expert" [N, H], ordered by local expert, source rank, token, without gaps; under
                 rows="rank" [L, R·M, H]. Rows that hold nothing are 0; under rows="expert" without grad mode they hold
-                anything. Quantised: (data, scales) with scales [N],
-                [N·H/32] (MX) or [N, H/128]; rows="rank": [L, R·M], [L, R·M, H/32] or [L, R·M, H/128].
+                anything. Quantised: (data, scales) with scales [N], [N·H/32] (MX) or [N, H/128]; rows="rank":
+                [L, R·M], [L, R·M, H/32] or [L, R·M, H/128].
             recv_count: int64 [L] (rows="rank": int32 [L]).
             handle: for low_latency_combine.
             event, and hook, which waits for the same and may always be called.
