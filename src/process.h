@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 namespace deep_ep {
 
@@ -16,8 +15,8 @@ class Process {
 
  private:
   const int64_t pid_;
-  const int pidfd_;            // -1: this system has none (before Linux 5.3), or a sandbox does not give it
-  const std::string started_;  // instead: when that was, by the system's clock; empty where /proc does not say it
+  const int pidfd_;         // -1: this system has none (before Linux 5.3), or a sandbox does not give it
+  const uint64_t started_;  // instead: when that was (ProcStat); 0 where /proc does not say it
 };
 
 }  // namespace deep_ep

@@ -52,10 +52,9 @@ int64_t other_tables(const Work& work) {
   return work.arithmetic ? work.answers : 4;
 }
 
-// What goes with one token of a chunk: ids, weights and rows per k; a record, and where it
-// is from; a place per (token, k) and their number,
-// twice; per k kWordsPerPair times 32 bytes for what is known of a row, a word of an answer, and a word of the result.
-// For the layout, a word per rank.
+// What goes with one token of a chunk: ids, weights and rows per k; a record, and where it is from; a place per
+// (token, k) and their number, twice; per k kWordsPerPair times 32 bytes for what is known of a row, a word of an
+// answer, and a word of the result. For the layout, a word per rank.
 int64_t chunk_bytes_per_token(const Work& work, int64_t record_bytes) {
   constexpr int64_t kWordsPerPair = 3;
   const auto words = [](int64_t bytes, int64_t count) { return align(bytes * count, Tiling::kAlignment); };

@@ -4,45 +4,29 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <fstream>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+
+#include "proc_stat.h"
 
 namespace twin {
 
 namespace {
 
+using deep_ep::ProcStat;
+
 constexpr uint64_t kFirstStep = 1, kLastStep = uint64_t{1} << 45, kLook = 10'000;  // microseconds
 constexpr uint32_t kNapsPerLook = 100;
-
-// Of /proc/ID/stat or /proc/ID/task/ID/stat.
-struct Stat {
-  char state = 0;  // 0: there is no such process or thread
-  uint64_t started = 0;
-
-  explicit Stat(const std::string& path) {
-    std::ifstream file(path);
-    std::string text((std::istreambuf_iterator<char>(file)), {});
-    const size_t name_end = text.rfind(')');  // the name may hold anything
-    if (name_end == std::string::npos) return;
-    std::istringstream words(text.substr(name_end + 1));
-    std::string skipped;
-    words >> state;
-    for (int word = 4; word < 22; ++word) words >> skipped;
-    words >> started;
-  }
-};
 
 std::string folder_of(pid_t process) { return "/proc/" + std::to_string(process); }
 
 }  // namespace
 
-Process Process::own() { return {getpid(), Stat("/proc/self/stat").started}; }
+Process Process::own() { return {getpid(), ProcStat("/proc/self/stat").started}; }
 
 bool Process::has_ended() const {
   if (started == 0) return false;  // there is no /proc
-  const Stat stat(folder_of(id) + "/stat");
+  const ProcStat stat(folder_of(id) + "/stat");
   return stat.state == 0 || stat.state == 'Z' || stat.state == 'X' || stat.started != started;
 }
 
@@ -53,7 +37,7 @@ bool Process::sleeps() const {
   bool sleeps = true;
   while (const dirent* thread = readdir(threads)) {
     if (thread->d_name[0] == '.') continue;
-    const char state = Stat(folder + "/" + thread->d_name + "/stat").state;
+    const char state = ProcStat(folder + "/" + thread->d_name + "/stat").state;
     sleeps = sleeps && (state == 'S' || state == 0);
   }
   closedir(threads);

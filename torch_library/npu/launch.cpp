@@ -152,17 +152,21 @@ std::string failure_of(const DeepEpKernels& kernels, const int64_t* table) {
   return status[kFailure] == 0 ? "" : text_of(status, table[WindowMap::kRank]);
 }
 
-}  // namespace
-
-int64_t group_size(const char* op, const std::string& group) { return windows(op, group)->size(); }
-
-void require_no_failure(const char* op, const std::string& group) {
-  const std::string failure = failure_of(kernels(op), windows(op, group)->words.data());
+void require_no_failure(const char* op, const DeepEpKernels& kernels, const Windows& windows) {
+  const std::string failure = failure_of(kernels, windows.words.data());
   if (failure.empty()) return;
   throw Error(str("deep_ep.", op,
                   ": a launch before has failed, and what it was to give, and those after it, is not "
                   "defined; call deep_ep.init(group) on all ranks before the next one. ",
                   failure));
+}
+
+}  // namespace
+
+int64_t group_size(const char* op, const std::string& group) { return windows(op, group)->size(); }
+
+void require_no_failure(const char* op, const std::string& group) {
+  require_no_failure(op, kernels(op), *windows(op, group));
 }
 
 bool is_capturing(const Tensor& like) {
@@ -178,14 +182,13 @@ void run(const char* op, const std::string& group, std::initializer_list<Tensor>
          std::initializer_list<int64_t> integers, const std::vector<Tensor>& outputs) {
   const DeepEpKernels& kernels = npu::kernels(op);
   const Tensor& like = *inputs.begin();
-  if (!group.empty() && !is_capturing(like)) require_no_failure(op, group);
+  const auto found = group.empty() ? nullptr : windows(op, group);
+  if (found && !is_capturing(like)) require_no_failure(op, kernels, *found);
   std::vector<DeepEpTensor> in, out;
   for (const Tensor& tensor : inputs) in.push_back(describe(tensor));
   for (const Tensor& tensor : outputs) out.push_back(describe(tensor));
-  if (!group.empty()) {
-    const auto found = windows(op, group);
+  if (found)
     in.push_back({found->table, acl_dtype(ScalarType::Long), 1, {static_cast<int64_t>(found->words.size()), 0}});
-  }
   const DeepEpCall call{op,
                         group.c_str(),
                         static_cast<int32_t>(in.size()),

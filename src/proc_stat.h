@@ -1,0 +1,30 @@
+// What /proc says of a process or of a thread.
+#pragma once
+
+#include <cstdint>
+#include <fstream>
+#include <iterator>
+#include <sstream>
+#include <string>
+
+namespace deep_ep {
+
+struct ProcStat {
+  char state = 0;        // 0: /proc shows none
+  uint64_t started = 0;  // in the system's ticks: another one may get the same id
+
+  // path: /proc/ID/stat, or /proc/ID/task/ID/stat.
+  explicit ProcStat(const std::string& path) {
+    std::ifstream file(path);
+    const std::string text((std::istreambuf_iterator<char>(file)), {});
+    const size_t name_end = text.rfind(')');  // the name, in brackets, may hold anything
+    if (name_end == std::string::npos) return;
+    std::istringstream words(text.substr(name_end + 1));
+    std::string skipped;
+    words >> state;
+    for (int word = 4; word < 22; ++word) words >> skipped;
+    words >> started;
+  }
+};
+
+}  // namespace deep_ep
