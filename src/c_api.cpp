@@ -14,6 +14,7 @@
 #include "host_memory.h"
 #include "idle.h"
 #include "interrupt.h"
+#include "worker.h"
 
 #define DEEP_EP_API extern "C" __attribute__((visibility("default")))
 
@@ -102,6 +103,9 @@ DEEP_EP_API void deep_ep_make_windows_by(void* function) {
 
 // Gives back what memory is due to go back to the system, now and not when the time has come.
 DEEP_EP_API void deep_ep_sweep() { deep_ep::sweep(); }
+
+// The process is about to exit.
+DEEP_EP_API void deep_ep_exit() { deep_ep::keep_tasks(); }
 
 // From here on, results of calls that go on look like none until they have come.
 DEEP_EP_API void deep_ep_group_spoil(void* handle) { (*static_cast<Handle*>(handle))->set_spoils(); }

@@ -5,7 +5,32 @@
 #include <thread>
 #include <utility>
 
+#include "per_process.h"
+
 namespace deep_ep {
+namespace {
+
+struct Exit {
+  std::mutex mutex;
+  bool begun = false;
+};
+
+void drop(Worker::Task done) {
+  Exit& exit = PerProcess<Exit>::get();
+  std::lock_guard lock(exit.mutex);
+  if (exit.begun)
+    new Worker::Task(std::move(done));
+  else
+    done = {};
+}
+
+}  // namespace
+
+void keep_tasks() {
+  Exit& exit = PerProcess<Exit>::get();
+  std::lock_guard lock(exit.mutex);
+  exit.begun = true;
+}
 
 Worker::~Worker() {
   if (!queue_) return;
@@ -42,6 +67,7 @@ void Worker::work(std::shared_ptr<Queue> queue) {
       queue->tasks.pop_front();
     }
     task();
+    drop(std::move(task));
   }
 }
 

@@ -33,4 +33,9 @@ class Worker {
   std::shared_ptr<Queue> queue_;  // nullptr: no thread yet
 };
 
+// From now on no worker destroys a task that it has done; returns when none is about to. For the end of a process:
+// tensors in a task may be Python's, and CPython before 3.14 ends a thread that asks for its lock while it finalizes,
+// which takes the process down.
+void keep_tasks();
+
 }  // namespace deep_ep

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import deep_ep
-from deep_ep import communicator, meeting, pending
+from deep_ep import communicator, groups, pending
 
 CASES = {R: Case((5, 0, 7, 3)[:R], seed=R) for R in (1, 2, 3, 4)}
 
@@ -613,7 +613,7 @@ def comes_late(ctx: RankContext, how: str, timeout: timedelta) -> tuple[float, s
             os.kill(os.getpid(), signal.SIGKILL)
         ctx.store.wait(["gave up"])
         return 0.0, error_of(deep_ep.init, ctx.group, strategy="alltoall")[1]
-    with mock.patch.object(meeting, "group_timeout", lambda _: timeout) if how == "late" else contextlib.nullcontext():
+    with mock.patch.object(groups, "group_timeout", lambda _: timeout) if how == "late" else contextlib.nullcontext():
         (_, message), at = own_time(lambda: error_of(deep_ep.init, ctx.group, strategy="alltoall"))
     ctx.store.set("gave up", "")
     return at, message
@@ -622,7 +622,7 @@ def comes_late(ctx: RankContext, how: str, timeout: timedelta) -> tuple[float, s
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "late"])
 def test_who_does_not_come_to_init_is_named(how: str) -> None:
-    with spawn_ranks(2, comes_late, how, short(), init=False) as ranks:
+    with spawn_ranks(2, comes_late, how, timedelta(seconds=1), init=False) as ranks:
         outcomes = ranks.outcomes()
         gone_at = float(ranks.store.get("gone at")) if how == "killed" else 0.0
     raise_failures(outcomes[:1] if how == "killed" else outcomes)

@@ -12,6 +12,8 @@ import mmap
 import os
 import re
 import stat
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -89,6 +91,36 @@ def test_forked_child_has_no_part_in_the_group(pool: RankPool, strategy: str, le
     assert len(told) == (4 if strategy == "default" else 2)
     for error in told:
         assert error.startswith("RuntimeError: deep_ep") and "this process was forked from a rank" in error, told
+
+
+LEAVES_A_CALL = """
+import threading, time
+import torch, torch.distributed as dist
+import deep_ep
+
+class Slow:
+    def __del__(self):
+        dropped.set()
+        time.sleep(0.2)
+
+dropped = threading.Event()
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+deep_ep.init(strategy="{strategy}")
+x = torch.ones(1 << 12, 1 << 11)  # so much that the call goes on when nobody else has x any more
+x.slow = Slow()
+started = deep_ep.dispatch_start(x, torch.zeros(1 << 12, 1, dtype=torch.int64), num_experts=2)
+del x, started
+dropped.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_exits_while_a_call_lets_go_of_its_inputs(strategy: str) -> None:
+    """CPython before 3.14 ends threads that ask for its lock then; through C++ that is std::terminate."""
+    command = [sys.executable, "-c", LEAVES_A_CALL.format(strategy=strategy)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def pass_on(ctx: RankContext) -> tuple[int, int]:

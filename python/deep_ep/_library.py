@@ -1,5 +1,6 @@
 """Loads the C++ part (libdeep_ep.so), which defines the ops, and gives access to its functions without tensors."""
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -50,6 +51,7 @@ def _load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
         "deep_ep_host_memory": (None, [text, pointer, text]),
         "deep_ep_make_windows_by": (None, [ctypes.py_object]),
         "deep_ep_sweep": (None, []),
+        "deep_ep_exit": (None, []),
         "deep_ep_group_spoil": (None, [pointer]),
         "deep_ep_group_log": (u64, [pointer, pointer, u64]),
         "deep_ep_group_phases": (u64, [pointer, ctypes.c_uint32, pointer]),
@@ -89,6 +91,7 @@ def _announce_operators() -> None:
 
 _announce_operators()
 library, _with_python = _load()
+atexit.register(library.deep_ep_exit)
 ERROR_BYTES = 512
 
 
