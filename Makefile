@@ -87,11 +87,11 @@ test:
 	  exit $$status
 
 test-cpu: $(STAMPS)/build
-	$(BIN)/python -m pytest tests --ignore tests/npu -m "not long" --junit-xml $(REPORTS)/cpu.xml $(ARGS)
+	$(BIN)/python -m pytest tests --ignore tests/npu -m "not long" --durations 30 --junit-xml $(REPORTS)/cpu.xml $(ARGS)
 
 # The wheel, under the real torch_npu and torchair; without CANN, over the stand-in of tests/cann.
 test-npu: $(NPU_STAMPS)/deep_ep
-	$(OVER_CANN) -m pytest tests/npu -m "not long" --junit-xml $(REPORTS)/npu.xml $(ARGS)
+	$(OVER_CANN) -m pytest tests/npu -m "not long" --durations 30 --junit-xml $(REPORTS)/npu.xml $(ARGS)
 
 train-npu: $(NPU_STAMPS)/deep_ep
 	$(OVER_CANN) -m torch.distributed.run --standalone --nproc-per-node=$(RANKS) tests/npu/run_example.py $(ARGS)
@@ -117,7 +117,8 @@ test-quick: $(STAMPS)/build
 # The C++ parts on aarch64, without Python and torch: what tests/aarch64/ranks.cpp calls.
 AARCH64 := $(CURDIR)/build/aarch64
 CROSS = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+  -DCMAKE_CROSSCOMPILING_EMULATOR='qemu-aarch64;-L;/usr/aarch64-linux-gnu'
 # The folder torch_npu, wherever .venv-npu finds it: the twin is compiled with headers of that wheel.
 TORCH_NPU = $(shell $(NPU_VENV)/bin/python -c 'import importlib.util as u; print(u.find_spec("torch_npu").submodule_search_locations[0])')
 

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 TESTS = "def test_right(): pass\ndef test_wrong(): assert not {fails}\n"
+FAILED = "  failed: test_fails::test_wrong", "    assert not True"
 TIER = """#!/bin/sh
 echo "runs $2"
 cd "$(dirname "$0")"
@@ -37,12 +38,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (
             "fails",
             "passes",
-            ["test-cpu: 1 passed, 1 failed in", "  failed: test_fails::test_wrong", "test-npu: 2 passed"],
+            ["test-cpu: 1 passed, 1 failed in", *FAILED, "test-npu: 2 passed"],
         ),
         (
             "passes",
             "fails",
-            ["test-cpu: 2 passed in", "test-npu: 1 passed, 1 failed", "  failed: test_fails::test_wrong"],
+            ["test-cpu: 2 passed in", "test-npu: 1 passed, 1 failed", *FAILED],
         ),
         ("", "passes", ["test-cpu: did not come to its end", "test-npu: 2 passed in"]),
     ],

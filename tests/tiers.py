@@ -7,20 +7,24 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+# Of why a test failed.
+LINES, LINE = 20, 200
+
 
 def told(name: str, report: Path) -> tuple[str, list[str]]:
-    """A line about the tier, and the names of the tests that failed in it."""
+    """A line about the tier, and lines about the tests that failed in it."""
     if not report.exists():
         return f"{name}: did not come to its end", []
     failed, counts, seconds = [], dict.fromkeys(("passed", "failed", "skipped"), 0), 0.0
     for suite in ElementTree.parse(report).iter("testsuite"):
         seconds += float(suite.get("time", 0))
         for case in suite.iter("testcase"):
-            kinds = {child.tag for child in case}
-            kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+            why = [child.get("message", "") for child in case if child.tag in ("failure", "error")]
+            kind = "failed" if why else "skipped" if case.find("skipped") is not None else "passed"
             counts[kind] += 1
-            if kind == "failed":
-                failed.append(f"{case.get('classname')}::{case.get('name')}")
+            if why:
+                failed.append(f"  failed: {case.get('classname')}::{case.get('name')}")
+                failed += [f"    {line[:LINE]}" for line in why[0].splitlines()[:LINES]]
     minutes, seconds = divmod(round(seconds), 60)
     said = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "no tests"
     return f"{name}: {said} in {minutes} min {seconds} s", failed
@@ -30,7 +34,7 @@ def main(arguments: list[str]) -> int:
     status = 0
     for name, report in zip(arguments[::2], arguments[1::2], strict=True):
         line, failed = told(name, Path(report))
-        print(line, *(f"  failed: {test}" for test in failed), sep="\n")
+        print(line, *failed, sep="\n")
         status |= bool(failed) or not Path(report).exists()
     return status
 
