@@ -13,6 +13,11 @@ struct ProcStat {
   char state = 0;        // 0: /proc shows none
   uint64_t started = 0;  // in the system's ticks: another one may get the same id
 
+  // Of the first thread, which is as old as the process: qemu-user makes up a /proc/ID/stat of the process's own.
+  static ProcStat of_process(int64_t id) {
+    return ProcStat("/proc/" + std::to_string(id) + "/task/" + std::to_string(id) + "/stat");
+  }
+
   // path: /proc/ID/stat, or /proc/ID/task/ID/stat.
   explicit ProcStat(const std::string& path) {
     std::ifstream file(path);

@@ -7,24 +7,18 @@
 
 #include <cerrno>
 
-#include "error.h"
 #include "proc_stat.h"
-
-namespace deep_ep {
-namespace {
 
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434
 #endif
 
-ProcStat stat_of(int64_t pid) { return ProcStat(str("/proc/", pid, "/stat")); }
-
-}  // namespace
+namespace deep_ep {
 
 Process::Process(int64_t pid)
     : pid_(pid),
       pidfd_(static_cast<int>(syscall(SYS_pidfd_open, pid, 0))),
-      started_(pidfd_ < 0 ? stat_of(pid).started : 0) {}
+      started_(pidfd_ < 0 ? ProcStat::of_process(pid).started : 0) {}
 
 Process::~Process() {
   if (pidfd_ >= 0) close(pidfd_);
@@ -35,7 +29,7 @@ bool Process::has_ended() const {
     pollfd exited{pidfd_, POLLIN, 0};
     return poll(&exited, 1, 0) == 1;
   }
-  const ProcStat stat = stat_of(pid_);
+  const ProcStat stat = ProcStat::of_process(pid_);
   if (stat.state != 0 && started_ != 0) return stat.state == 'Z' || stat.state == 'X' || stat.started != started_;
   return kill(static_cast<pid_t>(pid_), 0) != 0 && errno == ESRCH;
 }

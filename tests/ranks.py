@@ -362,11 +362,21 @@ def _serve(
             return
         try:
             size, fn, args = pickle.loads(request)
+            counted = _groups_made()
             outcome = Outcome(value=fn(contexts[size], *args))
+            if size < world_size and _groups_made() != counted:
+                raise AssertionError(
+                    "groups must be made on all ranks of the pool: others give their next one its name"
+                )
             answer = pickle.dumps(outcome)
         except BaseException as error:
             answer = pickle.dumps(Outcome(exception=_picklable(error), traceback=traceback.format_exc()))
         connection.send_bytes(answer)
+
+
+def _groups_made() -> int:
+    """What dist.new_group names the next one by."""
+    return int(dist.distributed_c10d._world.group_count)
 
 
 def _end_with_parent() -> None:

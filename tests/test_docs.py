@@ -93,6 +93,18 @@ def test_links(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, link
 
 
+def test_what_works_is_tested() -> None:
+    status = (ROOT / "docs" / "status.md").read_text()
+    table = status.split("## Works with", 1)[1].split("\n## ", 1)[0]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(lines) > 10
+    for what, *_, tests in [*lines, ["to the bit", *re.findall(r"\((`test_.*?`)\)", status)]]:
+        named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", tests)
+        assert named, what
+        for file, name in named:
+            assert not name or f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 700
 

@@ -117,7 +117,7 @@ def check_ops(ctx: RankContext, case: Case, M: int, strategy: str) -> None:
 
 def unused_rows(ctx: RankContext) -> None:
     """Rows that hold nothing, and what combine makes of them, on windows whose memory is filled with NaN."""
-    case, M = Case((5, 0, 7), H=24, K=3, local_experts=2, dtype=torch.bfloat16, ids="distinct", seed=4), 9
+    case, M = Case((5, 0, 7, 3), H=24, K=3, local_experts=2, dtype=torch.bfloat16, ids="distinct", seed=4), 9
     group = dist.new_group(list(range(ctx.size)))
     deep_ep.init(group)
     spoil(info_of(group))
@@ -145,7 +145,7 @@ def unused_rows(ctx: RankContext) -> None:
 
 
 def test_rows_that_hold_nothing(pool: RankPool) -> None:
-    pool.run(3, unused_rows)
+    pool.run(4, unused_rows)
 
 
 @st.composite

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankContext, RankDied, RankError, RankHung, RankPool, raise_failures, spawn_ranks
+from ranks import WORLD_SIZE, RankContext, RankDied, RankError, RankHung, RankPool, raise_failures, spawn_ranks
 
 
 def sum_of_ranks(ctx: RankContext) -> int:
@@ -58,6 +58,16 @@ def test_failures_of_all_ranks_are_told(pool: RankPool) -> None:
     assert [type(error) for error in raised.value.exceptions] == [type(None), ValueError, ValueError]
     errors = pool.run(3, fail, expect_errors=True)
     assert [str(error) for error in errors] == ["None", "bad value on rank 1", "bad value on rank 2"]
+
+
+def make_group(ctx: RankContext) -> None:
+    dist.new_group(list(range(ctx.size)))
+
+
+def test_all_ranks_of_a_pool_give_groups_the_same_names(pool: RankPool) -> None:
+    pool.run(WORLD_SIZE, make_group)
+    with pytest.raises(RankError, match="must be made on all ranks of the pool"):
+        pool.run(2, make_group)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The layer in README.md as people run it: autocast, `.bfloat16()`, FSDP2's mixed precision; [batch, sequence, H].
+"""The layer in README.md as people run it: in fp32, under autocast, `.bfloat16()`; [batch, sequence, H].
 
 Compared with a dense layer that has all experts. T tokens, H hidden, K top-k, E experts, R ranks, L = E/R local
 experts, I intermediate size.
@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import ALLTOALL_IS_SLOW, RankContext, RankPool
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import deep_ep
 
@@ -146,43 +144,3 @@ def test_eager(pool: RankPool, strategy: str, precision: str) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_in_one_graph(pool: RankPool, precision: str) -> None:
     pool.run(4, check_layer, "default", precision, True)
-
-
-# FSDP2
-
-
-def check_fsdp(ctx: RankContext) -> None:
-    """Experts are sharded over pairs of ranks that have the same ones, the rest over all ranks."""
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "ep"))
-    group = mesh["ep"].get_group()
-    deep_ep.init(group)
-    L = E // 2
-    mine = slice(group.rank() * L, (group.rank() + 1) * L)
-    layer = readme_layer()(make_router(), Experts(mine), E, group)
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    fully_shard(layer.experts, mesh=mesh["fsdp"], mp_policy=precision)
-    fully_shard(layer, mesh=dist.init_device_mesh("cpu", (4,)), mp_policy=precision)
-    x = input_of(ctx.rank).requires_grad_()
-    out = layer(x)
-    out.backward(grad_of(out).to(out.dtype))
-
-    dense = Dense(make_router(), Experts(slice(None)))
-    steps = []
-    for rank in range(ctx.size):
-        # What the layer holds in fp32 is bf16 while it runs, and its gradients come back in fp32.
-        running = Dense(make_router(), Experts(slice(None)))
-        steps.append(step("bf16", running, input_of(rank), running))
-        for of_all, of_one in zip(dense.parameters(), running.parameters(), strict=True):
-            grad = of_one.grad.float()
-            of_all.grad = grad if of_all.grad is None else of_all.grad + grad
-    close(out.detach(), steps[ctx.rank][0], "bf16")
-    close(x.grad.bfloat16(), steps[ctx.rank][1], "bf16")
-    # FSDP takes the mean over the ranks that it shards over.
-    close(layer.router.weight.grad.full_tensor(), dense.router.weight.grad / 4, "bf16")
-    close(layer.experts.up.grad.full_tensor(), dense.experts.up.grad[mine] / 2, "bf16")
-    close(layer.experts.down.grad.full_tensor(), dense.experts.down.grad[mine] / 2, "bf16")
-    deep_ep.destroy(group)
-
-
-def test_fsdp_with_mixed_precision(pool: RankPool) -> None:
-    pool.run(4, check_fsdp)

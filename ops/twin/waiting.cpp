@@ -22,11 +22,11 @@ std::string folder_of(pid_t process) { return "/proc/" + std::to_string(process)
 
 }  // namespace
 
-Process Process::own() { return {getpid(), ProcStat("/proc/self/stat").started}; }
+Process Process::own() { return {getpid(), ProcStat::of_process(getpid()).started}; }
 
 bool Process::has_ended() const {
   if (started == 0) return false;  // there is no /proc
-  const ProcStat stat(folder_of(id) + "/stat");
+  const ProcStat stat = ProcStat::of_process(id);
   return stat.state == 0 || stat.state == 'Z' || stat.state == 'X' || stat.started != started;
 }
 
