@@ -143,3 +143,13 @@ Results arriving(Tensor ticket, GroupName op_name, std::vector<Tensor> /* argume
 }
 
 }  // namespace deep_ep
+
+STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) {
+  library.impl("wait", TORCH_BOX(&deep_ep::wait));
+  library.impl("arriving", TORCH_BOX(&deep_ep::arriving));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deep_ep, PrivateUse1, library) {
+  library.impl("wait", TORCH_BOX(&deep_ep::wait));
+  library.impl("arriving", TORCH_BOX(&deep_ep::arriving));
+}

@@ -4,11 +4,10 @@
 #include <algorithm>
 #include <cctype>
 #include <cstdint>
-#include <cstdio>
-#include <exception>
 #include <string>
 #include <vector>
 
+#include "c_boundary.h"
 #include "npu/kernels.h"
 #include "window_map.h"
 
@@ -37,16 +36,6 @@ inline void fill_table(int64_t* table, int32_t rank, const std::vector<uint64_t>
   std::copy(windows.begin(), windows.end(), table + WindowMap::kHeader);
 }
 
-// Nothing is thrown across a C interface.
-template <typename Body>
-int guarded(char* error, Body&& body) {
-  try {
-    body();
-    return 0;
-  } catch (const std::exception& wrong) {
-    std::snprintf(error, DEEP_EP_TEXT_BYTES, "%s", wrong.what());
-    return 1;
-  }
-}
+static_assert(kErrorBytes == DEEP_EP_TEXT_BYTES);
 
 }  // namespace deep_ep

@@ -11,8 +11,12 @@
 
 #include <stdint.h>
 
+/* No exception leaves a function of this interface. */
 #ifdef __cplusplus
+#define DEEP_EP_NOEXCEPT noexcept
 extern "C" {
+#else
+#define DEEP_EP_NOEXCEPT
 #endif
 
 enum {
@@ -52,22 +56,22 @@ typedef struct DeepEpKernels {
    * memory, DEEP_EP_TABLE_HEADER + size words). `communicator` is HCCL's name of a communicator that nothing else
    * uses. Once all ranks have returned, windows may be used. A launch waits timeout_ms for its peers at most. */
   int (*open_windows)(const char* group, const char* communicator, int32_t rank, int32_t size, uint64_t bytes,
-                      int64_t timeout_ms, int64_t* table, char* error);
-  void (*close_windows)(const char* group);
+                      int64_t timeout_ms, int64_t* table, char* error) DEEP_EP_NOEXCEPT;
+  void (*close_windows)(const char* group) DEEP_EP_NOEXCEPT;
 
   /* What this rank's window says of launches so far (DEEP_EP_STATUS_WORDS), all 0 as long as all is well. Waits for no
    * stream. */
-  int (*read_status)(const int64_t* table, int32_t* status, char* error);
+  int (*read_status)(const int64_t* table, int32_t* status, char* error) DEEP_EP_NOEXCEPT;
 
   /* Checks the call and computes its tiling: a plan, and the bytes of device memory that it needs. Does not touch the
    * device. The call's arrays need not outlive this; the memory of its tensors must. */
-  int (*prepare)(const DeepEpCall* call, void** plan, uint64_t* workspace_bytes, char* error);
+  int (*prepare)(const DeepEpCall* call, void** plan, uint64_t* workspace_bytes, char* error) DEEP_EP_NOEXCEPT;
 
   /* Puts the planned call on the stream (aclrtStream) and returns without waiting for it. Uses up the plan. */
-  int (*launch)(void* plan, void* workspace, void* stream, char* error);
+  int (*launch)(void* plan, void* workspace, void* stream, char* error) DEEP_EP_NOEXCEPT;
 } DeepEpKernels;
 
-const DeepEpKernels* deep_ep_kernels(void);
+const DeepEpKernels* deep_ep_kernels(void) DEEP_EP_NOEXCEPT;
 
 #ifdef __cplusplus
 }

@@ -184,14 +184,14 @@ void open(const char* communicator, int32_t rank, int32_t size, uint64_t bytes, 
 }
 
 int open_windows(const char*, const char* communicator, int32_t rank, int32_t size, uint64_t bytes, int64_t timeout_ms,
-                 int64_t* table, char* error) {
+                 int64_t* table, char* error) noexcept {
   return guarded(error, [&] { open(communicator, rank, size, bytes, timeout_ms, table); });
 }
 
 // They go with their communicator.
-void close_windows(const char*) {}
+void close_windows(const char*) noexcept {}
 
-int read_status(const int64_t* table, int32_t* status, char* error) {
+int read_status(const int64_t* table, int32_t* status, char* error) noexcept {
   return guarded(error, [&] {
     constexpr size_t bytes = DEEP_EP_STATUS_WORDS * sizeof(int32_t);
     const auto* from = static_cast<const char*>(window_of(table, table[WindowMap::kRank])) + WindowMap::status();
@@ -200,7 +200,7 @@ int read_status(const int64_t* table, int32_t* status, char* error) {
   });
 }
 
-int prepare(const DeepEpCall* op_call, void** planned, uint64_t* workspace_bytes, char* error) {
+int prepare(const DeepEpCall* op_call, void** planned, uint64_t* workspace_bytes, char* error) noexcept {
   return guarded(error, [&] {
     std::unique_ptr<Plan> made = plan(*op_call);
     *workspace_bytes = made->workspace_bytes;
@@ -208,7 +208,7 @@ int prepare(const DeepEpCall* op_call, void** planned, uint64_t* workspace_bytes
   });
 }
 
-int launch(void* planned, void* workspace, void* stream, char* error) {
+int launch(void* planned, void* workspace, void* stream, char* error) noexcept {
   return guarded(error, [&] {
     const std::unique_ptr<Plan> plan(static_cast<Plan*>(planned));
     const int status = plan->run(workspace, plan->workspace_bytes, plan->executor, stream);
@@ -219,7 +219,7 @@ int launch(void* planned, void* workspace, void* stream, char* error) {
 }  // namespace
 }  // namespace deep_ep::aclnn
 
-extern "C" __attribute__((visibility("default"))) const DeepEpKernels* deep_ep_kernels(void) {
+DEEP_EP_API const DeepEpKernels* deep_ep_kernels(void) noexcept {
   using namespace deep_ep::aclnn;
   static const DeepEpKernels kernels = {
       DEEP_EP_KERNELS_VERSION, "AscendC " DEEP_EP_SOC, open_windows, close_windows, read_status, prepare, launch};
