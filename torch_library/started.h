@@ -13,14 +13,15 @@
 #include <vector>
 
 #include "arguments.h"
+#include "shm/thread_calls.h"
 
 namespace deep_ep {
 
 using Results = std::vector<Tensor>;
 
-// Runs `body` on the thread of the group, in its turn (src/group.h). It keeps the tensors that it was given alive, and
-// the caller must not write to them before the wait. `early`: the tensors that `body` returns, where they can be made
-// before the call; until it has ended, what they hold is undefined, and if it fails it stays so. `name`: what wait
+// Runs `body` on the thread of the group, in its turn (src/shm/group.h). It keeps the tensors that it was given alive,
+// and the caller must not write to them before the wait. `early`: the tensors that `body` returns, where they can be
+// made before the call; until it has ended, what they hold is undefined, and if it fails it stays so. `name`: what wait
 // knows the op by.
 Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> body, const char* name);
 

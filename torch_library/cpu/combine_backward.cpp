@@ -1,6 +1,7 @@
-#include "attached_tokens.h"
 #include "recv_rows.h"
 #include "send_back.h"
+#include "shm/attached_tokens.h"
+#include "shm/groups.h"
 #include "started.h"
 
 namespace deep_ep {

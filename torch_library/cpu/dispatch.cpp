@@ -5,11 +5,12 @@
 #include <map>
 #include <optional>
 
-#include "attached_tokens.h"
 #include "host_memory.h"
-#include "private_memory.h"
 #include "recv_rows.h"
-#include "routing.h"
+#include "shm/attached_tokens.h"
+#include "shm/groups.h"
+#include "shm/private_memory.h"
+#include "shm/routing.h"
 #include "started.h"
 
 namespace deep_ep {

@@ -1,4 +1,5 @@
 #include "send_back.h"
+#include "shm/groups.h"
 #include "started.h"
 
 namespace deep_ep {

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "dispatch.h"
+#include "shm/groups.h"
 #include "started.h"
 
 namespace deep_ep {

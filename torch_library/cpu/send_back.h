@@ -3,7 +3,7 @@
 #pragma once
 
 #include "arguments.h"
-#include "handle.h"
+#include "shm/handle.h"
 
 namespace deep_ep {
 

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "c_boundary.h"
+#include "device/window_map.h"
 #include "npu/kernels.h"
-#include "window_map.h"
 
 namespace deep_ep {
 

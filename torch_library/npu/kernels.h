@@ -27,7 +27,7 @@ enum {
    * of ranks R, the bytes of a window, and how long a kernel waits for a peer, in cycles of its clock; the others
    * belong to the kernels. Then the address of every rank's window. */
   DEEP_EP_TABLE_HEADER = 8,
-  /* What a window says of a launch that has failed, int32: src/window_map.h has the words. */
+  /* What a window says of a launch that has failed, int32: src/device/window_map.h has the words. */
   DEEP_EP_STATUS_WORDS = 8
 };
 

@@ -13,9 +13,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
+#include <string>
 
 #include "bell.h"
-#include "op.h"
+#include "device/op.h"
 
 namespace deep_ep {
 
@@ -27,6 +29,13 @@ constexpr int kTextBytes = 512;
 constexpr uint64_t kAttachmentBytes = 2 << 20;
 // In two buffers of which one is written while the other one is read: what the caches of a core hold.
 constexpr uint64_t kStagingBytes = 4 << 20;
+
+// Into kTextBytes.
+inline void copy_text(char* to, const std::string& text) {
+  const size_t size = std::min<size_t>(text.size(), kTextBytes - 1);
+  std::memcpy(to, text.data(), size);
+  to[size] = '\0';
+}
 
 constexpr uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 

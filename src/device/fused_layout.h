@@ -1,4 +1,4 @@
-// How the weights of fused_deep_moe lie: plain arithmetic that its kernels share, and Python through src/c_api.cpp.
+// How the weights of fused_deep_moe lie: plain arithmetic that its kernels share, and Python through c_api.cpp.
 //
 // I intermediate size · gmm1 gives 2I columns, first I of gate, then I of up.
 #pragma once

@@ -8,7 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "group.h"
+#include "exchange.h"
+#include "operation.h"
 
 namespace deep_ep {
 

@@ -1,10 +1,11 @@
-// What a rank attaches to its post (src/group.h) to send rows of its tokens to experts: rows [T, H], ids [T, K] and,
+// What a rank attaches to its post (operation.h) to send rows of its tokens to experts: rows [T, H], ids [T, K] and,
 // but for low latency, weights [T, K]. Every rank takes what is for its experts.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 
-#include "group.h"
+#include "window_layout.h"
 
 namespace deep_ep {
 

@@ -10,11 +10,13 @@
 
 #include "c_boundary.h"
 #include "error.h"
-#include "fused_layout.h"
 #include "group.h"
+#include "groups.h"
 #include "host_memory.h"
 #include "idle.h"
 #include "interrupt.h"
+#include "operation.h"
+#include "thread_calls.h"
 #include "worker.h"
 
 using deep_ep::Group;
@@ -207,14 +209,3 @@ DEEP_EP_API void deep_ep_group_destroy(void* handle, const char* name) noexcept 
   deep_ep::groups::remove(name, group->get());
   delete group;
 }
-
-// The layout of fused_deep_moe's weights (fused_layout.h).
-DEEP_EP_API int64_t deep_ep_fused_tile() noexcept { return deep_ep::FusedLayout::kTile; }
-
-DEEP_EP_API void deep_ep_fused_places(int64_t columns, int64_t* places) noexcept {
-  for (int64_t column = 0; column < columns; ++column) places[column] = deep_ep::FusedLayout::place(column, columns);
-}
-
-DEEP_EP_API int64_t deep_ep_fused_bits_of(float scale) noexcept { return deep_ep::FusedLayout::bits_of(scale); }
-
-DEEP_EP_API float deep_ep_fused_scale_of(int64_t bits) noexcept { return deep_ep::FusedLayout::scale_of(bits); }
