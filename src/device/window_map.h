@@ -25,7 +25,7 @@ struct WindowMap {
   static constexpr int64_t kPhases = 2;
   static constexpr int64_t kParities = 2;
 
-  // Words of the window table before the addresses (torch_library/npu/kernels.h).
+  // Words of the window table before the addresses (ops/kernels.h).
   enum Table { kVersion, kRank, kRanks, kBytes, kDeadline, kHeader = 8 };
 
   // int64 words of the control line (ControlWord).

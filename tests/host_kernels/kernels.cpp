@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "npu/kernels.h"
+#include "ops/kernels.h"
 #include "stand_in.h"
 
 namespace {

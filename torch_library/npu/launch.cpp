@@ -10,7 +10,7 @@
 
 #include "c_boundary.h"
 #include "device/window_map.h"
-#include "npu/kernels.h"
+#include "ops/kernels.h"
 
 namespace deep_ep::npu {
 namespace {

@@ -1,4 +1,4 @@
-// The interface of torch_library/npu/kernels.h on the twin. A launch is prepared by the definition of its operator, as
+// The interface of ops/kernels.h on the twin. A launch is prepared by the definition of its operator, as
 // CANN does it, and run with the cores of this process.
 #include <dlfcn.h>
 
@@ -11,7 +11,7 @@
 #include <mutex>
 
 #include "error.h"
-#include "npu/kernel_library.h"
+#include "ops/kernel_library.h"
 #include "register/op_def_registry.h"
 #include "registry.h"
 #include "report.h"

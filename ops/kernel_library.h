@@ -9,7 +9,7 @@
 
 #include "c_boundary.h"
 #include "device/window_map.h"
-#include "npu/kernels.h"
+#include "kernels.h"
 
 namespace deep_ep {
 

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "npu/aclnn/windows.h"
+#include "windows.h"
 
 extern "C" {
 HcclResult HcomGetCommHandleByGroup(const char* name, HcclComm* comm);

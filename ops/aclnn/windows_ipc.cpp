@@ -1,5 +1,5 @@
 // A2 and A3 with CANN 9: a context for vector cores connects the ranks, then HCCL has the address of every buffer.
-#include "npu/aclnn/windows.h"
+#include "windows.h"
 
 // Exported by HCCL for operators like ours, but its headers have moved between versions.
 extern "C" {

@@ -1,4 +1,4 @@
-// The part of CANN 9's header of this name that npu/aclnn uses, for compilers without CANN. Names and order of members
+// The part of CANN 9's header of this name that ops/aclnn uses, for compilers without CANN. Names and order of members
 // are CANN's; opaque ones are bytes.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The part of CANN 9's header of this name that npu/aclnn uses, for compilers without CANN.
+// The part of CANN 9's header of this name that ops/aclnn uses, for compilers without CANN.
 #pragma once
 
 #include <hccl/hccl_res.h>

@@ -1,4 +1,4 @@
-// The kernels of ops/ through CANN (npu/kernels.h): libdeep_ep_kernels.so.
+// The kernels of ops/ through CANN (kernels.h): libdeep_ep_kernels.so.
 //
 // For every operator definition CANN's op_build generates two functions into the operator package's libcust_opapi.so:
 // aclnnDeepEpDispatchGetWorkspaceSize(inputs..., attributes..., outputs..., &bytes, &executor) checks and tiles, and
@@ -15,8 +15,8 @@
 #include <string_view>
 #include <utility>
 
-#include "npu/aclnn/windows.h"
-#include "npu/kernel_library.h"
+#include "ops/kernel_library.h"
+#include "windows.h"
 
 extern "C" aclError aclrtGetOpExecuteTimeout(uint32_t* milliseconds) __attribute__((weak));
 

@@ -1,4 +1,4 @@
-// The part of CANN's header of this name that npu/aclnn uses, for compilers without CANN.
+// The part of CANN's header of this name that ops/aclnn uses, for compilers without CANN.
 #pragma once
 
 #include <acl/acl_base.h>

@@ -2,7 +2,7 @@
 #include <hccl/hccl_rank_graph.h>
 #include <hccl/hccl_res.h>
 
-#include "npu/aclnn/windows.h"
+#include "windows.h"
 
 // Its header has moved between versions.
 extern "C" HcclResult HcomGetCommHandleByGroup(const char* name, HcclComm* comm);
