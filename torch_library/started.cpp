@@ -115,10 +115,10 @@ Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> 
   return ticket;
 }
 
-Tensor hold(Op op, Results results) {
+Tensor start_call(QueuedCall call, const char* name) {
   std::promise<Results> promise;
-  promise.set_value(results);
-  return ticket_for({name_of(op), op, promise.get_future(), {}, std::move(results)});
+  promise.set_value(call.results);
+  return ticket_for({name, call.op, promise.get_future(), {}, std::move(call.results)});
 }
 
 void spoil(const Results& results) {

@@ -13,6 +13,7 @@ OwnWindow::OwnWindow(const WindowLayout& at)
           [this](uint64_t offset, uint64_t bytes) { return window.release(offset, bytes); },
           [this] { sweep_when_idle([weak = weak_from_this()] { return sweep(weak); }); }) {
   window.reserve(0, at.attachments);
+  window.mark();
   window.reserve(at.staging, at.staging_bytes);
 }
 

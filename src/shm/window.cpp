@@ -131,10 +131,15 @@ Window Window::open(int64_t pid, int64_t fd, uint64_t bytes) {
   if (opened < 0) throw Error(closed_because(pid, errno));
   Window window;
   window.fd_ = opened;
+  Mark mark{};
+  const bool is_window = pread(opened, &mark, sizeof mark, 0) == sizeof mark && mark.magic == Mark::kMagic;
+  if (is_window && mark.version != Mark::kVersion)
+    throw Error(str("the window of process ", pid, " has version ", mark.version, " of what ranks share, and this ",
+                    "process has version ", Mark::kVersion, "; all ranks need the same build of deep_ep"));
   struct stat file;
   if (fstat(opened, &file) != 0)
     throw Error(str("cannot look at the window of process ", pid, ": ", std::strerror(errno)));
-  if (static_cast<uint64_t>(file.st_size) != bytes || fcntl(opened, F_GET_SEALS) != kSeals)
+  if (!is_window || static_cast<uint64_t>(file.st_size) != bytes || fcntl(opened, F_GET_SEALS) != kSeals)
     throw Error(str("the descriptor ", fd, " of process ", pid, " is not the window of ", bytes,
                     " bytes that its rank has made"));
   window.base_ = map(opened, bytes);

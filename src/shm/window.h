@@ -21,7 +21,11 @@ class Window {
   // Gives memory back; what was in it is gone. False if that cannot be.
   bool release(uint64_t offset, uint64_t bytes);
 
-  // Maps the window that process `pid` holds as file descriptor `fd`.
+  // Says in the window, whose beginning is reserved, that it is one, and of which version.
+  void mark() { control().mark = {Mark::kMagic, Mark::kVersion}; }
+
+  // Maps the window that process `pid` holds as file descriptor `fd`. Throws if it has no mark, or that of another
+  // version.
   static Window open(int64_t pid, int64_t fd, uint64_t bytes);
 
   Window() = default;

@@ -1,6 +1,6 @@
 // What lies where in a rank's window. Every rank of a group maps the windows of all ranks.
 //
-//   [ Control | done[R] | posts[2] | attachments[2] | staging | pool ]
+//   [ Control, which begins with a Mark | done[R] | posts[2] | attachments[2] | staging | pool ]
 //
 // R ranks. `posts` are what the owner publishes at the start of an operation, one for even and one for odd sequence
 // numbers: a rank posts n+2 only after all ranks have posted n+1, so nobody still reads n. `staging` takes
@@ -62,10 +62,21 @@ struct Post {
   char text[kTextBytes];  // if not rejected: the form of the call (ThreadCalls), or nothing
 };
 
+// What a window begins with, in every version of what lies in it.
+struct Mark {
+  static constexpr uint64_t kMagic = 0x776f646e69775045;  // "EPwindow"
+  // Another one with every change of what ranks read in each other's windows.
+  static constexpr uint32_t kVersion = 1;
+
+  uint64_t magic;
+  uint32_t version;
+};
+
 enum class State : uint32_t { open, closed, broken };
 
 struct alignas(kLine) Control {
-  Bell bell;
+  Mark mark;  // from before peers open the window
+  alignas(kLine) Bell bell;
   std::atomic<State> state;
   char reason[kTextBytes];                        // valid once state is broken
   alignas(kLine) std::atomic<uint64_t> sequence;  // of the newest post
