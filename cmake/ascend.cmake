@@ -64,7 +64,7 @@ ExternalProject_Add(deep_ep_operators
   BUILD_ALWAYS ON
 )
 
-# HCCL's way to windows (torch_library/npu/aclnn/windows.h).
+# HCCL's way to windows (ops/aclnn/windows.h).
 if(cann_major LESS 9)
   set(windows tiling)
 elseif(DEEP_EP_SOC STREQUAL "ascend950")
@@ -73,10 +73,10 @@ else()
   set(windows ipc)
 endif()
 add_library(deep_ep_kernels MODULE
-  torch_library/npu/aclnn/kernels.cpp
-  torch_library/npu/aclnn/windows_${windows}.cpp
+  ops/aclnn/kernels.cpp
+  ops/aclnn/windows_${windows}.cpp
 )
-target_include_directories(deep_ep_kernels PRIVATE src torch_library)
+target_include_directories(deep_ep_kernels PRIVATE . src)
 target_include_directories(deep_ep_kernels SYSTEM PRIVATE ${cann_include})
 target_compile_definitions(deep_ep_kernels PRIVATE DEEP_EP_SOC="${DEEP_EP_SOC}")
 target_compile_options(deep_ep_kernels PRIVATE

@@ -35,7 +35,7 @@ RANK, SIZE, WINDOW_BYTES = 1, 4, 200 << 20
 
 needs_both = pytest.mark.skipif(
     native.torch_npu_dir() is None or not (ROOT / ".venv" / ".stamps" / "setup").exists(),
-    reason="no torch-npu wheel, whose headers npu/aclnn is compiled with, or no .venv that make has set up",
+    reason="no torch-npu wheel, whose headers ops/aclnn is compiled with, or no .venv that make has set up",
 )
 
 
@@ -400,17 +400,17 @@ def cann_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def headers_of_cann(at: Path) -> None:
-    """Those that npu/aclnn includes: of ACL and HCCL as a torch-npu wheel has them, and what it lacks."""
+    """Those that ops/aclnn includes: of ACL and HCCL as a torch-npu wheel has them, and what it lacks."""
     torch_npu = native.torch_npu_dir()
     assert torch_npu is not None
     for name in ("acl", "third_party"):
         (at / name).symlink_to(torch_npu / "include" / name)
     shutil.copytree(torch_npu / "include" / "third_party" / "hccl" / "inc" / "hccl", at / "hccl")
-    shutil.copytree(ROOT / "torch_library" / "npu" / "aclnn" / "host_shim", at, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "ops" / "aclnn" / "host_shim", at, dirs_exist_ok=True)
 
 
 def toolkit(at: Path, build: Build, library: Path) -> Path:
-    """A toolkit against which npu/aclnn compiles and links."""
+    """A toolkit against which ops/aclnn compiles and links."""
     cann = fake_cann(at / build.place, build.version, links=build.links)
     home = cann / f"{MACHINE}-linux"
     shutil.rmtree(home / "include")
@@ -433,8 +433,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository, with the environment that make has set up. What is for CPUs is empty, to save time."""
     tree = copy_of_repository(tmp_path_factory.mktemp("repository") / "tree", kernels=True)
     shutil.copytree(ROOT / "python", tree / "python", ignore=shutil.ignore_patterns("__pycache__"))
-    for source in (*tree.glob("src/*.cpp"), *tree.glob("torch_library/**/*.cpp")):
-        if source.name != "tiling.cpp" and "aclnn" not in source.parts:
+    for source in (*tree.glob("src/**/*.cpp"), *tree.glob("torch_library/**/*.cpp")):
+        if source.name != "tiling.cpp":
             source.write_text("")
     (tree / ".venv").symlink_to(ROOT / ".venv")
     return tree
@@ -579,7 +579,7 @@ def test_operator_package(tree: Path, wheel: Callable[[Build], Wheel]) -> None:
     definitions = {str(path) for path in source.glob("ops/*/op_host/*.cpp") if not path.name.startswith("fused")}
     assert definitions == {name for name in generated if "/op_host/" in name and name.endswith(".cpp")}
     assert "-DDEEP_EP_CANN_MAJOR=9" in generated
-    assert any(name.endswith("src/tiling.cpp") for name in generated)
+    assert any(name.endswith("src/device/tiling.cpp") for name in generated)
     assert [arguments[:2] for arguments in calls["npu_op_library"]] == [
         ["cust_opapi", "ACLNN"],
         ["cust_op_proto", "GRAPH"],
@@ -688,7 +688,7 @@ REQUEST = {
 
 @over_fake_cann
 def test_request_of_windows_is_laid_out_as_hccl_reads_it(tmp_path: Path) -> None:
-    text = f'#include "{ROOT}/torch_library/npu/aclnn/windows_tiling.cpp"\nusing deep_ep::aclnn::Request;\n'
+    text = f'#include "{ROOT}/ops/aclnn/windows_tiling.cpp"\nusing deep_ep::aclnn::Request;\n'
     for member, at in REQUEST.items():
         found = f"offsetof(Request, {member})" if member else "sizeof(Request)"
         text += f'static_assert({found} == {at}, "{member or "size"}");\n'
@@ -702,7 +702,7 @@ def test_request_of_windows_is_laid_out_as_hccl_reads_it(tmp_path: Path) -> None
     torch_npu = native.torch_npu_dir()
     assert torch_npu is not None
     include = torch_npu / "include"
-    folders = [ROOT / "torch_library", ROOT / "src", ROOT / "torch_library" / "npu" / "aclnn" / "host_shim"]
+    folders = [ROOT, ROOT / "src", ROOT / "ops" / "aclnn" / "host_shim"]
     folders += [include, include / "third_party" / "acl" / "inc", include / "third_party" / "hccl" / "inc"]
     made = run("g++", "-std=c++20", "-fsyntax-only", *(f"-I{folder}" for folder in folders), source, cwd=tmp_path)
     assert made.returncode == 0, made.stderr

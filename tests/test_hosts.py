@@ -199,8 +199,9 @@ def test_limits_of_cgroups(host: str, tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    numbers, name = (ctypes.c_uint64 * 4)(), ctypes.create_string_buffer(ERROR_BYTES)
-    library.deep_ep_host_memory(str(tmp_path).encode(), numbers, name)
+    numbers = (ctypes.c_uint64 * 4)()
+    name, error = ctypes.create_string_buffer(ERROR_BYTES), ctypes.create_string_buffer(ERROR_BYTES)
+    assert library.deep_ep_host_memory(str(tmp_path).encode(), numbers, name, error) == 0, error.value
     assert list(numbers) == [48 * GIB, 64 * GIB, available, limit]
     assert name.value.decode() == (f"the memory cgroup {owner}" if owner else "")
 
@@ -412,6 +413,6 @@ def test_a_build_knows_its_sources(tmp_path: Path) -> None:
 
     first = digest()
     assert digest() == first == library.deep_ep_sources().decode()
-    with open(tree / "src" / "window_layout.h", "a") as file:
+    with open(tree / "src" / "shm" / "window_layout.h", "a") as file:
         file.write("\n")
     assert digest() != first

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "ops").glob("*/op_kernel/*"))
-SHARED = [ROOT / "src" / name for name in ("op.h", "tiling.h", "window_map.h")]
+SHARED = [ROOT / "src" / "device" / name for name in ("op.h", "tiling.h", "window_map.h")]
 """Headers of the host that kernels include: DEEP_EP_DEVICE is `__aicore__` in kernels."""
 
 every_source = pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)

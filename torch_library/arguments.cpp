@@ -4,7 +4,7 @@
 #include <array>
 #include <limits>
 
-#include "private_memory.h"
+#include "shm/private_memory.h"
 
 namespace deep_ep {
 namespace {

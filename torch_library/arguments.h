@@ -1,7 +1,7 @@
 // What the ops' kernels share on the side of torch: argument types and argument checks.
 //
 // A check collects the first thing that is wrong instead of throwing: a rank with a bad argument still enters the
-// operation, so that all ranks raise (src/group.h).
+// operation, so that all ranks raise (src/shm/operation.h).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,9 +12,9 @@
 #include <string>
 #include <vector>
 
-#include "arithmetic.h"
 #include "error.h"
-#include "group.h"
+#include "shm/arithmetic.h"
+#include "shm/group.h"
 
 namespace deep_ep {
 

@@ -115,10 +115,10 @@ Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> 
   return ticket;
 }
 
-Tensor hold(Op op, Results results) {
+Tensor start_call(QueuedCall call, const char* name) {
   std::promise<Results> promise;
-  promise.set_value(results);
-  return ticket_for({name_of(op), op, promise.get_future(), {}, std::move(results)});
+  promise.set_value(call.results);
+  return ticket_for({name, call.op, promise.get_future(), {}, std::move(call.results)});
 }
 
 void spoil(const Results& results) {
@@ -143,3 +143,13 @@ Results arriving(Tensor ticket, GroupName op_name, std::vector<Tensor> /* argume
 }
 
 }  // namespace deep_ep
+
+STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) {
+  library.impl("wait", TORCH_BOX(&deep_ep::wait));
+  library.impl("arriving", TORCH_BOX(&deep_ep::arriving));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deep_ep, PrivateUse1, library) {
+  library.impl("wait", TORCH_BOX(&deep_ep::wait));
+  library.impl("arriving", TORCH_BOX(&deep_ep::arriving));
+}

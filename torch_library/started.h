@@ -5,22 +5,25 @@
 // while the call still writes to their memory, behind torch's back. Results that nobody asks for go with the ticket.
 #pragma once
 
+#include <cstddef>
 #include <exception>
 #include <future>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "arguments.h"
+#include "shm/thread_calls.h"
 
 namespace deep_ep {
 
 using Results = std::vector<Tensor>;
 
-// Runs `body` on the thread of the group, in its turn (src/group.h). It keeps the tensors that it was given alive, and
-// the caller must not write to them before the wait. `early`: the tensors that `body` returns, where they can be made
-// before the call; until it has ended, what they hold is undefined, and if it fails it stays so. `name`: what wait
+// Runs `body` on the thread of the group, in its turn (src/shm/group.h). It keeps the tensors that it was given alive,
+// and the caller must not write to them before the wait. `early`: the tensors that `body` returns, where they can be
+// made before the call; until it has ended, what they hold is undefined, and if it fails it stays so. `name`: what wait
 // knows the op by.
 Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> body, const char* name);
 
@@ -40,7 +43,7 @@ auto make_early(Checks& checks, Make&& make) -> std::optional<decltype(make())> 
 void spoil(const Results& results);
 
 template <typename Body>
-Tensor start(Op op, Turn turn, Results early, Body body, const char* name = nullptr) {
+Tensor start(Op op, Turn turn, Results early, Body body, const char* name) {
   ThreadCalls& calls = ThreadCalls::mine();
   auto of_call = [early, failed = calls.failed, form = calls.form, gradient = std::exchange(calls.gradient, 0),
                   body = std::move(body)](Turn turn) mutable {
@@ -54,15 +57,93 @@ Tensor start(Op op, Turn turn, Results early, Body body, const char* name = null
       throw;
     }
   };
-  Tensor ticket = start(op, std::move(turn), std::move(early), std::packaged_task<Results(Turn)>(std::move(of_call)),
-                        name != nullptr ? name : name_of(op));
+  Tensor ticket =
+      start(op, std::move(turn), std::move(early), std::packaged_task<Results(Turn)>(std::move(of_call)), name);
   ++calls.entered;
   calls.completed = true;
   return ticket;
 }
 
-// For results that are there already, such as those of work on a stream.
-Tensor hold(Op op, Results results);
+// A call of an op on the CPU, as the op's arguments make it, has
+//
+//   op()                 its code
+//   turn                 drawn when it was made, so that it keeps its place, whether it runs at once or later
+//   run(turn)            which gives its results
+//
+// and, if results can be made before it runs, a type Early of what has to be known of them, with
+//
+//   make_early(group)    the same, or nothing
+//   results(early)       what they are
+//   run(turn, early)     in the place of run(turn)
+template <typename Call>
+concept HasEarly = requires { typename Call::Early; };
+
+template <typename Call>
+Results run_call(Call call) {
+  Turn turn = std::move(call.turn);
+  if constexpr (HasEarly<Call>)
+    return call.run(std::move(turn), std::nullopt);
+  else
+    return call.run(std::move(turn));
+}
+
+template <typename Call>
+Tensor start_call(Call call, const char* name) {
+  const Op op = call.op();
+  if constexpr (HasEarly<Call>) {
+    auto early = call.make_early(call.turn.group());
+    Results results = early ? call.results(*early) : Results{};
+    Turn turn = std::move(call.turn);
+    auto body = [call = std::move(call), early = std::move(early)](Turn turn) mutable {
+      return call.run(std::move(turn), std::move(early));
+    };
+    return start(op, std::move(turn), std::move(results), std::move(body), name);
+  } else {
+    Turn turn = std::move(call.turn);
+    auto body = [call = std::move(call)](Turn turn) mutable { return call.run(std::move(turn)); };
+    return start(op, std::move(turn), {}, std::move(body), name);
+  }
+}
+
+// A call on an NPU: its kernel is on the stream, and the host waits for nothing in either case.
+struct QueuedCall {
+  Op op;
+  Results results;
+};
+inline Results run_call(QueuedCall call) { return std::move(call.results); }
+Tensor start_call(QueuedCall call, const char* name);
+
+// The results as an op returns them.
+template <size_t count>
+auto outputs(const Results& results) {
+  if constexpr (count == 1)
+    return results[0];
+  else
+    return [&]<size_t... I>(std::index_sequence<I...>) {
+      return std::make_tuple(results[I]...);
+    }(std::make_index_sequence<count>{});
+}
+
+// The kernels of an op of so many results and of the op that starts it. `make` has the op's arguments and returns a
+// call.
+template <auto make, size_t count>
+struct Kernels;
+
+template <typename Call, typename... Args, Call (*make)(Args...), size_t count>
+struct Kernels<make, count> {
+  static inline const char* name = nullptr;  // of the op
+  static auto run(Args... args) { return outputs<count>(run_call(make(std::move(args)...))); }
+  static Tensor start(Args... args) { return start_call(make(std::move(args)...), name); }
+};
+
+// Registers both.
+template <auto make, size_t count>
+void implement(torch::stable::detail::StableLibrary& library, const char* name) {
+  using Both = Kernels<make, count>;
+  Both::name = name;
+  library.impl(name, TORCH_BOX(&Both::run));
+  library.impl(str(name, "_start").c_str(), TORCH_BOX(&Both::start));
+}
 
 // The kernel of the op wait on every device. Raises Error unless `ticket` is of a call of `op` in this process, and not
 // asked for before.

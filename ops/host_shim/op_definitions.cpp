@@ -4,9 +4,8 @@
 // `dtype` is a ge::DataType.
 #include <sstream>
 
+#include "c_boundary.h"
 #include "register/op_def_registry.h"
-
-#define DEEP_EP_API extern "C" __attribute__((visibility("default")))
 
 namespace {
 
@@ -96,7 +95,7 @@ const char* answer(Call* call, std::initializer_list<std::string> pairs) {
 }  // namespace
 
 // {type: {inputs, outputs, attrs, socs}}
-DEEP_EP_API const char* deep_ep_op_definitions() {
+DEEP_EP_API const char* deep_ep_op_definitions() noexcept {
   static std::string text;
   text = list(
       ops::OpDefFactory::definitions(),
@@ -105,7 +104,7 @@ DEEP_EP_API const char* deep_ep_op_definitions() {
 }
 
 // nullptr: no such type.
-DEEP_EP_API Call* deep_ep_op_call(const char* type) {
+DEEP_EP_API Call* deep_ep_op_call(const char* type) noexcept {
   auto& definitions = ops::OpDefFactory::definitions();
   const auto found = definitions.find(type);
   if (found == definitions.end()) return nullptr;
@@ -115,10 +114,10 @@ DEEP_EP_API Call* deep_ep_op_call(const char* type) {
   return call;
 }
 
-DEEP_EP_API void deep_ep_op_free(Call* call) { delete call; }
+DEEP_EP_API void deep_ep_op_free(Call* call) noexcept { delete call; }
 
 // The next input. Its value, one int64, is known if `value` is not null.
-DEEP_EP_API void deep_ep_op_input(Call* call, int dtype, const int64_t* dims, int rank, const int64_t* value) {
+DEEP_EP_API void deep_ep_op_input(Call* call, int dtype, const int64_t* dims, int rank, const int64_t* value) noexcept {
   std::vector<int64_t> data;
   const size_t index = call->node.inputs.size();
   const bool depends = index < call->def->inputs().size() && call->def->inputs()[index].value_depend() != ops::IGNORE;
@@ -127,12 +126,12 @@ DEEP_EP_API void deep_ep_op_input(Call* call, int dtype, const int64_t* dims, in
 }
 
 // For the tiling, after inference: the shape that an output has when the operator is launched.
-DEEP_EP_API void deep_ep_op_output(Call* call, int index, const int64_t* dims, int rank) {
+DEEP_EP_API void deep_ep_op_output(Call* call, int index, const int64_t* dims, int rank) noexcept {
   call->node.outputs[index].mutable_shape() = shape_of(dims, rank);
 }
 
 // Attribute `index` of the definition; `text` where it is a string, else null.
-DEEP_EP_API void deep_ep_op_attr(Call* call, int index, int64_t number, const char* text) {
+DEEP_EP_API void deep_ep_op_attr(Call* call, int index, int64_t number, const char* text) noexcept {
   auto& value = call->node.attrs.values()[index];
   if (text)
     value = std::string(text);
@@ -141,7 +140,7 @@ DEEP_EP_API void deep_ep_op_attr(Call* call, int index, int64_t number, const ch
 }
 
 // {status, outputs: [{dtype, shape}]}
-DEEP_EP_API const char* deep_ep_op_infer(Call* call) {
+DEEP_EP_API const char* deep_ep_op_infer(Call* call) noexcept {
   gert::InferDataTypeContext dtypes(&call->node);
   gert::InferShapeContext shapes(&call->node);
   ge::graphStatus status = call->def->GetInferDataType()(&dtypes);
@@ -150,7 +149,7 @@ DEEP_EP_API const char* deep_ep_op_infer(Call* call) {
 }
 
 // {status, min: [...], max: [...]}: the outputs at their smallest and at their largest. nullptr: no such function.
-DEEP_EP_API const char* deep_ep_op_infer_range(Call* call) {
+DEEP_EP_API const char* deep_ep_op_infer_range(Call* call) noexcept {
   if (!call->def->GetInferShapeRange()) return nullptr;
   gert::InferDataTypeContext dtypes(&call->node);
   call->def->GetInferDataType()(&dtypes);
@@ -161,7 +160,7 @@ DEEP_EP_API const char* deep_ep_op_infer_range(Call* call) {
 }
 
 // {status, block_dim, schedule_mode, workspaces, tiling}: tiling in bytes.
-DEEP_EP_API const char* deep_ep_op_tile(Call* call, uint32_t vector_cores, uint64_t unified_buffer_bytes) {
+DEEP_EP_API const char* deep_ep_op_tile(Call* call, uint32_t vector_cores, uint64_t unified_buffer_bytes) noexcept {
   fe::PlatFormInfos platform{vector_cores, unified_buffer_bytes};
   gert::TilingContext context(&call->node, &platform);
   const ge::graphStatus status = call->def->AICore().GetTiling()(&context);

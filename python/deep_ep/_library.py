@@ -48,7 +48,7 @@ def _load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
         "deep_ep_group_connect": (i32, [pointer, pointer, pointer, pointer, text]),
         "deep_ep_group_publish": (None, [pointer, text]),
         "deep_ep_sources": (text, []),
-        "deep_ep_host_memory": (None, [text, pointer, text]),
+        "deep_ep_host_memory": (i32, [text, pointer, text, text]),
         "deep_ep_make_windows_by": (None, [ctypes.py_object]),
         "deep_ep_sweep": (None, []),
         "deep_ep_exit": (None, []),

@@ -91,7 +91,7 @@ class _Header(NamedTuple):
     op: int
     failed: int
     form: int  # a hash of that of the call, 0 for none
-    gradient: int  # ThreadCalls::gradient, src/group.h
+    gradient: int  # ThreadCalls::gradient, src/shm/thread_calls.h
     T: int
     W: int
     common: list[int]  # the values of _COMMON

@@ -1,5 +1,5 @@
 """What a thread has done with operations of groups, for calls that fail in Python (`collective`): that of `.alltoall`,
-whose counterpart for `.default` is ThreadCalls in src/group.h.
+whose counterpart for `.default` is ThreadCalls in src/shm/thread_calls.h.
 """
 
 import functools

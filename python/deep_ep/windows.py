@@ -34,13 +34,13 @@ _OPS = (
     "fused_deep_moe.dispatch_ffn_combine",
     "fused_deep_moe_backward",
 )
-"""enum Op of src/op.h."""
+"""enum Op of src/device/op.h."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""enum DType of src/arithmetic.h."""
+"""enum DType of src/shm/arithmetic.h."""
 
 PHASES = ("counts", "wait", "allocate", "copy", "reduce", "finish")
-"""enum Phase of src/phases.h."""
+"""enum Phase of src/shm/phases.h."""
 
 
 def finalize_here(owner: object, function: Callable[..., object], *args: object) -> "weakref.finalize[..., Any]":

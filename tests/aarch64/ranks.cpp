@@ -20,7 +20,7 @@
 #include <string>
 #include <vector>
 
-#include "npu/kernels.h"
+#include "ops/kernels.h"
 #include "torch_stand_in.h"
 
 namespace {

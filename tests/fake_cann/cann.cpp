@@ -1,4 +1,4 @@
-// CANN's libraries, as far as npu/aclnn calls them. The window of rank r is at (r + 1) << 32 and has kWindowBytes;
+// CANN's libraries, as far as ops/aclnn calls them. The window of rank r is at (r + 1) << 32 and has kWindowBytes;
 // device memory is the host's. FAKE_CANN_MESH=1 in the environment makes the topology a mesh.
 #include <acl/acl.h>
 #include <aclnn/acl_meta.h>

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "npu/kernels.h"
+#include "ops/kernels.h"
 #include "stand_in.h"
 
 namespace {
@@ -108,7 +108,8 @@ void run(void* memory) {
 }
 
 // The CPU kernels find their own windows by the group's name.
-int open_windows(const char*, const char*, int32_t rank, int32_t size, uint64_t bytes, int64_t, int64_t* table, char*) {
+int open_windows(const char*, const char*, int32_t rank, int32_t size, uint64_t bytes, int64_t, int64_t* table,
+                 char*) noexcept {
   std::fill_n(table, DEEP_EP_TABLE_HEADER + size, 0);
   table[0] = DEEP_EP_KERNELS_VERSION;
   table[1] = rank;
@@ -117,14 +118,14 @@ int open_windows(const char*, const char*, int32_t rank, int32_t size, uint64_t 
   return 0;
 }
 
-void close_windows(const char*) {}
+void close_windows(const char*) noexcept {}
 
-int read_status(const int64_t*, int32_t* status, char*) {
+int read_status(const int64_t*, int32_t* status, char*) noexcept {
   std::fill_n(status, DEEP_EP_STATUS_WORDS, 0);
   return 0;
 }
 
-int prepare(const DeepEpCall* call, void** plan, uint64_t* workspace_bytes, char*) {
+int prepare(const DeepEpCall* call, void** plan, uint64_t* workspace_bytes, char*) noexcept {
   *plan = new Plan{call->op,
                    call->group,
                    {call->inputs, call->inputs + call->num_inputs},
@@ -135,7 +136,7 @@ int prepare(const DeepEpCall* call, void** plan, uint64_t* workspace_bytes, char
 }
 
 // A captured launch runs once for every replay, so plans live on.
-int launch(void* plan, void* workspace, void* stream, char* error) {
+int launch(void* plan, void* workspace, void* stream, char* error) noexcept {
   if (workspace == nullptr) {
     std::snprintf(error, DEEP_EP_TEXT_BYTES, "no workspace");
     return 1;
@@ -148,7 +149,7 @@ int launch(void* plan, void* workspace, void* stream, char* error) {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) const DeepEpKernels* deep_ep_kernels(void) {
+extern "C" __attribute__((visibility("default"))) const DeepEpKernels* deep_ep_kernels(void) noexcept {
   static const DeepEpKernels kernels = {
       DEEP_EP_KERNELS_VERSION, "host kernels for tests", open_windows, close_windows, read_status, prepare, launch};
   return &kernels;

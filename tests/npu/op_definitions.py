@@ -58,7 +58,7 @@ class Work(ctypes.Structure):
 
 
 class Tiling(ctypes.Structure):
-    """deep_ep::Tiling of src/tiling.h."""
+    """deep_ep::Tiling of src/device/tiling.h."""
 
     _fields_ = [
         ("work", Work),
@@ -151,7 +151,7 @@ class Call:
         answer = self._ask("tile", ctypes.c_uint32(soc.vector_cores), ctypes.c_uint64(soc.unified_buffer_bytes))
         data = bytes(answer["tiling"])
         if len(data) != ctypes.sizeof(Tiling):
-            raise RuntimeError(f"Tiling has {ctypes.sizeof(Tiling)} bytes here, and {len(data)} in src/tiling.h")
+            raise RuntimeError(f"Tiling has {ctypes.sizeof(Tiling)} bytes here, and {len(data)} in src/device/tiling.h")
         return Launch(answer["block_dim"], answer["schedule_mode"], answer["workspaces"], Tiling.from_buffer_copy(data))
 
     def _ask(self, what: str, *args: Any) -> dict[str, Any]:

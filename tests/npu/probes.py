@@ -21,12 +21,12 @@ from deep_ep.twin import model
 from deep_ep.twin.kernels import POISON, Failed, Group, Setup, Twin, get_dispatch_layout
 
 NAMES = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")
-# enum Op of src/op.h
+# enum Op of src/device/op.h
 DISPATCH, COMBINE, DISPATCH_BACKWARD, COMBINE_BACKWARD, _, LOW_LATENCY_DISPATCH, LOW_LATENCY_COMBINE, NOTIFY = range(8)
 DEADLINE = 4  # word of the window table
 FLAG = 64  # bytes
 DAY = 24 * 60 * 60 * 1000  # of the twin's virtual time, in ms
-# enum Failure of src/window_map.h
+# enum Failure of src/device/window_map.h
 LATE, AHEAD, DIFFERENT, REFUSED, BAD_ID, BAD_ROW, TOO_SMALL, ABORTED, NO_ROOM = range(1, 10)
 
 

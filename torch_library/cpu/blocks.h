@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "arguments.h"
-#include "private_memory.h"
+#include "shm/private_memory.h"
 
 namespace deep_ep {
 

@@ -1,7 +1,7 @@
-#include "attached_tokens.h"
 #include "recv_rows.h"
 #include "send_back.h"
-#include "started.h"
+#include "shm/attached_tokens.h"
+#include "shm/groups.h"
 
 namespace deep_ep {
 namespace {
@@ -10,9 +10,17 @@ constexpr Op kOp = Op::combine_backward;
 
 // Two operations: grad_out goes to the experts' ranks, where it meets x and becomes grad_x, then <x, grad_out> of every
 // row comes back.
-Results run(Turn rows_turn, Turn products_turn, const Tensor& grad_out, const Tensor& x, const Tensor& topk_idx,
-            const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head, int64_t num_experts,
-            int64_t num_ranks) {
+struct CombineBackwardCall {
+  Turn turn, second_turn;
+  Tensor grad_out, x, topk_idx, topk_weights, recv_src_idx, send_head;
+  int64_t num_experts, num_ranks;
+
+  Op op() const { return kOp; }
+  Results run(Turn rows_turn);
+};
+
+Results CombineBackwardCall::run(Turn rows_turn) {
+  Turn products_turn = std::move(second_turn);  // which ends here, whatever becomes of the first operation
   const Group& group = rows_turn.group();
   Checks checks = check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group.size());
   checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, topk_idx.sizes());
@@ -98,31 +106,18 @@ Results run(Turn rows_turn, Turn products_turn, const Tensor& grad_out, const Te
   return {*grad_x, grad_topk_weights};
 }
 
-std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor topk_idx, Tensor topk_weights,
-                                            Tensor recv_src_idx, Tensor send_head, int64_t num_experts,
-                                            int64_t num_ranks, GroupName group_name) {
+CombineBackwardCall combine_backward(Tensor grad_out, Tensor x, Tensor topk_idx, Tensor topk_weights,
+                                     Tensor recv_src_idx, Tensor send_head, int64_t num_experts, int64_t num_ranks,
+                                     GroupName group_name) {
   const std::shared_ptr<Group> group = groups::get(name_of(kOp), group_name.value);
   Turn first(group), second(group);
-  const Results out = run(std::move(first), std::move(second), grad_out, x, topk_idx, topk_weights, recv_src_idx,
-                          send_head, num_experts, num_ranks);
-  return {out[0], out[1]};
-}
-
-Tensor combine_backward_start(Tensor grad_out, Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_idx,
-                              Tensor send_head, int64_t num_experts, int64_t num_ranks, GroupName group_name) {
-  const std::shared_ptr<Group> group = groups::get(name_of(kOp), group_name.value);
-  Turn first(group), second(group);
-  auto body = [=, second = std::move(second)](Turn first) mutable {
-    return run(std::move(first), std::move(second), grad_out, x, topk_idx, topk_weights, recv_src_idx, send_head,
-               num_experts, num_ranks);
-  };
-  return start(kOp, std::move(first), {}, std::move(body));
+  return {std::move(first), std::move(second), grad_out,  x,           topk_idx,
+          topk_weights,     recv_src_idx,      send_head, num_experts, num_ranks};
 }
 
 }  // namespace
 }  // namespace deep_ep
 
 STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) {
-  library.impl("combine_backward", TORCH_BOX(&deep_ep::combine_backward));
-  library.impl("combine_backward_start", TORCH_BOX(&deep_ep::combine_backward_start));
+  deep_ep::implement<&deep_ep::combine_backward, 2>(library, "combine_backward");
 }

@@ -5,12 +5,12 @@
 #include <map>
 #include <optional>
 
-#include "attached_tokens.h"
 #include "host_memory.h"
-#include "private_memory.h"
 #include "recv_rows.h"
-#include "routing.h"
-#include "started.h"
+#include "shm/attached_tokens.h"
+#include "shm/groups.h"
+#include "shm/private_memory.h"
+#include "shm/routing.h"
 
 namespace deep_ep {
 namespace {
@@ -138,211 +138,262 @@ std::string too_much_memory(const Operation& op, const Routing& routing, int64_t
   return text;
 }
 
-}  // namespace
+// A call on its way. Its functions are its steps, in this order.
+class Dispatching {
+ public:
+  Dispatching(DispatchCall& call, const Group& group, std::optional<EarlyDispatched> early)
+      : call_(call), low_latency_(call.is_low_latency()), spoils_(group.spoils()), early_(std::move(early)) {}
 
-EarlyDispatched early_results(const Group& group, const Tensor& x, const Tensor& topk_idx, bool low_latency,
-                              int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens, const Blocks* blocks) {
-  EarlyDispatched early{.out =
-                            make_results(x, topk_idx, low_latency, num_experts, num_ranks, num_worst_tokens, blocks)};
-  if (blocks != nullptr)
-    take_blocks(early.recv, *blocks, x, early.out);
-  else
-    early.out.recv_x = early.recv.make_early(group, x, num_worst_tokens, sizeof(RowMeta), low_latency);
-  return early;
-}
-
-Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
-                         const std::optional<Tensor>& topk_weights, int64_t num_experts, int64_t num_ranks,
-                         int64_t num_worst_tokens, std::optional<EarlyDispatched> early, const Blocks* blocks,
-                         bool zero_unused) {
-  const bool low_latency = !topk_weights.has_value();
-  Contribution mine;
-  Post& post = mine.post;
-  post.op = low_latency ? Op::low_latency_dispatch : Op::dispatch;
-  std::vector<int32_t>& counts = mine.words;
-  const int64_t* ids = nullptr;
-  const float* weights = nullptr;
-  if (checks.passed()) {
-    ids = topk_idx.const_data_ptr<int64_t>();
-    weights = low_latency ? nullptr : topk_weights->const_data_ptr<float>();
-    post.tokens = x.size(0);
-    post.hidden = x.size(1);
-    post.top_k = topk_idx.size(1);
-    post.experts = num_experts;
-    post.dtype = static_cast<int64_t>(dtype_of(x));
-    post.rows = num_worst_tokens;
-    counts.resize(num_experts);
-    const std::string wrong = count_experts(ids, post.tokens, post.top_k, num_experts, counts.data());
-    checks.require(wrong.empty(), wrong);
-    const AttachedTokens attached(post, x.element_size());
-    const int64_t rows = num_worst_tokens > 0 ? num_worst_tokens : post.tokens * post.top_k;
-    mine.expected = rows * (attached.row_bytes + sizeof(RowMeta));
-    mine.least = num_worst_tokens * attached.row_bytes;
-    look_at_memory(checks, mine, turn.group(), rows * row_memory(post, attached.row_bytes));
-    mine.attached_bytes = attached.bytes;
-    mine.attach = [&, attached](std::byte* to) { attached.write(to, x.const_data_ptr(), ids, weights); };
+  // What this rank brings.
+  Contribution contribute(const Group& group) {
+    Contribution mine;
+    mine.post.op = call_.op();
+    if (call_.checks.passed()) describe_tokens(mine, group);
+    // Blocks are what rows come to, whatever the pool has.
+    if (call_.blocks && !early_) early_ = call_.make_early(group);
+    if (early_) recv_ = std::move(early_->recv);
+    mine.rejected = call_.checks.wrong();
+    mine.reserved = recv_.reserved();
+    if (mine.reserved) mine.post.spare += mine.reserved->bytes;
+    return mine;
   }
-  if (blocks != nullptr && !early)
-    early = make_early(checks, [&] {
-      return early_results(turn.group(), x, topk_idx, true, num_experts, num_ranks, num_worst_tokens, blocks);
-    });
-  const bool spoils = turn.group().spoils();
-  mine.rejected = checks.wrong();
-  RecvRows recv = early ? std::move(early->recv) : RecvRows();
-  mine.reserved = recv.reserved();
-  if (mine.reserved) post.spare += mine.reserved->bytes;
 
-  std::optional<Routing> routing;
-  Operation op(std::move(turn), mine, [&](const Operation& op) {
-    std::vector<const int32_t*> all_counts(op.size());
+  // From the posts of all ranks, where every row goes; or what is wrong with them, which all ranks find.
+  std::string route(const Operation& op) {
+    std::vector<const int32_t*> counts(op.size());
     std::vector<int64_t> worst(op.size());
     for (int r = 0; r < op.size(); ++r) {
-      all_counts[r] = op.words(r);
+      counts[r] = op.words(r);
       worst[r] = op.post(r).rows;
     }
-    if (low_latency)
-      for (int r = 1; r < op.size(); ++r)
-        if (worst[r] != worst[0])
-          return str("num_max_dispatch_tokens_per_rank must be the same on all ranks: rank 0 makes room for ", worst[0],
-                     " rows, rank ", r, " for ", worst[r]);
-    routing.emplace(num_experts, std::move(all_counts), std::move(worst));
+    for (int r = 1; r < op.size() && low_latency_; ++r)
+      if (worst[r] != worst[0])
+        return str("num_max_dispatch_tokens_per_rank must be the same on all ranks: rank 0 makes room for ", worst[0],
+                   " rows, rank ", r, " for ", worst[r]);
+    routing_.emplace(call_.num_experts, std::move(counts), std::move(worst));
     for (int r = 0; r < op.size(); ++r)
-      if (routing->wanted(r) > std::numeric_limits<int32_t>::max())
-        return str("rank ", r, " would receive ", routing->wanted(r), " rows; at most ",
+      if (routing_->wanted(r) > std::numeric_limits<int32_t>::max())
+        return str("rank ", r, " would receive ", routing_->wanted(r), " rows; at most ",
                    std::numeric_limits<int32_t>::max(), " are possible");
-    if (std::string wrong = too_much_memory(op, *routing, x.element_size()); !wrong.empty()) return wrong;
-    recv.place(
-        op, x, sizeof(RowMeta), [&](int r) { return routing->delivered(r); },
-        [&](int r) { return routing->total_rows(r); });
-    return std::string();
-  });
-
-  const int64_t T = post.tokens, K = post.top_k, R = num_ranks, L = routing->num_local_experts();
-  const int64_t delivered = routing->delivered(op.rank());
-  const int64_t N = routing->total_rows(op.rank());
-  recv.allocate(op);
-  Dispatched out = early ? early->out : make_results(x, topk_idx, low_latency, num_experts, R, N, nullptr);
-  std::vector<int64_t> places;
-  int32_t* src_info = nullptr;
-  if (blocks != nullptr) {
-    if (spoils) recv.blocks().clear();
-    recv.set_places(places = arrange(*routing, op.rank(), *blocks, *out.padded));
-    src_info = out.padded->src_info.mutable_data_ptr<int32_t>();
-  }
-  auto* source = out.recv_src_idx.mutable_data_ptr<int32_t>();
-  std::fill(source + 3 * delivered, source + 3 * N, -1);
-  int64_t* recv_ids = nullptr;
-  float* recv_weights = nullptr;
-  if (!low_latency) {
-    recv_ids = out.rest->recv_topk_idx.mutable_data_ptr<int64_t>();
-    recv_weights = out.rest->recv_topk_weights.mutable_data_ptr<float>();
-    std::fill_n(recv_ids, N * K, -1);
-    std::fill_n(recv_weights, N * K, 0.0f);
+    if (std::string wrong = too_much_memory(op, *routing_, call_.x.element_size()); !wrong.empty()) return wrong;
+    recv_.place(
+        op, call_.x, sizeof(RowMeta), [&](int r) { return routing_->delivered(r); },
+        [&](int r) { return routing_->total_rows(r); });
+    return {};
   }
 
-  // Send rows, receive rows.
-  const auto describe = [&](int64_t n, int64_t local_expert, int64_t from, const RowMeta& meta) {
-    if (!low_latency) {
-      recv_ids[n * K + meta.k] = local_expert;
-      recv_weights[n * K + meta.k] = meta.weight;
+  // Makes the results, as if no row arrived.
+  void allocate(Operation& op) {
+    const int64_t N = routing_->total_rows(op.rank()), delivered = routing_->delivered(op.rank());
+    recv_.allocate(op);
+    out_ = early_ ? std::move(early_->out)
+                  : make_results(call_.x, call_.topk_idx, low_latency_, call_.num_experts, R, N, nullptr);
+    if (call_.blocks) {
+      if (spoils_) recv_.blocks().clear();
+      recv_.set_places(places_ = arrange(*routing_, op.rank(), *call_.blocks, *out_->padded));
+      src_info_ = out_->padded->src_info.mutable_data_ptr<int32_t>();
     }
-    source[3 * n] = static_cast<int32_t>(from);
-    source[3 * n + 1] = meta.token;
-    source[3 * n + 2] = meta.k;
-    if (src_info != nullptr) src_info[places[n]] = meta.token;
-  };
-  const auto weight_of = [&](const float* weights, int64_t i) { return low_latency ? 0.0f : weights[i]; };
-  const auto* rows = static_cast<const std::byte*>(x.const_data_ptr());
-  const uint64_t row_bytes = recv.row_bytes();
-  auto* head = out.send_head.mutable_data_ptr<int32_t>();
-  if (op.all_attached()) {
-    place_tokens(ids, T * K, *routing, op.rank(), head, [](int32_t, int32_t, int32_t) {});
+    source_ = out_->recv_src_idx.mutable_data_ptr<int32_t>();
+    std::fill(source_ + 3 * delivered, source_ + 3 * N, -1);
+    if (low_latency_) return;
+    recv_ids_ = out_->rest->recv_topk_idx.mutable_data_ptr<int64_t>();
+    recv_weights_ = out_->rest->recv_topk_weights.mutable_data_ptr<float>();
+    std::fill_n(recv_ids_, N * K, -1);
+    std::fill_n(recv_weights_, N * K, 0.0f);
+  }
+
+  // Sends rows, receives rows.
+  void move_rows(Operation& op) {
+    if (op.all_attached())
+      take_attached(op);
+    else
+      exchange(op);
+  }
+
+  // Counts and prefix sums.
+  void count(const Operation& op) {
+    const int64_t E = call_.num_experts;
+    auto* per_expert = out_->num_recv_tokens_per_expert.mutable_data_ptr<int64_t>();
+    std::fill_n(per_expert, L, 0);
+    int32_t running = 0;
+    auto* recv_prefix = out_->recv_channel_prefix_matrix.mutable_data_ptr<int32_t>();
+    routing_->segments(op.rank(), [&](int64_t l, int64_t s, int64_t first, int64_t end) {
+      per_expert[l] += end - first;
+      recv_prefix[l * R + s] = running += routing_->count(s, op.rank() * L + l);
+    });
+    if (low_latency_) return;
+    *out_->rest->num_dropped.mutable_data_ptr<int64_t>() = routing_->wanted(op.rank()) - routing_->delivered(op.rank());
+    auto* between_ranks = out_->rest->rank_prefix_matrix.mutable_data_ptr<int32_t>();
+    std::fill_n(between_ranks, R * R, 0);
+    for (int64_t d = 0; d < R; ++d)
+      routing_->segments(d, [&](int64_t, int64_t s, int64_t first, int64_t end) {
+        between_ranks[s * R + d] += static_cast<int32_t>(end - first);
+      });
+    for (int64_t i = R; i < R * R; ++i) between_ranks[i] += between_ranks[i - R];
+    auto* sent_prefix = out_->rest->channel_prefix_matrix.mutable_data_ptr<int32_t>();
+    for (int64_t e = 0; e < E; ++e)
+      sent_prefix[e] = routing_->count(op.rank(), e) + (e % L > 0 ? sent_prefix[e - 1] : 0);
+  }
+
+  Dispatched finish(Operation& op) {
+    const auto unused = spoils_ ? RecvRows::Unused::spoiled : RecvRows::Unused::any;
+    out_->recv_x = recv_.take(op, call_.x, call_.zero_unused ? RecvRows::Unused::zero : unused);
+    op.finish();
+    return std::move(*out_);
+  }
+
+ private:
+  // Right arguments: the post, the counts, and the tokens themselves where they are few.
+  void describe_tokens(Contribution& mine, const Group& group) {
+    const Tensor& x = call_.x;
+    ids_ = call_.topk_idx.const_data_ptr<int64_t>();
+    weights_ = low_latency_ ? nullptr : call_.topk_weights->const_data_ptr<float>();
+    rows_ = static_cast<const std::byte*>(x.const_data_ptr());
+    T = x.size(0);
+    K = call_.topk_idx.size(1);
+    R = call_.num_ranks;
+    L = call_.num_experts / R;
+    Post& post = mine.post;
+    post.tokens = T;
+    post.hidden = x.size(1);
+    post.top_k = K;
+    post.experts = call_.num_experts;
+    post.dtype = static_cast<int64_t>(dtype_of(x));
+    post.rows = call_.num_rows;
+    mine.words.resize(call_.num_experts);
+    const std::string wrong = count_experts(ids_, T, K, call_.num_experts, mine.words.data());
+    call_.checks.require(wrong.empty(), wrong);
+    const AttachedTokens attached(post, x.element_size());
+    const int64_t rows = call_.num_rows > 0 ? call_.num_rows : T * K;
+    mine.expected = rows * (attached.row_bytes + sizeof(RowMeta));
+    mine.least = call_.num_rows * attached.row_bytes;
+    look_at_memory(call_.checks, mine, group, rows * row_memory(post, attached.row_bytes));
+    mine.attached_bytes = attached.bytes;
+    mine.attach = [this, attached](std::byte* to) { attached.write(to, rows_, ids_, weights_); };
+  }
+
+  // What goes with row n, of all but the row itself.
+  void describe_row(int64_t n, int64_t local_expert, int64_t from, const RowMeta& meta) {
+    if (!low_latency_) {
+      recv_ids_[n * K + meta.k] = local_expert;
+      recv_weights_[n * K + meta.k] = meta.weight;
+    }
+    source_[3 * n] = static_cast<int32_t>(from);
+    source_[3 * n + 1] = meta.token;
+    source_[3 * n + 2] = meta.k;
+    if (src_info_ != nullptr) src_info_[places_[n]] = meta.token;
+  }
+
+  float weight_of(const float* weights, int64_t i) const { return low_latency_ ? 0.0f : weights[i]; }
+
+  // All tokens of all ranks are there: this rank takes those for its experts.
+  void take_attached(Operation& op) {
+    place_tokens(ids_, T * K, *routing_, op.rank(), head(), [](int32_t, int32_t, int32_t) {});
     op.enter(Phase::copy);
+    const int64_t delivered = routing_->delivered(op.rank()), first_expert = op.rank() * L;
     std::vector<int64_t> next(L * R);  // row of a local expert's next token from a rank
-    routing->segments(op.rank(), [&](int64_t l, int64_t s, int64_t first, int64_t) { next[l * R + s] = first; });
-    const int64_t first_expert = op.rank() * L;
+    routing_->segments(op.rank(), [&](int64_t l, int64_t s, int64_t first, int64_t) { next[l * R + s] = first; });
     for (int s = 0; s < R; ++s) {
-      const AttachedTokens attached(op.post(s), x.element_size());
+      const AttachedTokens attached(op.post(s), call_.x.element_size());
       const std::byte* at = op.attachment(s);
       const bool own = s == op.rank();
-      const std::byte* row = own ? rows : at;
-      const int64_t* its_ids = own ? ids : attached.ids(at);
-      const float* its_weights = own ? weights : attached.weights(at);
-      for (int32_t t = 0; t < attached.tokens; ++t, row += row_bytes)
+      const std::byte* row = own ? rows_ : at;
+      const int64_t* its_ids = own ? ids_ : attached.ids(at);
+      const float* its_weights = own ? weights_ : attached.weights(at);
+      for (int32_t t = 0; t < attached.tokens; ++t, row += attached.row_bytes)
         for (int32_t k = 0; k < K; ++k) {
           const int64_t l = its_ids[t * K + k] - first_expert;
           if (l < 0 || l >= L) continue;
           const int64_t n = next[l * R + s]++;
           if (n >= delivered) continue;
-          recv.put(n, row);
-          describe(n, l, s, {t, k, weight_of(its_weights, t * K + k)});
+          recv_.put(n, row);
+          describe_row(n, l, s, {t, k, weight_of(its_weights, t * K + k)});
         }
     }
-  } else {
+  }
+
+  // Every rank writes its rows to where they belong.
+  void exchange(Operation& op) {
     std::vector<Entry> entries;
     entries.reserve(T * K);
-    place_tokens(ids, T * K, *routing, op.rank(), head,
+    place_tokens(ids_, T * K, *routing_, op.rank(), head(),
                  [&](int32_t dest, int32_t row, int32_t i) { entries.push_back({dest, row, i}); });
     struct Segment {
       int64_t local_expert, source, end;
     };
     std::vector<Segment> segments;
     segments.reserve(L * R);
-    routing->segments(op.rank(), [&](int64_t l, int64_t s, int64_t, int64_t end) { segments.push_back({l, s, end}); });
+    routing_->segments(op.rank(), [&](int64_t l, int64_t s, int64_t, int64_t end) { segments.push_back({l, s, end}); });
     size_t at = 0;
     op.exchange(
-        entries, recv.regions(), row_bytes, sizeof(RowMeta),
+        entries, recv_.regions(), recv_.row_bytes(), sizeof(RowMeta),
         [&](const Entry& entry, std::byte* meta) {
           const int32_t token = static_cast<int32_t>(entry.row / K);
-          const RowMeta data{token, static_cast<int32_t>(entry.row % K), weight_of(weights, entry.row)};
+          const RowMeta data{token, static_cast<int32_t>(entry.row % K), weight_of(weights_, entry.row)};
           std::memcpy(meta, &data, sizeof data);
-          return rows + token * row_bytes;
+          return rows_ + token * recv_.row_bytes();
         },
         [&](int64_t first, int64_t end, std::byte* chunk, std::byte* metas) {
-          recv.settle(first, end, chunk);
+          recv_.settle(first, end, chunk);
           for (int64_t n = first; n < end; ++n, metas += sizeof(RowMeta)) {
             while (segments[at].end <= n) ++at;
             RowMeta meta;
             std::memcpy(&meta, metas, sizeof meta);
-            describe(n, segments[at].local_expert, segments[at].source, meta);
+            describe_row(n, segments[at].local_expert, segments[at].source, meta);
           }
         });
   }
 
-  // Counts and prefix sums.
-  auto* per_expert = out.num_recv_tokens_per_expert.mutable_data_ptr<int64_t>();
-  std::fill_n(per_expert, L, 0);
-  int32_t running = 0;
-  auto* recv_prefix = out.recv_channel_prefix_matrix.mutable_data_ptr<int32_t>();
-  routing->segments(op.rank(), [&](int64_t l, int64_t s, int64_t first, int64_t end) {
-    per_expert[l] += end - first;
-    recv_prefix[l * R + s] = running += routing->count(s, op.rank() * L + l);
-  });
-  if (!low_latency) {
-    *out.rest->num_dropped.mutable_data_ptr<int64_t>() = routing->wanted(op.rank()) - delivered;
-    auto* between_ranks = out.rest->rank_prefix_matrix.mutable_data_ptr<int32_t>();
-    std::fill_n(between_ranks, R * R, 0);
-    for (int64_t d = 0; d < R; ++d)
-      routing->segments(d, [&](int64_t, int64_t s, int64_t first, int64_t end) {
-        between_ranks[s * R + d] += static_cast<int32_t>(end - first);
-      });
-    for (int64_t i = R; i < R * R; ++i) between_ranks[i] += between_ranks[i - R];
-    auto* sent_prefix = out.rest->channel_prefix_matrix.mutable_data_ptr<int32_t>();
-    for (int64_t e = 0; e < num_experts; ++e) sent_prefix[e] = counts[e] + (e % L > 0 ? sent_prefix[e - 1] : 0);
-  }
+  int32_t* head() { return out_->send_head.mutable_data_ptr<int32_t>(); }
 
-  const auto unused = spoils ? RecvRows::Unused::spoiled : RecvRows::Unused::any;
-  out.recv_x = recv.take(op, x, zero_unused ? RecvRows::Unused::zero : unused);
-  op.finish();
-  return out;
+  DispatchCall& call_;
+  const bool low_latency_, spoils_;
+  std::optional<EarlyDispatched> early_;
+  RecvRows recv_;
+  std::optional<Routing> routing_;
+  std::optional<Dispatched> out_;
+  std::vector<int64_t> places_;  // of rows, in blocks
+  int64_t T = 0, K = 0, R = 0, L = 0;
+  // Of this rank's tokens:
+  const std::byte* rows_ = nullptr;
+  const int64_t* ids_ = nullptr;
+  const float* weights_ = nullptr;
+  // Of the results:
+  int32_t* source_ = nullptr;
+  int32_t* src_info_ = nullptr;
+  int64_t* recv_ids_ = nullptr;
+  float* recv_weights_ = nullptr;
+};
+
+}  // namespace
+
+std::optional<EarlyDispatched> DispatchCall::make_early(const Group& group) {
+  if (num_rows == 0) return std::nullopt;
+  return deep_ep::make_early(checks, [&] {
+    const bool low_latency = is_low_latency();
+    const Blocks* const in_blocks = blocks ? &*blocks : nullptr;
+    EarlyDispatched early{.out = make_results(x, topk_idx, low_latency, num_experts, num_ranks, num_rows, in_blocks)};
+    if (blocks)
+      take_blocks(early.recv, *blocks, x, early.out);
+    else
+      early.out.recv_x = early.recv.make_early(group, x, num_rows, sizeof(RowMeta), low_latency);
+    return early;
+  });
+}
+
+Results DispatchCall::run(Turn turn, std::optional<EarlyDispatched> early) {
+  Dispatching steps(*this, turn.group(), std::move(early));
+  Contribution mine = steps.contribute(turn.group());
+  Operation op(std::move(turn), std::move(mine), [&](const Operation& op) { return steps.route(op); });
+  steps.allocate(op);
+  steps.move_rows(op);
+  steps.count(op);
+  return in_order(steps.finish(op));
 }
 
 namespace {
 
-constexpr Op kOp = Op::dispatch;
-
-template <typename Outputs>
-Outputs in_order(const Dispatched& out) {
+Results in_order(const Dispatched& out) {
   const Dispatched::Rest& rest = *out.rest;
   return {out.recv_x,
           rest.recv_topk_idx,
@@ -356,37 +407,23 @@ Outputs in_order(const Dispatched& out) {
           out.send_head};
 }
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
-                 int64_t num_worst_tokens, GroupName group) {
-  Turn turn = groups::get(name_of(kOp), group.value);
-  Checks checks =
-      check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, turn.group().size());
-  return in_order<Outputs>(dispatch_rows(std::move(turn), std::move(checks), x, topk_idx, topk_weights, num_experts,
-                                         num_ranks, num_worst_tokens));
-}
-
-Tensor dispatch_start(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
+DispatchCall dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
                       int64_t num_worst_tokens, GroupName group) {
-  Turn turn = groups::get(name_of(kOp), group.value);
+  Turn turn = groups::get("dispatch", group.value);
   Checks checks =
       check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, turn.group().size());
-  std::optional<EarlyDispatched> early;
-  if (num_worst_tokens > 0)
-    early = make_early(checks, [&] {
-      return early_results(turn.group(), x, topk_idx, false, num_experts, num_ranks, num_worst_tokens);
-    });
-  return start(kOp, std::move(turn), early ? in_order<Results>(early->out) : Results{}, [=](Turn turn) {
-    return in_order<Results>(dispatch_rows(std::move(turn), checks, x, topk_idx, topk_weights, num_experts, num_ranks,
-                                           num_worst_tokens, early));
-  });
+  return {.turn = std::move(turn),
+          .checks = std::move(checks),
+          .x = x,
+          .topk_idx = topk_idx,
+          .topk_weights = topk_weights,
+          .num_experts = num_experts,
+          .num_ranks = num_ranks,
+          .num_rows = num_worst_tokens,
+          .in_order = in_order};
 }
 
 }  // namespace
 }  // namespace deep_ep
 
-STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) {
-  library.impl("dispatch", TORCH_BOX(&deep_ep::dispatch));
-  library.impl("dispatch_start", TORCH_BOX(&deep_ep::dispatch_start));
-}
+STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) { deep_ep::implement<&deep_ep::dispatch, 10>(library, "dispatch"); }

@@ -5,6 +5,7 @@
 
 #include "arguments.h"
 #include "recv_rows.h"
+#include "started.h"
 
 namespace deep_ep {
 
@@ -23,21 +24,33 @@ struct Dispatched {
   std::optional<Padded> padded;
 };
 
-// The op dispatch or, without topk_weights, low_latency_dispatch; `checks` has been made of its arguments. `early`: its
-// results, where they were made before. `blocks`: rows of low latency lie in blocks on this rank. `zero_unused`: rows
-// beyond those received become 0; else they hold anything.
+// The same of a call that has not begun, and what rows will come to.
 struct EarlyDispatched {
   RecvRows recv;
   Dispatched out;
 };
-Dispatched dispatch_rows(Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
-                         const std::optional<Tensor>& topk_weights, int64_t num_experts, int64_t num_ranks,
-                         int64_t num_worst_tokens, std::optional<EarlyDispatched> early = std::nullopt,
-                         const Blocks* blocks = nullptr, bool zero_unused = true);
 
-// For right arguments, with num_worst_tokens rows.
-EarlyDispatched early_results(const Group& group, const Tensor& x, const Tensor& topk_idx, bool low_latency,
-                              int64_t num_experts, int64_t num_ranks, int64_t num_worst_tokens,
-                              const Blocks* blocks = nullptr);
+// A call of dispatch or, without topk_weights, of low_latency_dispatch.
+struct DispatchCall {
+  using Early = EarlyDispatched;
+
+  Turn turn;
+  Checks checks;  // of the arguments
+  Tensor x, topk_idx;
+  std::optional<Tensor> topk_weights = {};
+  int64_t num_experts, num_ranks;
+  int64_t num_rows;  // of the results; 0: as many as arrive
+  Results (*in_order)(const Dispatched&);
+  std::optional<Blocks> blocks = {};  // rows of low latency lie in blocks on this rank
+  bool zero_unused = true;            // rows beyond those received become 0; else they hold anything
+
+  bool is_low_latency() const { return !topk_weights; }
+  Op op() const { return is_low_latency() ? Op::low_latency_dispatch : Op::dispatch; }
+
+  // Nothing in exact mode.
+  std::optional<EarlyDispatched> make_early(const Group& group);
+  Results results(const EarlyDispatched& early) const { return in_order(early.out); }
+  Results run(Turn turn, std::optional<EarlyDispatched> early);
+};
 
 }  // namespace deep_ep

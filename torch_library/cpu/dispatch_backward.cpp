@@ -1,5 +1,5 @@
 #include "send_back.h"
-#include "started.h"
+#include "shm/groups.h"
 
 namespace deep_ep {
 namespace {
@@ -16,8 +16,16 @@ std::vector<float> weight_gradients(const Tensor& grad_recv_topk_weights, const 
   return of_row;
 }
 
-Results run(Turn turn, const Tensor& grad_recv_x, const Tensor& grad_recv_topk_weights, const Tensor& recv_src_idx,
-            const Tensor& topk_idx, const Tensor& send_head, int64_t num_experts, int64_t num_ranks) {
+struct DispatchBackwardCall {
+  Turn turn;
+  Tensor grad_recv_x, grad_recv_topk_weights, recv_src_idx, topk_idx, send_head;
+  int64_t num_experts, num_ranks;
+
+  Op op() const { return kOp; }
+  Results run(Turn turn);
+};
+
+Results DispatchBackwardCall::run(Turn turn) {
   const Group& group = turn.group();
   Checks checks =
       check_handle("grad_recv_x", grad_recv_x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group.size());
@@ -51,26 +59,22 @@ Results run(Turn turn, const Tensor& grad_recv_x, const Tensor& grad_recv_topk_w
   return {grad_x, grad_topk_weights};
 }
 
-std::tuple<Tensor, Tensor> dispatch_backward(Tensor grad_recv_x, Tensor grad_recv_topk_weights, Tensor recv_src_idx,
-                                             Tensor topk_idx, Tensor send_head, int64_t num_experts, int64_t num_ranks,
-                                             GroupName group) {
-  const Results out = run(groups::get(name_of(kOp), group.value), grad_recv_x, grad_recv_topk_weights, recv_src_idx,
-                          topk_idx, send_head, num_experts, num_ranks);
-  return {out[0], out[1]};
-}
-
-Tensor dispatch_backward_start(Tensor grad_recv_x, Tensor grad_recv_topk_weights, Tensor recv_src_idx, Tensor topk_idx,
-                               Tensor send_head, int64_t num_experts, int64_t num_ranks, GroupName group) {
-  return start(kOp, groups::get(name_of(kOp), group.value), {}, [=](Turn turn) {
-    return run(std::move(turn), grad_recv_x, grad_recv_topk_weights, recv_src_idx, topk_idx, send_head, num_experts,
-               num_ranks);
-  });
+DispatchBackwardCall dispatch_backward(Tensor grad_recv_x, Tensor grad_recv_topk_weights, Tensor recv_src_idx,
+                                       Tensor topk_idx, Tensor send_head, int64_t num_experts, int64_t num_ranks,
+                                       GroupName group) {
+  return {groups::get(name_of(kOp), group.value),
+          grad_recv_x,
+          grad_recv_topk_weights,
+          recv_src_idx,
+          topk_idx,
+          send_head,
+          num_experts,
+          num_ranks};
 }
 
 }  // namespace
 }  // namespace deep_ep
 
 STABLE_TORCH_LIBRARY_IMPL(deep_ep, CPU, library) {
-  library.impl("dispatch_backward", TORCH_BOX(&deep_ep::dispatch_backward));
-  library.impl("dispatch_backward_start", TORCH_BOX(&deep_ep::dispatch_backward_start));
+  deep_ep::implement<&deep_ep::dispatch_backward, 2>(library, "dispatch_backward");
 }

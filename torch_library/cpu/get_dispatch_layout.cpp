@@ -1,5 +1,5 @@
 #include "arguments.h"
-#include "routing.h"
+#include "shm/routing.h"
 
 namespace deep_ep {
 namespace {

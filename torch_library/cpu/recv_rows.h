@@ -7,7 +7,8 @@
 
 #include "arguments.h"
 #include "blocks.h"
-#include "private_memory.h"
+#include "shm/operation.h"
+#include "shm/private_memory.h"
 
 namespace deep_ep {
 

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "started.h"
-
 namespace deep_ep {
 
 void SendBack::attach_to(Contribution& mine) const {
@@ -147,11 +145,13 @@ std::vector<int64_t> places_in_blocks(const Handle& handle, int64_t block, std::
 
 }  // namespace
 
-Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
-                    const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
-                    int64_t num_experts, int64_t num_ranks, const Tensor* layout_range, std::optional<Tensor> early) {
-  HandleArguments arguments(op_code, turn.group(), checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks,
-                            layout_range);
+std::optional<Tensor> CombineCall::make_early(const Group&) {
+  return deep_ep::make_early(checks, [&] { return empty_tensor(x, {topk_idx.size(0), x.size(x.dim() - 1)}); });
+}
+
+Results CombineCall::run(Turn turn, std::optional<Tensor> early) {
+  HandleArguments arguments(code, turn.group(), checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks,
+                            layout_range ? &*layout_range : nullptr);
   SendBack back{.handle = arguments.handle};
   if (arguments.right()) {
     back.dtype = dtype_of(x);
@@ -171,18 +171,7 @@ Tensor combine_rows(Op op_code, Turn turn, Checks checks, const Tensor& x, const
   back.sums = combined.mutable_data_ptr();
   back.run(op, regions);
   op.finish();
-  return combined;
-}
-
-Tensor start_combine(Op op, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
-                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
-                     int64_t num_experts, int64_t num_ranks, std::optional<Tensor> layout_range, const char* name) {
-  const auto early = make_early(checks, [&] { return empty_tensor(x, {topk_idx.size(0), x.size(x.dim() - 1)}); });
-  const auto body = [=](Turn turn) {
-    return Results{combine_rows(op, std::move(turn), checks, x, topk_idx, topk_weights, recv_src_idx, send_head,
-                                num_experts, num_ranks, layout_range ? &*layout_range : nullptr, early)};
-  };
-  return start(op, std::move(turn), early ? Results{*early} : Results{}, body, name);
+  return {combined};
 }
 
 }  // namespace deep_ep

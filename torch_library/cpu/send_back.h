@@ -3,7 +3,8 @@
 #pragma once
 
 #include "arguments.h"
-#include "handle.h"
+#include "shm/handle.h"
+#include "started.h"
 
 namespace deep_ep {
 
@@ -59,17 +60,22 @@ struct HandleArguments {
   Contribution contribution;
 };
 
-// Each token's weighted sum of the rows x [N, H], or [L, rows of an expert, H], as the operation `op`: what combine and
-// the low-latency combines are made of. `early`: the result, where it was made before.
-Tensor combine_rows(Op op, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
-                    const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
-                    int64_t num_experts, int64_t num_ranks, const Tensor* layout_range = nullptr,
-                    std::optional<Tensor> early = std::nullopt);
+// A call of combine, or of a low-latency combine: each token's weighted sum of the rows x [N, H], or
+// [L, rows of an expert, H].
+struct CombineCall {
+  using Early = Tensor;
 
-// Begins the same.
-Tensor start_combine(Op op, Turn turn, Checks checks, const Tensor& x, const Tensor& topk_idx,
-                     const Tensor& topk_weights, const Tensor& recv_src_idx, const Tensor& send_head,
-                     int64_t num_experts, int64_t num_ranks, std::optional<Tensor> layout_range = std::nullopt,
-                     const char* name = nullptr);
+  Op code;
+  Turn turn;
+  Checks checks;  // of the arguments
+  Tensor x, topk_idx, topk_weights, recv_src_idx, send_head;
+  int64_t num_experts, num_ranks;
+  std::optional<Tensor> layout_range = {};
+
+  Op op() const { return code; }
+  std::optional<Tensor> make_early(const Group& group);
+  Results results(const Tensor& early) const { return {early}; }
+  Results run(Turn turn, std::optional<Tensor> early);
+};
 
 }  // namespace deep_ep

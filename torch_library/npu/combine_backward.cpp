@@ -4,9 +4,8 @@
 namespace deep_ep::npu {
 namespace {
 
-std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor topk_idx, Tensor topk_weights,
-                                            Tensor recv_src_idx, Tensor send_head, int64_t num_experts,
-                                            int64_t num_ranks, GroupName group) {
+QueuedCall combine_backward(Tensor grad_out, Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_idx,
+                            Tensor send_head, int64_t num_experts, int64_t num_ranks, GroupName group) {
   const char* op = "combine_backward";
   Checks checks =
       check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group_size(op, group.value));
@@ -17,21 +16,12 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor x, Tensor to
   Tensor grad_topk_weights = empty_tensor(topk_weights, {topk_idx.size(0), topk_idx.size(1)});
   run(op, group.value, {grad_out, x, topk_idx, topk_weights, recv_src_idx, send_head}, {num_experts, num_ranks},
       {grad_x, grad_topk_weights});
-  return {grad_x, grad_topk_weights};
-}
-
-// The kernel is on the stream when this returns; the host waits for nothing in either case.
-Tensor combine_backward_start(Tensor grad_out, Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_idx,
-                              Tensor send_head, int64_t num_experts, int64_t num_ranks, GroupName group) {
-  const auto [grad_x, grad_topk_weights] =
-      combine_backward(grad_out, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts, num_ranks, group);
-  return hold(Op::combine_backward, {grad_x, grad_topk_weights});
+  return {Op::combine_backward, {grad_x, grad_topk_weights}};
 }
 
 }  // namespace
 }  // namespace deep_ep::npu
 
 STABLE_TORCH_LIBRARY_IMPL(deep_ep, PrivateUse1, library) {
-  library.impl("combine_backward", TORCH_BOX(&deep_ep::npu::combine_backward));
-  library.impl("combine_backward_start", TORCH_BOX(&deep_ep::npu::combine_backward_start));
+  deep_ep::implement<&deep_ep::npu::combine_backward, 2>(library, "combine_backward");
 }

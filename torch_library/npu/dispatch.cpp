@@ -4,8 +4,6 @@
 namespace deep_ep::npu {
 namespace {
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // The rows that this rank will receive, from the counts of all ranks: the host waits for them.
 int64_t exact_rows(const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks, const std::string& group) {
   const char* op = "dispatch";
@@ -21,8 +19,9 @@ int64_t exact_rows(const Tensor& topk_idx, int64_t num_experts, int64_t num_rank
   return *found.const_data_ptr<int64_t>();
 }
 
-Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
-                 int64_t num_worst_tokens, GroupName group) {
+// In capacity mode the host waits for nothing.
+QueuedCall dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
+                    int64_t num_worst_tokens, GroupName group) {
   const char* op = "dispatch";
   require(op, check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens,
                              group_size(op, group.value)));
@@ -31,30 +30,18 @@ Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_exp
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
     return empty_tensor(x, shape, dtype);
   };
-  const Outputs out = {empty_tensor(x, {N, x.size(1)}),  empty({N, K}, ScalarType::Long),
+  const Results out = {empty_tensor(x, {N, x.size(1)}),  empty({N, K}, ScalarType::Long),
                        empty({N, K}, ScalarType::Float), empty({L}, ScalarType::Long),
                        empty({}, ScalarType::Long),      empty({R, R}, ScalarType::Int),
                        empty({R, L}, ScalarType::Int),   empty({L, R}, ScalarType::Int),
                        empty({N, 3}, ScalarType::Int),   empty({T, K}, ScalarType::Int)};
-  std::apply(
-      [&](const auto&... outputs) {
-        run(op, group.value, {x, topk_idx, topk_weights}, {num_experts, num_ranks, N}, {outputs...});
-      },
-      out);
-  return out;
-}
-
-// The kernel is on the stream when this returns; in capacity mode the host waits for nothing.
-Tensor dispatch_start(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
-                      int64_t num_worst_tokens, GroupName group) {
-  const Outputs out = dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, group);
-  return hold(Op::dispatch, std::apply([](const auto&... outputs) { return Results{outputs...}; }, out));
+  run(op, group.value, {x, topk_idx, topk_weights}, {num_experts, num_ranks, N}, out);
+  return {Op::dispatch, out};
 }
 
 }  // namespace
 }  // namespace deep_ep::npu
 
 STABLE_TORCH_LIBRARY_IMPL(deep_ep, PrivateUse1, library) {
-  library.impl("dispatch", TORCH_BOX(&deep_ep::npu::dispatch));
-  library.impl("dispatch_start", TORCH_BOX(&deep_ep::npu::dispatch_start));
+  deep_ep::implement<&deep_ep::npu::dispatch, 10>(library, "dispatch");
 }

@@ -8,10 +8,9 @@
 #include <mutex>
 #include <vector>
 
-#include "npu/kernels.h"
-#include "window_map.h"
-
-#define DEEP_EP_API extern "C" __attribute__((visibility("default")))
+#include "c_boundary.h"
+#include "device/window_map.h"
+#include "ops/kernels.h"
 
 namespace deep_ep::npu {
 namespace {
@@ -35,15 +34,34 @@ State& state() {
   return instance;
 }
 
-const DeepEpKernels& kernels(const char* op) {
+// nullptr: none are.
+const DeepEpKernels* loaded() {
   std::lock_guard lock(state().mutex);
-  if (state().kernels == nullptr)
+  return state().kernels;
+}
+
+const DeepEpKernels& kernels(const char* op) {
+  const DeepEpKernels* const found = loaded();
+  if (found == nullptr)
     throw Error(
         str("deep_ep.", op,
             ": this installation has no kernels for the NPU; build the wheel with CANN (bash build.sh -a deepep "
             "for A3, -a deepep2 for A2, -a deepep Ascend950 for A5), or name a library of kernels in "
             "DEEP_EP_KERNELS; the strategy alltoall needs none"));
-  return *state().kernels;
+  return *found;
+}
+
+const DeepEpKernels& open_kernels(const char* path) {
+  void* const library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw Error(dlerror());
+  using Entry = const DeepEpKernels*();  // without noexcept: it is not known yet what that is
+  auto* const entry = reinterpret_cast<Entry*>(dlsym(library, "deep_ep_kernels"));
+  if (entry == nullptr) throw Error(str(path, " exports no deep_ep_kernels()"));
+  const DeepEpKernels* const kernels = entry();
+  if (kernels->version != DEEP_EP_KERNELS_VERSION)
+    throw Error(str(path, " has version ", kernels->version, " of the interface to kernels, this is version ",
+                    static_cast<int>(DEEP_EP_KERNELS_VERSION)));
+  return *kernels;
 }
 
 std::shared_ptr<const Windows> windows(const char* op, const std::string& group) {
@@ -216,54 +234,51 @@ void run(const char* op, const std::string& group, std::initializer_list<Tensor>
 
 }  // namespace deep_ep::npu
 
+using deep_ep::guarded;
 using deep_ep::npu::state;
 
 // Loads a library of kernels; nullptr as path forgets the one that is loaded.
-DEEP_EP_API int deep_ep_npu_load(const char* path, char* error) {
-  const auto fail = [error](const std::string& text) {
-    std::snprintf(error, DEEP_EP_TEXT_BYTES, "%s", text.c_str());
-    return 1;
-  };
-  const DeepEpKernels* kernels = nullptr;
-  if (path != nullptr) {
-    void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (library == nullptr) return fail(dlerror());
-    const auto entry = reinterpret_cast<decltype(&deep_ep_kernels)>(dlsym(library, "deep_ep_kernels"));
-    if (entry == nullptr) return fail(deep_ep::str(path, " exports no deep_ep_kernels()"));
-    kernels = entry();
-    if (kernels->version != DEEP_EP_KERNELS_VERSION)
-      return fail(deep_ep::str(path, " has version ", kernels->version,
-                               " of the interface to kernels, this is version ",
-                               static_cast<int>(DEEP_EP_KERNELS_VERSION)));
-  }
-  std::lock_guard lock(state().mutex);
-  state().kernels = kernels;
-  return 0;
+DEEP_EP_API int deep_ep_npu_load(const char* path, char* error) noexcept {
+  return guarded(error, [&] {
+    const DeepEpKernels* const kernels = path != nullptr ? &deep_ep::npu::open_kernels(path) : nullptr;
+    std::lock_guard lock(state().mutex);
+    state().kernels = kernels;
+  });
 }
 
 // The kernels' name, or nullptr if none are loaded.
-DEEP_EP_API const char* deep_ep_npu_kernels() {
-  std::lock_guard lock(state().mutex);
-  return state().kernels != nullptr ? state().kernels->name : nullptr;
+DEEP_EP_API const char* deep_ep_npu_kernels() noexcept {
+  const DeepEpKernels* const kernels = deep_ep::npu::loaded();
+  return kernels != nullptr ? kernels->name : nullptr;
 }
 
 DEEP_EP_API int deep_ep_npu_open_windows(const char* group, const char* communicator, int32_t rank, int32_t size,
-                                         uint64_t bytes, int64_t timeout_ms, int64_t* table, char* error) {
-  return state().kernels->open_windows(group, communicator, rank, size, bytes, timeout_ms, table, error);
+                                         uint64_t bytes, int64_t timeout_ms, int64_t* table, char* error) noexcept {
+  int status = 0;
+  return guarded(error,
+                 [&] {
+                   status = deep_ep::npu::kernels("open_windows")
+                                .open_windows(group, communicator, rank, size, bytes, timeout_ms, table, error);
+                 }) ||
+         status;
 }
 
 // Nonzero: a launch on these windows has failed, and `error` says which and why.
-DEEP_EP_API int deep_ep_npu_check(const int64_t* table, char* error) {
-  const std::string failure = deep_ep::npu::failure_of(*state().kernels, table);
-  std::snprintf(error, DEEP_EP_TEXT_BYTES, "%s", failure.c_str());
-  return failure.empty() ? 0 : 1;
+DEEP_EP_API int deep_ep_npu_check(const int64_t* table, char* error) noexcept {
+  return guarded(error, [&] {
+    const std::string failure = deep_ep::npu::failure_of(deep_ep::npu::kernels("check"), table);
+    if (!failure.empty()) throw deep_ep::Error(failure);
+  });
 }
 
-DEEP_EP_API void deep_ep_npu_close_windows(const char* group) { state().kernels->close_windows(group); }
+DEEP_EP_API void deep_ep_npu_close_windows(const char* group) noexcept {
+  if (const DeepEpKernels* const kernels = deep_ep::npu::loaded()) kernels->close_windows(group);
+}
 
 // The ops on the group `name` of `size` ranks pass the table at `table` (device memory), which has these words, to
 // their kernels; nullptr: no longer.
-DEEP_EP_API void deep_ep_npu_publish_windows(const char* name, int64_t size, const int64_t* words, void* table) {
+DEEP_EP_API void deep_ep_npu_publish_windows(const char* name, int64_t size, const int64_t* words,
+                                             void* table) noexcept {
   std::lock_guard lock(state().mutex);
   state().windows.erase(name);
   if (table == nullptr) return;

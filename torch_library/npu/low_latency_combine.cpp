@@ -7,41 +7,24 @@ namespace {
 constexpr Op kOp = Op::low_latency_combine;
 
 // comm_alg is for .ops.
-
-Results queued(const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weights, const Tensor& recv_src_idx,
-               const Tensor& layout_range, const Tensor& send_head, int64_t num_experts, int64_t num_ranks,
-               const std::string& group) {
+QueuedCall low_latency_combine(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_idx, Tensor layout_range,
+                               Tensor send_head, int64_t num_experts, int64_t num_ranks, GroupName group,
+                               GroupName /* comm_alg */) {
   const char* op = name_of(kOp);
   Checks checks =
-      check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group_size(op, group));
+      check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, group_size(op, group.value));
   checks.tensor("layout_range", layout_range, {ScalarType::Int}, {num_experts});
   checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, topk_idx.sizes());
   require(op, checks);
   const Tensor combined = empty_tensor(x, {topk_idx.size(0), x.size(1)});
-  run(op, group, {x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head}, {num_experts, num_ranks},
+  run(op, group.value, {x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head}, {num_experts, num_ranks},
       {combined});
-  return {combined};
-}
-
-// As low_latency_dispatch_start.
-Tensor low_latency_combine_start(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_idx,
-                                 Tensor layout_range, Tensor send_head, int64_t num_experts, int64_t num_ranks,
-                                 GroupName group, GroupName /* comm_alg */) {
-  return hold(kOp, queued(x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks,
-                          group.value));
-}
-
-Tensor low_latency_combine(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_idx, Tensor layout_range,
-                           Tensor send_head, int64_t num_experts, int64_t num_ranks, GroupName group,
-                           GroupName /* comm_alg */) {
-  return queued(x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head, num_experts, num_ranks,
-                group.value)[0];
+  return {kOp, {combined}};
 }
 
 }  // namespace
 }  // namespace deep_ep::npu
 
 STABLE_TORCH_LIBRARY_IMPL(deep_ep, PrivateUse1, library) {
-  library.impl("low_latency_combine", TORCH_BOX(&deep_ep::npu::low_latency_combine));
-  library.impl("low_latency_combine_start", TORCH_BOX(&deep_ep::npu::low_latency_combine_start));
+  deep_ep::implement<&deep_ep::npu::low_latency_combine, 1>(library, "low_latency_combine");
 }

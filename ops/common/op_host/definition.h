@@ -8,10 +8,10 @@
 #include <cstdio>
 #include <string>
 
+#include "device/tiling.h"
 #include "register/op_def_registry.h"
 #include "signature.h"
 #include "sizes.h"
-#include "tiling.h"
 #include "tiling/platform/platform_ascendc.h"
 
 // Set by the build for CANN.

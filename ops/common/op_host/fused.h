@@ -2,7 +2,7 @@
 #pragma once
 
 #include "definition.h"
-#include "fused_layout.h"
+#include "device/fused_layout.h"
 
 namespace deep_ep {
 

@@ -1,5 +1,5 @@
 // A launch among the ranks of its group: its epoch, its slots in the windows, flags that say that a slot is full, and
-// the status that says why a launch has failed. src/window_map.h has the map of a window.
+// the status that says why a launch has failed. src/device/window_map.h has the map of a window.
 #pragma once
 
 #include "kernel.h"

@@ -14,7 +14,7 @@
 #include <regex>
 
 #include "error.h"
-#include "npu/kernel_library.h"
+#include "ops/kernel_library.h"
 #include "register/op_def_registry.h"
 
 namespace {

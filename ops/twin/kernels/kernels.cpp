@@ -1,4 +1,4 @@
-// The interface of torch_library/npu/kernels.h on the twin. A launch is prepared by the definition of its operator, as
+// The interface of ops/kernels.h on the twin. A launch is prepared by the definition of its operator, as
 // CANN does it, and run with the cores of this process.
 #include <dlfcn.h>
 
@@ -11,14 +11,12 @@
 #include <mutex>
 
 #include "error.h"
-#include "npu/kernel_library.h"
+#include "ops/kernel_library.h"
 #include "register/op_def_registry.h"
 #include "registry.h"
 #include "report.h"
 #include "twin.h"
 #include "windows.h"
-
-#define DEEP_EP_API extern "C" __attribute__((visibility("default")))
 
 namespace twin::kernels {
 
@@ -202,7 +200,7 @@ Report execute(Plan& plan) {
 }
 
 int open_windows(const char* group, const char* communicator, int32_t rank, int32_t size, uint64_t bytes,
-                 int64_t timeout_ms, int64_t* table, char* error) {
+                 int64_t timeout_ms, int64_t* table, char* error) noexcept {
   return guarded(error, [&] {
     auto windows = std::make_shared<Windows>(communicator, rank, size, bytes, timeout_ms);
     std::lock_guard lock(state().mutex);
@@ -214,18 +212,18 @@ int open_windows(const char* group, const char* communicator, int32_t rank, int3
   });
 }
 
-void close_windows(const char* group) {
+void close_windows(const char* group) noexcept {
   std::lock_guard lock(state().mutex);
   state().windows.erase(group);
 }
 
-int read_status(const int64_t* table, int32_t* status, char*) {
+int read_status(const int64_t* table, int32_t* status, char*) noexcept {
   const auto* window = reinterpret_cast<const uint8_t*>(table[WindowMap::kHeader + table[WindowMap::kRank]]);
   std::memcpy(status, status_of(window), DEEP_EP_STATUS_WORDS * sizeof(int32_t));
   return 0;
 }
 
-int prepare(const DeepEpCall* call, void** planned, uint64_t* workspace_bytes, char* error) {
+int prepare(const DeepEpCall* call, void** planned, uint64_t* workspace_bytes, char* error) noexcept {
   return guarded(error, [&] {
     std::unique_ptr<Plan> made = plan(*call);
     *workspace_bytes = made->workspace_bytes;
@@ -235,12 +233,9 @@ int prepare(const DeepEpCall* call, void** planned, uint64_t* workspace_bytes, c
 
 // Over the stand-in for CANN a launch is a task of the stream. A captured one runs once for every replay, so plans live
 // on.
-void run_task(void* planned) {
-  try {
-    execute(*static_cast<Plan*>(planned));
-  } catch (const std::exception& wrong) {
-    std::fprintf(stderr, "deep_ep twin: %s\n", wrong.what());
-  }
+void run_task(void* planned) noexcept {
+  char error[DEEP_EP_TEXT_BYTES];
+  if (guarded(error, [&] { execute(*static_cast<Plan*>(planned)); })) std::fprintf(stderr, "deep_ep twin: %s\n", error);
 }
 
 void* stand_in_function(const char* name) {
@@ -249,7 +244,7 @@ void* stand_in_function(const char* name) {
 }
 
 // Without a stream the launch is executed at once, and a violation is an error.
-int launch(void* planned, void* workspace, void* stream, char* error) {
+int launch(void* planned, void* workspace, void* stream, char* error) noexcept {
   return guarded(error, [&] {
     auto* const plan = static_cast<Plan*>(planned);
     plan->workspace = static_cast<uint8_t*>(workspace);
@@ -272,7 +267,7 @@ int launch(void* planned, void* workspace, void* stream, char* error) {
 
 using namespace twin::kernels;
 
-DEEP_EP_API const DeepEpKernels* deep_ep_kernels(void) {
+DEEP_EP_API const DeepEpKernels* deep_ep_kernels(void) noexcept {
   static const DeepEpKernels kernels = {
       DEEP_EP_KERNELS_VERSION, "AscendC twin", open_windows, close_windows, read_status, prepare, launch};
   return &kernels;
@@ -282,7 +277,7 @@ DEEP_EP_API const DeepEpKernels* deep_ep_kernels(void) {
 // with this seed if it is not negative, with less unified buffer than there is if that is not 0. Windows that are
 // opened from now on have this architecture's deadlines.
 DEEP_EP_API void deep_ep_twin_configure(int32_t arch, int32_t vector_cores, int64_t seed,
-                                        uint64_t unified_buffer_bytes) {
+                                        uint64_t unified_buffer_bytes) noexcept {
   std::lock_guard lock(state().mutex);
   const Arch facts = facts_of(arch);
   state().settings = {arch,
@@ -296,7 +291,7 @@ DEEP_EP_API void deep_ep_twin_configure(int32_t arch, int32_t vector_cores, int6
 }
 
 // The violations since the last call, one to a line. Valid until the next call.
-DEEP_EP_API const char* deep_ep_twin_take_violations() {
+DEEP_EP_API const char* deep_ep_twin_take_violations() noexcept {
   static std::string text;
   std::lock_guard lock(state().mutex);
   text.clear();
@@ -307,7 +302,7 @@ DEEP_EP_API const char* deep_ep_twin_take_violations() {
 
 // What launches have done since the last call, kMostReports of them at most, as a list in JSON: Launch of
 // python/deep_ep/twin/kernels.py. Valid until the next call.
-DEEP_EP_API const char* deep_ep_twin_take_report() {
+DEEP_EP_API const char* deep_ep_twin_take_report() noexcept {
   static std::string text;
   std::lock_guard lock(state().mutex);
   text = '[' + joined(state().reports) + ']';

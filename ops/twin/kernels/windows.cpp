@@ -12,9 +12,9 @@
 #include <functional>
 #include <stdexcept>
 
+#include "device/window_map.h"
 #include "error.h"
 #include "waiting.h"
-#include "window_map.h"
 
 namespace twin::kernels {
 namespace {

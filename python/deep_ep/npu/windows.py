@@ -20,7 +20,7 @@ from ..meeting import Meeting
 from ..windows import finalize_here
 
 _HEADER = 8
-"""Words of a table before the addresses of the ranks' windows (torch_library/npu/kernels.h)."""
+"""Words of a table before the addresses of the ranks' windows (ops/kernels.h)."""
 
 DEFAULT_BYTES = 256 << 20
 """Bytes of a rank's window unless something else is asked for."""

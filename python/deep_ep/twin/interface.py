@@ -1,4 +1,4 @@
-"""The C interface of torch_library/npu/kernels.h, for ctypes."""
+"""The C interface of ops/kernels.h, for ctypes."""
 
 import ctypes
 from typing import Any

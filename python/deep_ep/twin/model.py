@@ -104,7 +104,7 @@ class Sizes:
 
 
 class Rows(NamedTuple):
-    """What an op does with rows: Work of src/tiling.h."""
+    """What an op does with rows: Work of src/device/tiling.h."""
 
     sent_bytes: int = 0
     """Of an element that is quantised on its way."""
@@ -122,7 +122,7 @@ class Pieces(NamedTuple):
 
     @classmethod
     def of(cls, s: Sizes, rows: Rows) -> "Pieces":
-        """As src/tiling.cpp has it; tests/npu/test_op_definitions.py compares."""
+        """As src/device/tiling.cpp has it; tests/npu/test_op_definitions.py compares."""
         tables, tiles = 10, (3 * 4 + 2 + 2 + 4) // s.element_bytes if rows.sent_bytes else 0
         if rows.arithmetic:
             tables, tiles = 6 + rows.answers, 2 + 2 * 4 // s.element_bytes + 4 * rows.copied
@@ -343,13 +343,13 @@ def _row_stride(op: str, s: Sizes) -> int:
 
 
 def window_bytes(op: str, s: Sizes, tokens: int) -> int:
-    """Bytes of a window with slots of so many tokens: src/window_map.h. Normal mode wants another LINE per slot."""
+    """Bytes of a window with slots of so many tokens: src/device/window_map.h. In normal mode LINE more per slot."""
     slot = align(4 * s.E, LINE) + align(tokens * s.record, LINE) + tokens * _row_stride(op, s)
     return LINE + align(4 * s.R * FLAG, LINE) + 2 * s.R * slot
 
 
 def slot_tokens(op: str, s: Sizes, window_bytes: int) -> int:
-    """Tokens of a round in normal mode: src/window_map.h."""
+    """Tokens of a round in normal mode: src/device/window_map.h."""
     room = (window_bytes - LINE - align(4 * s.R * FLAG, LINE)) // 2 // LINE * LINE // s.R // LINE * LINE
     return max(1, (room - align(4 * s.E, LINE) - LINE) // (s.record + _row_stride(op, s)))
 

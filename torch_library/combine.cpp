@@ -1,9 +1,0 @@
-#include "schema.h"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(deep_ep, library) {
-  const std::string arguments =
-      "(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_idx, Tensor send_head, int num_experts, "
-      "int num_ranks, str group)";
-  deep_ep::define(library, "combine", arguments + " -> Tensor combined_x");
-  deep_ep::define(library, "combine_start", arguments + " -> Tensor ticket");
-}
