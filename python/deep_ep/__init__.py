@@ -13,7 +13,6 @@ from . import ep_strategy, npu, strategies
 from .buffer import AlignedHandle, Buffer, InternodeHandle
 from .config import Config
 from .ep_strategy import LowLatencyStrategy, NormalStrategy
-from .fused_weights import FusedWeights, FuseMode, fused_bias, fused_weights, quantize_weight
 from .groups import destroy, init
 from .ops import (  # noqa: F401  (registers them)
     combine_backward,
@@ -32,6 +31,7 @@ from .ops.wait import Started, wait
 from .rank_rows import RankHandle
 from .strategies.low_latency_strategy import CapacityHandle, OpsHandle
 from .utils import EventHandle, EventOverlap
+from .weights import FusedWeights, FuseMode, fused_bias, fused_weights, quantize_weight
 
 __version__ = "0.1.0"
 

@@ -27,7 +27,6 @@ from .ep_strategy import (
     get_normal_strategy,
 )
 from .fused import FusedCalls
-from .fused_weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
 from .groups import Group, GroupInfo, spoil
 from .handles import copy_in_graph, readable_by_name
 from .low_latency import LowLatencyCalls
@@ -40,6 +39,7 @@ from .overlap import Plan, begin_after, event_of, issue
 from .rank_rows import RankHandle
 from .runtime import OfOps, Runtime, is_of_ops, of_strategy
 from .utils import EventHandle, EventOverlap
+from .weights import FuseMode  # noqa: F401  (where DeepEP-Ascend's callers look for it)
 from .windows import finalize_here
 
 

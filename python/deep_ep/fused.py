@@ -9,9 +9,9 @@ from torch import Tensor
 from .checks import FLOATS
 from .collective import collective
 from .fused_options import FORMATS, quant_mode_of
-from .fused_weights import FusedWeights, FuseMode, as_fuse_mode
 from .groups import GroupInfo
 from .ops import fused_deep_moe as fused_op
+from .weights import FusedWeights, FuseMode, as_fuse_mode
 
 
 class FusedCalls:

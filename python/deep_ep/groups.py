@@ -18,10 +18,10 @@ from . import _compile, env
 from ._library import library
 from .communicator import Communicator
 from .ep_strategy import MODES, LowLatencyStrategy, NormalStrategy, one_of
+from .kernels.torch_npu_ops import check_comm_alg
 from .meeting import INIT, Meeting, group_timeout
 from .npu import windows as npu_windows
 from .npu.platform import platform
-from .npu_ops import check_comm_alg
 from .windows import Windows
 
 F = TypeVar("F", bound=Callable[..., object])

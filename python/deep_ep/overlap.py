@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import cost
 from .groups import spoils
-from .pending import spoil, write
+from .kernels.started import spoil, write
 from .utils import EventHandle, EventOverlap
 
 

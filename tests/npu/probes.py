@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import reference
 import torch
 from cases import Case, assert_close, assert_dispatched, assert_same, expert_outputs, make_inputs
 from ranks import RankContext
 from torch import Tensor
 
-from deep_ep import quantization, reference
+from deep_ep import quantization
 from deep_ep.twin import model
 from deep_ep.twin.kernels import POISON, Failed, Group, Setup, Twin, get_dispatch_layout
 

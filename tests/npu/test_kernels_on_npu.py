@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 import torch_npu  # noqa: F401
@@ -21,7 +22,7 @@ from ranks import RankContext, RankPool
 from torch import Tensor
 
 import deep_ep
-from deep_ep import env, quantization, reference
+from deep_ep import env, quantization
 from deep_ep.twin import kernels as twin_kernels
 from deep_ep.twin.kernels import A5, Setup, Twin
 

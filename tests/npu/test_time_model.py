@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import probes
 import pytest
+import reference
 import torch
 from cases import Case
 from ranks import RankContext, RankPool
 from torch import Tensor
 
-from deep_ep import reference
 from deep_ep.twin import kernels, model, native
 from deep_ep.twin.kernels import ARCHS, Group, Setup, Twin
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import alltoall, checks
+from .. import checks
 from ..arguments import adapted, flat
 from ..groups import Group, GroupInfo, info_of
+from ..kernels import alltoall
 from ..npu import ge
 from ._registration import register, reject
 
