@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from ranks import RankContext, RankDied, RankPool, raise_failures, spawn_ranks
 from torch import Tensor
 
-from deep_ep.twin import kernels as twin_kernels
-from deep_ep.twin import native
-from deep_ep.twin.kernels import A2, ARCHS, VECTOR_CORES, Group, Setup, Twin
+from tools.twin import kernels as twin_kernels
+from tools.twin import native
+from tools.twin.kernels import A2, ARCHS, VECTOR_CORES, Group, Setup, Twin
 
 pytestmark = pytest.mark.skipif(
     native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"

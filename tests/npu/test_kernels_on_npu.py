@@ -23,8 +23,8 @@ from torch import Tensor
 
 import deep_ep
 from deep_ep import env, quantization
-from deep_ep.twin import kernels as twin_kernels
-from deep_ep.twin.kernels import A5, Setup, Twin
+from tools.twin import kernels as twin_kernels
+from tools.twin.kernels import A5, Setup, Twin
 
 SIZE = 2
 CASE, M = Case((5, 3), H=256, K=2, local_experts=4, dtype=torch.bfloat16, ids="distinct", absent=0.1), 7

@@ -148,7 +148,7 @@ OPS: dict[str, Callable[[Rank], object]] = {
 def make(options: Options) -> Report:
     """Runs the launches, on a process per rank.
 
-    RuntimeError: something is missing (deep_ep.twin). Failed: a launch has been refused or has failed.
+    RuntimeError: something is missing (tools.twin). Failed: a launch has been refused or has failed.
     """
     run = functools.partial(_run, options, build(), uuid.uuid4().hex)
     processes = multiprocessing.get_context("forkserver")
