@@ -25,7 +25,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import deep_ep
-from deep_ep.groups import Group, op_log
+from deep_ep.debug import op_log
+from deep_ep.process_groups import Group
 
 MODES = ("exact", "capacity")
 # For tests that are quick in one of them only.

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deep_ep
 from deep_ep import collective
-from deep_ep.groups import op_log
+from deep_ep.debug import op_log
 
 R, H, M = 2, 32, 4
 E = 2 * R

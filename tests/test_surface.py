@@ -113,6 +113,9 @@ def test_other_names() -> None:
     assert deep_ep.utils.EventOverlap is deep_ep.EventOverlap
     assert deep_ep.utils.EventHandle is deep_ep.EventHandle
     assert deep_ep.buffer.FuseMode is deep_ep.FuseMode
+    assert deep_ep.groups.op_log is deep_ep.debug.op_log
+    assert deep_ep.groups.phases is deep_ep.debug.phases
+    assert deep_ep.groups.process_group is deep_ep.process_groups.process_group
     config = inspect.signature(deep_ep.Config).parameters
     assert {name: parameter.default for name, parameter in config.items()} == CONFIG
 

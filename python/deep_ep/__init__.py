@@ -9,7 +9,8 @@ from ._torch_npu import left_out_if_broken
 with left_out_if_broken():
     import torch
 
-from . import ep_strategy, npu, strategies
+from . import debug, ep_strategy, groups, npu, strategies
+from ._version import __version__  # noqa: F401
 from .buffer import AlignedHandle, Buffer, InternodeHandle
 from .config import Config
 from .ep_strategy import LowLatencyStrategy, NormalStrategy
@@ -33,7 +34,9 @@ from .strategies.low_latency_strategy import CapacityHandle, OpsHandle
 from .utils import EventHandle, EventOverlap
 from .weights import FusedWeights, FuseMode, fused_bias, fused_weights, quantize_weight
 
-__version__ = "0.1.0"
+# Where they were.
+for _name in ("op_log", "phases"):
+    setattr(groups, _name, getattr(debug, _name))
 
 topk_idx_t = torch.int64
 """The dtype of expert ids."""
@@ -77,6 +80,7 @@ __all__ = [
     "Started",
     "combine",
     "combine_start",
+    "debug",
     "destroy",
     "dispatch",
     "dispatch_start",

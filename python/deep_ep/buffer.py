@@ -27,7 +27,7 @@ from .ep_strategy import (
     get_normal_strategy,
 )
 from .fused import FusedCalls
-from .groups import Group, GroupInfo, spoil
+from .groups import GroupInfo, spoil
 from .handles import copy_in_graph, readable_by_name
 from .low_latency import LowLatencyCalls
 from .ops import combine as combine_op
@@ -36,6 +36,7 @@ from .ops import get_dispatch_layout as layout_op
 from .ops.dispatch import DispatchHandle
 from .other_calls import OtherCalls
 from .overlap import Plan, begin_after, event_of, issue
+from .process_groups import Group
 from .rank_rows import RankHandle
 from .runtime import OfOps, Runtime, is_of_ops, of_strategy
 from .utils import EventHandle, EventOverlap

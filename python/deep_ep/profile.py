@@ -98,7 +98,7 @@ class Profiling:
         of Chrome's trace events; nothing without `begin_profile`.
 
         An event is a call of the group that has finished, in eager and compiled code, forward and backward; its
-        arguments have sizes and where the time went (`deep_ep.groups.phases`). The clocks of all ranks of a host are
+        arguments have sizes and where the time went (`deep_ep.debug.phases`). The clocks of all ranks of a host are
         one. What a call such as fused_deep_moe calls itself lies within it, and is not counted.
 
         OSError: the file cannot be written. RuntimeError: the group's windows have been made since, so that what was

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from . import env, notify
 from .ep_strategy import MODES, EPCommStrategy, LowLatencyStrategy, NormalStrategy, one_of
-from .groups import Group, GroupInfo, platform_of, prepare, process_group
+from .groups import GroupInfo, platform_of, prepare
+from .process_groups import Group, process_group
 from .profile import Profiling
 
 RANKS_OF_A2_SERVER = 8

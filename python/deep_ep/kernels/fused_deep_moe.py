@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import checks, quantization, windows
 from ..fused_options import FORMATS, Format, FusedOptions, in_tiles
-from ..groups import process_group
+from ..process_groups import process_group
 from ..weights import bits_to_scale, places
 from . import alltoall
 from .results import DispatchResult

@@ -14,9 +14,10 @@ from .. import calls, checks
 from ..arguments import flat, like_tokens
 from ..collective import collective
 from ..fused_options import FORMATS, FusedOptions, in_tiles, quant_mode_of
-from ..groups import Group, GroupInfo, info_of
+from ..groups import GroupInfo, info_of
 from ..kernels import fused_deep_moe as fused_kernel
 from ..npu import ge
+from ..process_groups import Group
 from ..weights import FusedWeights, FuseMode, as_fuse_mode
 from ._registration import register, reject
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import checks
 from ..arguments import adapted, flat
-from ..groups import Group, GroupInfo, info_of
+from ..groups import GroupInfo, info_of
 from ..kernels import alltoall
 from ..npu import ge
+from ..process_groups import Group
 from ._registration import register, reject
 
 

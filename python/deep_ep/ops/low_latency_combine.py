@@ -15,9 +15,10 @@ from torch import Tensor
 from .. import checks
 from ..arguments import flat, like_tokens
 from ..collective import collective
-from ..groups import Group, GroupInfo, info_of
+from ..groups import GroupInfo, info_of
 from ..kernels import alltoall, torch_npu_ops
 from ..npu import ge, graph_alltoall
+from ..process_groups import Group
 from ._registration import Start, register, reject
 from .low_latency_dispatch import LowLatencyHandle, active
 from .wait import Completion, Started, as_issued, completes, issued, no_rows

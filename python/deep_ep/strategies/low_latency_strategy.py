@@ -14,7 +14,7 @@ from .. import quantization
 from ..checks import differ
 from ..collective import collective
 from ..ep_strategy import LowLatencyStrategy, Rows, register_low_latency_strategy
-from ..groups import Group, GroupInfo
+from ..groups import GroupInfo
 from ..handles import readable_by_name
 from ..low_latency import LowLatencyOfOps, mode_of
 from ..ops import moe_distribute_combine as combine_op
@@ -22,6 +22,7 @@ from ..ops import moe_distribute_dispatch as dispatch_op
 from ..ops.low_latency_dispatch import LowLatencyHandle
 from ..ops.low_latency_dispatch_padded import pad, places
 from ..overlap import event_of
+from ..process_groups import Group
 from ..runtime import OfOps, Runtime
 from ..utils import EventOverlap
 
