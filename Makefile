@@ -18,7 +18,7 @@ CXX_INPUTS := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find $(CXX_FOLDER
 CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS)) \
   $(shell find benchmarks tests/aarch64 tests/cann tests/fake_cann tests/host_kernels tests/twin -name '*.cpp' -o -name '*.h')
 
-.PHONY: help setup build train train-npu bench twin-report time-model test test-cpu test-quick test-npu test-aarch64 test-long mutate-kernels lint types format docs docs-check wheel \
+.PHONY: FORCE help setup build train train-npu bench twin-report time-model test test-cpu test-quick test-npu test-aarch64 test-long mutate-kernels lint types format docs docs-check wheel \
   sdist wheel-check clean
 
 help:
@@ -66,8 +66,12 @@ print(*settings['build-system']['requires'], *extras['dev'], *extras['docs'], *e
 endef
 export LIST_REQUIREMENTS
 
-# The editable install compiles what changed since the last one.
-$(STAMPS)/build: $(STAMPS)/setup $(CXX_INPUTS)
+$(STAMPS)/modules: FORCE | $(STAMPS)/setup
+	@find python -name '*.py' | sort > $@.new; cmp -s $@.new $@ || cp $@.new $@
+FORCE:
+
+# The editable install compiles what changed since the last one, and has a list of the Python files.
+$(STAMPS)/build: $(STAMPS)/setup $(STAMPS)/modules $(CXX_INPUTS)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 

@@ -137,7 +137,7 @@ def nothing_received(buffer: deep_ep.Buffer) -> Any:
     src, head, mask = (torch.zeros(0, n, dtype=torch.int32) for n in (3, 2, R))
     matrices = torch.zeros(R, R, dtype=torch.int32), torch.zeros(R, 2, dtype=torch.int32)
     recv = torch.zeros(2, R, dtype=torch.int32)
-    if buffer._rows == "rank":
+    if buffer.runtime.rows == "rank":
         return (*matrices, recv, src, mask.bool(), head)
     return deep_ep.DispatchHandle(*matrices, recv, src, mask, head, head.long(), head.float())
 

@@ -577,7 +577,10 @@ def by_shared_ranks(ctx: RankContext) -> None:
             text = error_of(lambda: deep_ep.Buffer(group, low_latency_strategy="ops"))[1]
         assert f"must be less than the {R} ranks of the group; got {R}" in text
     # The environment says comm_alg where no argument does.
-    with mock.patch("deep_ep.runtime.platform_of", return_value="A3"), mock.patch.dict(os.environ, MOE_ENABLE_CCU="1"):
+    with (
+        mock.patch("deep_ep.buffer.runtime.platform_of", return_value="A3"),
+        mock.patch.dict(os.environ, MOE_ENABLE_CCU="1"),
+    ):
         assert deep_ep.Buffer(group, low_latency_strategy="ops").low_latency_strategy.comm_alg == "ccu"
 
 

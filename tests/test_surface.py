@@ -115,6 +115,8 @@ def test_other_names() -> None:
     assert deep_ep.buffer.FuseMode is deep_ep.FuseMode
     assert deep_ep.groups.op_log is deep_ep.debug.op_log
     assert deep_ep.groups.phases is deep_ep.debug.phases
+    for name in ("AlignedHandle", "Buffer", "Config", "EventHandle", "EventOverlap", "InternodeHandle", "RankHandle"):
+        assert getattr(deep_ep.buffer, name) is getattr(deep_ep, name)
     assert deep_ep.groups.process_group is deep_ep.process_groups.process_group
     config = inspect.signature(deep_ep.Config).parameters
     assert {name: parameter.default for name, parameter in config.items()} == CONFIG

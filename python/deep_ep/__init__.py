@@ -11,7 +11,7 @@ with left_out_if_broken():
 
 from . import debug, ep_strategy, groups, npu, strategies
 from ._version import __version__  # noqa: F401
-from .buffer import AlignedHandle, Buffer, InternodeHandle
+from .buffer import AlignedHandle, Buffer, InternodeHandle, RankHandle
 from .config import Config
 from .ep_strategy import LowLatencyStrategy, NormalStrategy
 from .groups import destroy, init
@@ -29,7 +29,6 @@ from .ops.low_latency_combine import low_latency_combine
 from .ops.low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, low_latency_dispatch
 from .ops.low_latency_dispatch_padded import PaddedHandle
 from .ops.wait import Started, wait
-from .rank_rows import RankHandle
 from .strategies.low_latency_strategy import CapacityHandle, OpsHandle
 from .utils import EventHandle, EventOverlap
 from .weights import FusedWeights, FuseMode, fused_bias, fused_weights, quantize_weight
