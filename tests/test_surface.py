@@ -107,6 +107,14 @@ def test_methods(peer: str) -> None:
         assert ours[:by_position] == wanted[:by_position], name
 
 
+def test_no_module_has_the_name_of_a_function() -> None:
+    """Else `import deep_ep.<name>` puts the module where the function was."""
+    functions = {name for name in deep_ep.__all__ if inspect.isfunction(getattr(deep_ep, name))}
+    modules = {path.stem for folder in deep_ep.__path__ for path in Path(folder).iterdir()}
+    assert len(functions) > 10 and "weights" in modules
+    assert not functions & modules
+
+
 def test_other_names() -> None:
     for name in EXPORTS:
         assert name in deep_ep.__all__
