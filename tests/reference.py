@@ -9,7 +9,6 @@ are dropped, unused ones are 0 with the index -1. Nothing here checks its argume
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from deep_ep import quantization
@@ -207,17 +206,3 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     q, s = quantization.quantize(x, "int8", low_latency=True)
     # The sums of products are integers that float64 holds.
     return (q.double() @ weight.double().t()).float() * scale * s.unsqueeze(1)
-
-
-def all_gather_ragged(tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """Every rank's tensor on every rank; sizes may differ from rank to rank, dtype and dim() may not."""
-    R = dist.get_world_size(group)
-    shape = torch.tensor(tensor.shape, dtype=torch.int64)
-    shapes = [torch.empty_like(shape) for _ in range(R)]
-    dist.all_gather(shapes, shape, group=group)
-    sizes = [int(s.prod()) * tensor.element_size() for s in shapes]
-    padded = torch.zeros(max(*sizes, 1), dtype=torch.uint8)
-    padded[: sizes[dist.get_rank(group)]] = tensor.contiguous().view(-1).view(torch.uint8)
-    gathered = [torch.empty_like(padded) for _ in range(R)]
-    dist.all_gather(gathered, padded, group=group)
-    return [g[:size].view(tensor.dtype).view(s.tolist()) for g, size, s in zip(gathered, sizes, shapes, strict=True)]
