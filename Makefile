@@ -18,7 +18,7 @@ CXX_INPUTS := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find $(CXX_FOLDER
 CXX_FILES := $(filter %.cpp %.h,$(CXX_INPUTS)) \
   $(shell find benchmarks tests/aarch64 tests/cann tests/fake_cann tests/host_kernels tests/twin -name '*.cpp' -o -name '*.h')
 
-.PHONY: help setup build train train-npu bench test test-cpu test-quick test-npu test-aarch64 test-long mutate-kernels lint types format docs docs-check wheel \
+.PHONY: FORCE help setup build train train-npu bench twin-report time-model test test-cpu test-quick test-npu test-aarch64 test-long mutate-kernels lint types format docs docs-check wheel \
   sdist wheel-check clean
 
 help:
@@ -28,6 +28,8 @@ help:
 	@echo "make test        the whole suite, which is test-cpu, then test-npu, and at the end what both did"
 	@echo "make test-quick  about 2 minutes; test-long: with many more random cases"
 	@echo "make test-aarch64  the C++ parts and the kernels, cross-compiled and run by qemu, with pages of 4 and of 64 KB"
+	@echo "make twin-report   what launches of the AscendC kernels move (ARGS=\"--ops combine\"; ARGS=--help)"
+	@echo "make time-model  how long they may take on NPUs, as tables"
 	@echo "make mutate-kernels   faults in the AscendC kernels, one at a time: how many the twin catches"
 	@echo "make lint types  check the style of the code and its types; format: rewrite the files in that style"
 	@echo "make docs        the documentation as a site, in build/docs; docs-check: look at it in Chromium"
@@ -64,8 +66,12 @@ print(*settings['build-system']['requires'], *extras['dev'], *extras['docs'], *e
 endef
 export LIST_REQUIREMENTS
 
-# The editable install compiles what changed since the last one.
-$(STAMPS)/build: $(STAMPS)/setup $(CXX_INPUTS)
+$(STAMPS)/modules: FORCE | $(STAMPS)/setup
+	@find python -name '*.py' | sort > $@.new; cmp -s $@.new $@ || cp $@.new $@
+FORCE:
+
+# The editable install compiles what changed since the last one, and has a list of the Python files.
+$(STAMPS)/build: $(STAMPS)/setup $(STAMPS)/modules $(CXX_INPUTS)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
@@ -135,6 +141,14 @@ test-aarch64: $(STAMPS)/setup $(NPU_STAMPS)/setup
 	  qemu-aarch64 -p $$pages -L /usr/aarch64-linux-gnu -E LD_LIBRARY_PATH=$(AARCH64)/ranks $(AARCH64)/ranks/ranks \
 	    $(AARCH64)/library/libdeep_ep.so $(AARCH64)/kernels/libdeep_ep_twin_kernels.so || exit 1; \
 	done
+
+# What launches of the AscendC kernels move and wait for on the twin: docs/kernels.md; how long they may take:
+# docs/time_model.md.
+twin-report: $(STAMPS)/build $(NPU_STAMPS)/setup
+	$(BIN)/python -m tools.twin report $(ARGS)
+
+time-model: $(STAMPS)/build
+	$(BIN)/python -m tools.twin model $(ARGS)
 
 # Every fault in the AscendC kernels, one at a time: docs/kernels.md.
 mutate-kernels: $(STAMPS)/build $(NPU_STAMPS)/setup

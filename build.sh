@@ -29,7 +29,7 @@ source="build/$soc/source"
 rm -rf "$source"
 mkdir -p "$source"
 cp -pR CMakeLists.txt LICENSE README.md cmake ops pyproject.toml python src torch_library "$source"
-sed -i 's/^__version__ = "\(.*\)"$/__version__ = "\1+'"$label"'"/' "$source/python/deep_ep/__init__.py"
+sed -i 's/^__version__ = "\(.*\)"$/__version__ = "\1+'"$label"'"/' "$source/python/deep_ep/_version.py"
 exec .venv/bin/python -m pip wheel --no-build-isolation --no-deps --wheel-dir output \
   --config-settings build-dir="$PWD/build/$soc/wheel" \
   --config-settings cmake.define.DEEP_EP_NPU=ON \

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deep_ep.twin.native import build
+from tools.twin.native import build
 
 SOURCE = Path(__file__).parent / "native"
 FOLDER = SOURCE.parents[1] / "build" / "benchmarks"

@@ -8,11 +8,10 @@ E experts, R ranks, L = E/R local experts, N received rows, W num_worst_tokens (
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import reference
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-
-from deep_ep import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # How a token's ids are drawn: independently, without repetition (as long as K <= E), one id K times, the same

@@ -7,10 +7,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import reference
 import torch
 from cases import Case, assert_close, assert_same, make_inputs
-
-from deep_ep import reference
 
 OPS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
 

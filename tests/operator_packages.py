@@ -17,7 +17,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deep_ep.twin import native
+from tools.twin import native
 
 WHEELS = ("fbgemm-ascend==1.5.0", "vllm-ascend==0.23.0")
 """Those of CPython 3.11 for this machine. Both are under the Apache License 2.0."""

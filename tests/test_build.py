@@ -24,8 +24,8 @@ from npu import op_definitions
 from npu.op_definitions import ROOT
 from operator_packages import VECTORS_TOGETHER, Package, references
 
-from deep_ep.twin import native
-from deep_ep.twin.interface import TEXT, DeepEpCall, DeepEpKernels, DeepEpTensor, P, kernels_in
+from tools.twin import native
+from tools.twin.interface import TEXT, DeepEpCall, DeepEpKernels, DeepEpTensor, P, kernels_in
 
 MACHINE = platform.machine()
 FAKE = ROOT / "tests" / "fake_cann"

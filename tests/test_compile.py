@@ -19,13 +19,14 @@ import torch
 import torch.distributed as dist
 from cases import Case, assert_same, make_inputs
 from ranks import ALLTOALL_IS_SLOW, STRATEGIES, WINDOW_BYTES, WORLD_SIZE, RankContext, RankPool
+from reference import DispatchResult
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import deep_ep
-from deep_ep.groups import Group, op_log
-from deep_ep.reference import DispatchResult
+from deep_ep.debug import op_log
+from deep_ep.process_groups import Group
 
 MODES = ("exact", "capacity")
 # For tests that are quick in one of them only.

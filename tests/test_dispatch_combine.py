@@ -7,6 +7,7 @@ summation is free.
 from dataclasses import replace
 
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 from cases import (
@@ -26,7 +27,6 @@ from ranks import ALLTOALL_IS_SLOW, STRATEGIES, WINDOW_BYTES, RankContext, RankP
 from torch import Tensor
 
 import deep_ep
-from deep_ep import reference
 
 
 def overload(name: str, strategy: str):

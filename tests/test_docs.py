@@ -22,7 +22,7 @@ from check_site import dead_links
 from ranks import WORLD_SIZE, RankContext, RankPool
 
 import deep_ep
-from deep_ep import env, groups, npu, quantization, strategies
+from deep_ep import debug, env, npu, quantization, strategies
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -170,7 +170,7 @@ def public() -> Iterator[tuple[str, Any]]:
                 for member in dir(value) if value is deep_ep.Buffer else vars(value):
                     if not member.startswith("_") and inspect.isroutine(getattr(value, member)):
                         yield f"{module.__name__}.{name}.{member}", getattr(value, member)
-    for function in (quantization.quantize, quantization.dequantize, groups.phases, groups.op_log):
+    for function in (quantization.quantize, quantization.dequantize, debug.phases, debug.op_log):
         yield f"{function.__module__}.{function.__name__}", function
 
 

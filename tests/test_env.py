@@ -14,7 +14,8 @@ from test_bad_input import error_of
 from test_buffer import make_buffer, send
 
 import deep_ep
-from deep_ep import call_log, env
+from deep_ep import env
+from deep_ep.buffer import call_log
 from deep_ep.env.__main__ import main
 from deep_ep.npu.platform import platform
 

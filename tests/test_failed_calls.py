@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deep_ep
 from deep_ep import collective
-from deep_ep.groups import op_log
+from deep_ep.debug import op_log
 
 R, H, M = 2, 32, 4
 E = 2 * R
@@ -137,7 +137,7 @@ def nothing_received(buffer: deep_ep.Buffer) -> Any:
     src, head, mask = (torch.zeros(0, n, dtype=torch.int32) for n in (3, 2, R))
     matrices = torch.zeros(R, R, dtype=torch.int32), torch.zeros(R, 2, dtype=torch.int32)
     recv = torch.zeros(2, R, dtype=torch.int32)
-    if buffer._rows == "rank":
+    if buffer.runtime.rows == "rank":
         return (*matrices, recv, src, mask.bool(), head)
     return deep_ep.DispatchHandle(*matrices, recv, src, mask, head, head.long(), head.float())
 

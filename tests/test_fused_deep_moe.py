@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import reference
 import torch
 from cases import IDS, Case, assert_same, make_inputs
 from hypothesis import given, settings
@@ -23,12 +24,12 @@ from ranks import STRATEGIES, RankContext, RankPool
 from torch import Tensor
 
 import deep_ep
-from deep_ep import FuseMode, reference
+from deep_ep import FuseMode
 from deep_ep._library import library
-from deep_ep.fused_kernel import int8_product
 from deep_ep.fused_options import FusedOptions
-from deep_ep.fused_weights import bits_to_scale, scale_to_bits
+from deep_ep.kernels.fused_deep_moe import int8_product
 from deep_ep.ops import fused_deep_moe as fused_op
+from deep_ep.weights import bits_to_scale, scale_to_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = tuple(FuseMode)
@@ -208,14 +209,14 @@ def test_wrong_weights() -> None:
 
 EXACT = """
 import itertools, torch
-from deep_ep import fused_kernel
+from deep_ep.kernels import fused_deep_moe
 generator = torch.Generator().manual_seed(0)
 for (n, K, N), least in itertools.product(((1, 1, 2), (3, 2049, 40), (17, 7168, 64)), (-128, 120)):
     a, w = (torch.randint(least, 128, shape, dtype=torch.int8, generator=generator) for shape in ((n, K), (K, N)))
     for given in (w, w.t().contiguous().t()):
-        product = fused_kernel.int8_product(a, given)
+        product = fused_deep_moe.int8_product(a, given)
         assert product.dtype == torch.int32 and torch.equal(product.double(), a.double() @ w.double()), (n, K, N, least)
-print(fused_kernel._int_mm_is_exact())
+print(fused_deep_moe._int_mm_is_exact())
 """
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 import deep_ep
 from deep_ep import FusedWeights, FuseMode
 from deep_ep.fused_options import FusedOptions
-from deep_ep.fused_weights import scale_to_bits
 from deep_ep.ops import fused_deep_moe as fused_op
 from deep_ep.ops import fused_deep_moe_options_backward as backward_op
+from deep_ep.weights import scale_to_bits
 
 MODES = tuple(FuseMode)
 

@@ -16,16 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy
 import pytest
+import reference
 import torch
 from ranks import STRATEGIES, RankContext, RankPool
 from torch import Tensor
 
 import deep_ep
-from deep_ep import PaddedHandle, arguments, quantization, reference
+from deep_ep import PaddedHandle, arguments, quantization
+from deep_ep.buffer import RankHandle
 from deep_ep.ops import low_latency_dispatch_padded as padded_op
 from deep_ep.ops.dispatch import DispatchHandle
 from deep_ep.ops.low_latency_dispatch import LowLatencyHandle
-from deep_ep.rank_rows import RankHandle
 
 R, L, K, M = 2, 2, 2, 6
 E = R * L

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import reference
 import torch
 from cases import Case, make_inputs
 from op_calls import OPS, calls, check_ops, error_of, run
@@ -18,7 +19,6 @@ from torch.autograd import forward_ad
 from torch.nn.functional import silu
 
 import deep_ep
-from deep_ep import reference
 
 F = 24
 

@@ -9,13 +9,13 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
+import reference
 import torch
 from cases import Case, assert_close, assert_dispatched, assert_same, cases, expert_outputs, make_inputs
 from hypothesis import given, settings
 from ranks import RankContext, RankPool
 
-from deep_ep import reference
-from deep_ep.npu import alltoall as graphs
+from deep_ep.npu import graph_alltoall as graphs
 
 ops = torch.ops.deep_ep
 

@@ -30,7 +30,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import deep_ep
-from deep_ep import communicator, groups, pending
+from deep_ep import communicator, groups
+from deep_ep.kernels.started import finish
 
 CASES = {R: Case((5, 0, 7, 3)[:R], seed=R) for R in (1, 2, 3, 4)}
 
@@ -69,12 +70,12 @@ def with_other_traffic(ctx: RankContext) -> None:
             work = dist.all_reduce(total, group=group, async_op=True)
         work.wait()
         dist.barrier(group)
-        right.check(op, ctx.rank, pending.finish(op, ticket))
+        right.check(op, ctx.rank, finish(op, ticket))
         assert total.tolist() == [sum(range(ctx.size))] * 3
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1, bias=False), process_group=group)
     ticket = started("dispatch", "alltoall", arguments["dispatch"])
     model(torch.full((1, 2), float(ctx.rank))).sum().backward()
-    right.check("dispatch", ctx.rank, pending.finish("dispatch", ticket))
+    right.check("dispatch", ctx.rank, finish("dispatch", ticket))
     assert model.module.weight.grad.tolist() == [[(ctx.size - 1) / 2] * 2]
 
 
@@ -112,7 +113,7 @@ def leaves_no_trace(ctx: RankContext) -> None:
     for _ in range(4):
         deep_ep.init(ctx.group, strategy="alltoall")
         check_ops(CASES[ctx.size], ctx.rank, ctx.group.group_name, "alltoall")
-        pending.finish(
+        finish(
             "dispatch",
             started(
                 "dispatch", "alltoall", calls(CASES[ctx.size]).arguments("dispatch", ctx.rank, ctx.group.group_name)
@@ -173,7 +174,7 @@ def wait_for_ever(ctx: RankContext, phase: str, how: str, victim: int) -> tuple[
     ctx.store.set(f"waits {ctx.rank}", "")
     if phase == "started":
         ticket = started("dispatch", "alltoall", arguments)
-        (_, message), at = own_time(lambda: error_of(pending.finish, "dispatch", ticket))
+        (_, message), at = own_time(lambda: error_of(finish, "dispatch", ticket))
     else:
         (_, message), at = own_time(lambda: error_of(run, "dispatch", "alltoall", arguments))
     _, again = error_of(run, "combine", "alltoall", calls(CASES[ctx.size]).arguments("combine", ctx.rank, name))
@@ -284,7 +285,7 @@ def interrupted(ctx: RankContext, where: str) -> tuple[float, str]:
             elif where == "compiled":
                 compiled(**arguments)
             elif ticket is not None:
-                pending.finish("dispatch", ticket)
+                finish("dispatch", ticket)
             else:
                 run("dispatch", "alltoall", arguments)
 
@@ -341,7 +342,8 @@ def fails_alone(ctx: RankContext, part: str) -> list[str]:
     name, case = ctx.group.group_name, CASES[ctx.size]
     arguments = calls(case).arguments("dispatch", ctx.rank, name)
     if part == "before":
-        from deep_ep import alltoall, checks
+        from deep_ep import checks
+        from deep_ep.kernels import alltoall
 
         right = checks.dispatch
         if ctx.rank == 1:

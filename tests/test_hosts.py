@@ -30,7 +30,7 @@ from ranks import RankContext, RankDied, raise_failures, spawn_ranks
 import deep_ep
 from deep_ep import groups, meeting
 from deep_ep._library import ERROR_BYTES, library
-from deep_ep.twin import native
+from tools.twin import native
 
 SMALL = 1 << 20  # bytes, the smallest window
 CASES = {R: Case((5, 0, 7, 3)[:R], seed=R) for R in (1, 2, 3, 4)}

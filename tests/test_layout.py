@@ -1,6 +1,7 @@
 """get_dispatch_layout, which needs no ranks: num_ranks and num_nodes are arguments."""
 
 import pytest
+import reference
 import torch
 from cases import assert_same
 from hypothesis import given
@@ -8,7 +9,6 @@ from hypothesis import strategies as st
 from ranks import STRATEGIES, RankContext, RankPool
 
 import deep_ep
-from deep_ep import reference
 
 NAMES = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
 

@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 from cases import DTYPES, Case, assert_same, bits, expert_outputs, make_inputs
@@ -28,9 +29,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 import deep_ep
-from deep_ep import quantization, reference
+from deep_ep import quantization
 from deep_ep.groups import info_of, spoil
-from deep_ep.npu_ops import COMM_ALGS
+from deep_ep.kernels.torch_npu_ops import COMM_ALGS
 from deep_ep.ops import low_latency_combine as combine_op
 from deep_ep.ops import low_latency_combine_padded as padded_combine_op
 from deep_ep.ops import low_latency_dispatch as dispatch_op

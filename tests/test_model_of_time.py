@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from deep_ep.twin import __main__ as command
-from deep_ep.twin import model
-from deep_ep.twin.model import FITTED, HELD_OUT, OPS, SOCS, Point, Sizes, error, fit, op_time
+from tools.twin import __main__ as command
+from tools.twin import model
+from tools.twin.model import FITTED, HELD_OUT, OPS, SOCS, Point, Sizes, error, fit, op_time
 
 DOCS = Path(__file__).parent.parent / "docs"
 SIZES = Sizes(8, 128, 7168, 8, 256)
@@ -20,7 +20,7 @@ SIZES = Sizes(8, 128, 7168, 8, 256)
 
 def test_page_has_the_tables() -> None:
     page = (DOCS / "time_model.md").read_text()
-    assert model.with_tables(page) == page, "python -m deep_ep.twin model --write docs"
+    assert model.with_tables(page) == page, 'make time-model ARGS="--write docs"'
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,5 +95,5 @@ def test_links() -> None:
 
 @pytest.mark.slow
 def test_deep_ep_does_not_import_it() -> None:
-    program = "import sys, deep_ep; sys.exit('deep_ep.twin' in sys.modules)"
+    program = "import sys, deep_ep; sys.exit('tools' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

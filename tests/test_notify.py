@@ -10,7 +10,7 @@ from test_bad_input import error_of
 from torch import Tensor
 
 import deep_ep
-from deep_ep import notify
+from deep_ep.buffer import notify
 
 MAX = 4096
 ROUNDS, PER_ROUND = 3, 32

@@ -1,4 +1,4 @@
-"""deep_ep.groups.phases: where the time of ops goes, and the profiler's names of them."""
+"""deep_ep.debug.phases: where the time of ops goes, and the profiler's names of them."""
 
 import time
 
@@ -11,7 +11,7 @@ from test_liveness import Entries
 from torch.profiler import ProfilerActivity, profile
 
 import deep_ep
-from deep_ep.groups import phases
+from deep_ep.debug import phases
 
 T, H, K, E = 64, 256, 2, 4
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import reference
 import torch
 from cases import Case, assert_same, cases, make_inputs
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from test_low_latency import THRESHOLDS
 from test_rank_rows import capacities, layout, make_buffer, received
 from torch import Tensor
 
-from deep_ep import quantization, reference
+from deep_ep import quantization
 
 
 def rows_of(case: Case, rows: str, rank: int) -> tuple[Tensor, int, int]:

@@ -424,7 +424,7 @@ def test_quantised_rows(pool: RankPool, mode: str) -> None:
 def check_errors(ctx: RankContext) -> None:
     buffer, expert = make_buffer(ctx, "default"), make_buffer(ctx, "default", "expert")
     with mock.patch.dict(os.environ, DEEP_EP_ROWS="rank"):
-        assert make_buffer(ctx, "default", None)._rows == "rank"
+        assert make_buffer(ctx, "default", None).runtime.rows == "rank"
     case = Case((4,), H=8, seed=1)
     x, ids, weights = (tensors[0] for tensors in make_inputs(case)[:3])
     right: dict[str, Any] = {"x": x, "topk_idx": ids, "topk_weights": weights, **layout(buffer, ids, case.E)}

@@ -11,7 +11,8 @@ from ranks import ALLTOALL_IS_SLOW, STRATEGIES, RankContext, RankPool
 from test_bad_input import error_of
 from test_buffer import make_buffer, send
 
-from deep_ep import runtime, strategies
+from deep_ep import strategies
+from deep_ep.buffer import runtime
 
 T, H, K, E, M, R = 5, 32, 2, 4, 8, 2
 

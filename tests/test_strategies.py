@@ -16,7 +16,8 @@ from test_buffer import send
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deep_ep
-from deep_ep import ep_strategy, groups, npu_ops, ops, quantization, strategies
+from deep_ep import ep_strategy, groups, ops, quantization, strategies
+from deep_ep.kernels import torch_npu_ops
 from deep_ep.ops import low_latency_combine, low_latency_dispatch
 
 T, H, K, E, M, R = 5, 32, 2, 4, 6, 2
@@ -417,8 +418,8 @@ def by_operators(ctx: RankContext) -> None:
     operators = Operators(group)
     by_group = {"ep_world_size": R, "ep_rank_id": ctx.rank, "moe_expert_num": E}
     with (
-        mock.patch.object(npu_ops, "_operator", operators),
-        mock.patch.object(npu_ops, "_group_arguments", lambda *_: by_group),
+        mock.patch.object(torch_npu_ops, "_operator", operators),
+        mock.patch.object(torch_npu_ops, "_group_arguments", lambda *_: by_group),
     ):
         # The peer's comm_alg, which wants as many tokens on all ranks, and their weights.
         buffer = deep_ep.Buffer(group, low_latency_strategy="ops")
@@ -550,8 +551,8 @@ def by_shared_ranks(ctx: RankContext) -> None:
     operators = SharedOperators(group)
     by_group = {"ep_world_size": R, "ep_rank_id": ctx.rank, "moe_expert_num": E}
     with (
-        mock.patch.object(npu_ops, "_operator", operators),
-        mock.patch.object(npu_ops, "_group_arguments", lambda *_: by_group),
+        mock.patch.object(torch_npu_ops, "_operator", operators),
+        mock.patch.object(torch_npu_ops, "_group_arguments", lambda *_: by_group),
         mock.patch.dict(os.environ, MOE_SHARED_EXPERT_RANK_NUM="1"),
     ):
         buffer = deep_ep.Buffer(group, low_latency_strategy="ops", comm_alg="fullmesh_v1")
@@ -576,7 +577,10 @@ def by_shared_ranks(ctx: RankContext) -> None:
             text = error_of(lambda: deep_ep.Buffer(group, low_latency_strategy="ops"))[1]
         assert f"must be less than the {R} ranks of the group; got {R}" in text
     # The environment says comm_alg where no argument does.
-    with mock.patch("deep_ep.runtime.platform_of", return_value="A3"), mock.patch.dict(os.environ, MOE_ENABLE_CCU="1"):
+    with (
+        mock.patch("deep_ep.buffer.runtime.platform_of", return_value="A3"),
+        mock.patch.dict(os.environ, MOE_ENABLE_CCU="1"),
+    ):
         assert deep_ep.Buffer(group, low_latency_strategy="ops").low_latency_strategy.comm_alg == "ccu"
 
 

@@ -107,12 +107,25 @@ def test_methods(peer: str) -> None:
         assert ours[:by_position] == wanted[:by_position], name
 
 
+def test_no_module_has_the_name_of_a_function() -> None:
+    """Else `import deep_ep.<name>` puts the module where the function was."""
+    functions = {name for name in deep_ep.__all__ if inspect.isfunction(getattr(deep_ep, name))}
+    modules = {path.stem for folder in deep_ep.__path__ for path in Path(folder).iterdir()}
+    assert len(functions) > 10 and "weights" in modules
+    assert not functions & modules
+
+
 def test_other_names() -> None:
     for name in EXPORTS:
         assert name in deep_ep.__all__
     assert deep_ep.utils.EventOverlap is deep_ep.EventOverlap
     assert deep_ep.utils.EventHandle is deep_ep.EventHandle
     assert deep_ep.buffer.FuseMode is deep_ep.FuseMode
+    assert deep_ep.groups.op_log is deep_ep.debug.op_log
+    assert deep_ep.groups.phases is deep_ep.debug.phases
+    for name in ("AlignedHandle", "Buffer", "Config", "EventHandle", "EventOverlap", "InternodeHandle", "RankHandle"):
+        assert getattr(deep_ep.buffer, name) is getattr(deep_ep, name)
+    assert deep_ep.groups.process_group is deep_ep.process_groups.process_group
     config = inspect.signature(deep_ep.Config).parameters
     assert {name: parameter.default for name, parameter in config.items()} == CONFIG
 

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import deep_ep
-from deep_ep import pending
+from deep_ep.kernels import started as calls_under_way
 
 
 def start(op: str, strategy: str, arguments: dict[str, Any]) -> Tensor:
@@ -540,7 +540,7 @@ def count_threads(ctx: RankContext, strategy: str) -> list[int]:
     start("dispatch", strategy, arguments)  # nobody asks for its results
     check_ops(Case((5, 3)), ctx.rank, group.group_name, strategy)
     gc.collect()
-    assert not pending._calls
+    assert not calls_under_way._calls
     deep_ep.destroy(group)
     dist.destroy_process_group(group)
     del group

@@ -9,11 +9,11 @@ from ._torch_npu import left_out_if_broken
 with left_out_if_broken():
     import torch
 
-from . import ep_strategy, npu, strategies
-from .buffer import AlignedHandle, Buffer, InternodeHandle
+from . import debug, ep_strategy, groups, npu, strategies
+from ._version import __version__  # noqa: F401
+from .buffer import AlignedHandle, Buffer, InternodeHandle, RankHandle
 from .config import Config
 from .ep_strategy import LowLatencyStrategy, NormalStrategy
-from .fused_weights import FusedWeights, FuseMode, fused_bias, fused_weights, quantize_weight
 from .groups import destroy, init
 from .ops import (  # noqa: F401  (registers them)
     combine_backward,
@@ -29,11 +29,13 @@ from .ops.low_latency_combine import low_latency_combine
 from .ops.low_latency_dispatch import LowLatencyHandle, LowLatencyOutput, low_latency_dispatch
 from .ops.low_latency_dispatch_padded import PaddedHandle
 from .ops.wait import Started, wait
-from .rank_rows import RankHandle
 from .strategies.low_latency_strategy import CapacityHandle, OpsHandle
 from .utils import EventHandle, EventOverlap
+from .weights import FusedWeights, FuseMode, fused_bias, fused_weights, quantize_weight
 
-__version__ = "0.1.0"
+# Where they were.
+for _name in ("op_log", "phases"):
+    setattr(groups, _name, getattr(debug, _name))
 
 topk_idx_t = torch.int64
 """The dtype of expert ids."""
@@ -77,6 +79,7 @@ __all__ = [
     "Started",
     "combine",
     "combine_start",
+    "debug",
     "destroy",
     "dispatch",
     "dispatch_start",

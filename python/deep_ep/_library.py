@@ -5,17 +5,22 @@ import ctypes
 import functools
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import torch
+
+from ._version import __version__
+
+
+def _package_path() -> list[str]:
+    return list(sys.modules[__package__].__path__)
 
 
 def find(name: str) -> Path | None:
     """The file or folder of this name that was built into the package."""
     # An editable install has this file in the source tree and what was built in site-packages.
-    import deep_ep
-
-    for folder in map(Path, deep_ep.__path__):
+    for folder in map(Path, _package_path()):
         if (folder / name).exists():
             return folder / name
     return None
@@ -24,10 +29,8 @@ def find(name: str) -> Path | None:
 def _load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
     path = find("libdeep_ep.so")
     if path is None:
-        import deep_ep
-
         raise ImportError(
-            f"libdeep_ep.so is in none of {', '.join(deep_ep.__path__)}: "
+            f"libdeep_ep.so is in none of {', '.join(_package_path())}: "
             "deep_ep was not built; install it with pip install, or run make"
         )
     torch.ops.load_library(str(path))
@@ -111,7 +114,5 @@ def python_digest() -> str:
 
 def build() -> str:
     """Version and digest of all sources of this package: ranks of one group have the same."""
-    from . import __version__  # which loads this module first
-
     sources = library.deep_ep_sources().decode() + python_digest()
     return f"{__version__} ({hashlib.sha256(sources.encode()).hexdigest()[:8]})"

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_leaves
 
-from . import alltoall, calls, windows
+from . import calls, windows
 from .arguments import adapted
 from .groups import GroupInfo, info_of, runs_on_cpu
+from .kernels import alltoall
 from .utils import EventOverlap
 
 P = ParamSpec("P")

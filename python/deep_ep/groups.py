@@ -4,37 +4,24 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from . import _compile, env
 from ._library import library
 from .communicator import Communicator
 from .ep_strategy import MODES, LowLatencyStrategy, NormalStrategy, one_of
+from .kernels.torch_npu_ops import check_comm_alg
 from .meeting import INIT, Meeting, group_timeout
 from .npu import windows as npu_windows
 from .npu.platform import platform
-from .npu_ops import check_comm_alg
+from .process_groups import Group, process_group, untraced
 from .windows import Windows
-
-F = TypeVar("F", bound=Callable[..., object])
-
-
-def _untraced(function: F) -> F:
-    """As torch.compiler.assume_constant_result, which would load Dynamo."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-Group = dist.ProcessGroup | DeviceMesh | str | None
-"""How a group is given: a ProcessGroup, a DeviceMesh of one dimension, a name, or None for the default group."""
 
 
 @dataclass(frozen=True)
@@ -93,45 +80,9 @@ def _forget_parents() -> None:
 os.register_at_fork(after_in_child=_forget_parents)
 
 
-def process_group(group: Group) -> dist.ProcessGroup:
-    """The ProcessGroup that is meant; traceable.
-
-    ValueError: it is a mesh of several dimensions, or this rank is not in it. RuntimeError: there is no such group.
-    """
-    if isinstance(group, dist.ProcessGroup):
-        return group
-    if isinstance(group, str):
-        try:
-            return _resolve_process_group(group)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            raise RuntimeError(f"deep_ep: there is no group named '{group}'") from error
-    if isinstance(group, DeviceMesh) and group.ndim == 1 and group.get_coordinate() is not None:
-        return group.get_group()
-    if group is None and dist.group.WORLD is not None:
-        return dist.group.WORLD
-    return _refuse(group)
-
-
 def platform_of(pg: dist.ProcessGroup) -> str | None:
     """A2, A3 or A5; None where the group has no NPU, and for others."""
     return platform() if "npu" in {device.type for device in pg._device_types} else None
-
-
-@_untraced
-def _refuse(group: object) -> NoReturn:
-    """Says why it is no group of this rank. Not traced, since Dynamo does not say what traced code raises."""
-    if group is None:
-        raise RuntimeError("deep_ep: there is no default group; call torch.distributed.init_process_group first")
-    if isinstance(group, DeviceMesh) and group.ndim != 1:
-        raise ValueError(
-            f"group must be a mesh of one dimension, got one of {group.ndim}: {group.mesh_dim_names or 'unnamed'}; "
-            'slice it, as in mesh["ep"]'
-        )
-    if isinstance(group, DeviceMesh):
-        raise ValueError(f"group must be one that this rank is in, got a mesh of the ranks {group.mesh.tolist()}")
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("group must be one that this rank is in; torch.distributed.new_group gave it to other ranks")
-    raise ValueError(f"group must be a ProcessGroup, a DeviceMesh of one dimension, a name or None, got {group!r}")
 
 
 def init(
@@ -432,22 +383,12 @@ def runs_on_cpu(info: GroupInfo, given: Iterable[object]) -> bool:
     return kinds == {"cpu"} and ("cpu" in parts or "npu" not in parts)
 
 
-@_untraced
+@untraced
 def _refuse_unprepared(name: str) -> NoReturn:
     """Not traced, since Dynamo does not say what traced code raises."""
     raise RuntimeError(
         f"deep_ep: the group '{name}' is not prepared, or gone; call deep_ep.init(group) first, on all its ranks"
     )
-
-
-def op_log(group: Group = None, since: int = 0) -> tuple[list[str], int]:
-    """What this rank issued under ``default``: for debugging ranks that fall out of step.
-
-    Returns:
-        The names of the communicating ops after the first `since` ones, oldest first (1024 are remembered), and how
-        many have been issued by now.
-    """
-    return _cpu_windows(group).log(since)
 
 
 def spoil(info: GroupInfo) -> None:
@@ -461,28 +402,6 @@ def spoil(info: GroupInfo) -> None:
 def spoils(info: GroupInfo) -> bool:
     """Whether they do."""
     return info.name in _spoiled
-
-
-def phases(group: Group = None) -> dict[str, dict[str, float]]:
-    """Where the time of this rank's ops under ``default`` on CPU has gone, since the windows were made.
-
-    Returns:
-        For each op that has finished, "calls", and seconds: "counts" (telling peers what is wanted, and checks), "wait"
-        (for peers), "allocate" (outputs, and where rows go), "copy" (rows into windows), "reduce" (sums of rows that
-        have come, and what goes with rows), "finish". What is before and after in Python and in torch's dispatcher is
-        not in them; torch.profiler has the ops as deep_ep::dispatch and so on.
-    """
-    return _cpu_windows(group).phases()
-
-
-def _cpu_windows(group: Group) -> Windows:
-    info = info_of(group)
-    windows = cpu_windows(info.name)
-    if windows is None:
-        raise RuntimeError(
-            f"deep_ep: the group '{info.name}' has no windows on CPU; alltoall keeps neither log nor times"
-        )
-    return windows
 
 
 def cpu_windows(name: str) -> Windows | None:

@@ -53,74 +53,49 @@ def noted(op: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class Profiling:
-    """What Buffer inherits for traces."""
+def begin(
+    group: dist.ProcessGroup,
+    num_profile_skip_launches: int,
+    num_profile_active_launches: int,
+    profile_trace_dir: str | None,
+) -> None:
+    """As `Buffer.begin_profile`."""
+    skipped, kept, name = num_profile_skip_launches, num_profile_active_launches, group.group_name
+    for argument, number in (("skip", skipped), ("active", kept)):
+        if number < 0:
+            raise ValueError(f"num_profile_{argument}_launches must not be negative, got {number}")
+    if skipped + kept == 0:
+        raise ValueError("num_profile_skip_launches and num_profile_active_launches must not both be 0")
+    if has_npu_windows(name):
+        raise RuntimeError("deep_ep: begin_profile: the kernels of this group run on an NPU; use torch_npu.profiler")
+    if name in _sessions and _sessions[name].group() is group:
+        raise RuntimeError(f"deep_ep: begin_profile: the group '{name}' is profiled already; call end_profile first")
+    windows = cpu_windows(name)
+    if windows is not None:
+        windows.trace(_OPS_OF_ONE * (skipped + kept))
+    path = Path(profile_trace_dir or os.getcwd(), f"rank{group.rank()}", "trace_view.json")
+    _sessions[name] = Session(weakref.ref(group), skipped, kept, path, windows, [])
 
-    group: dist.ProcessGroup
-    rank: int
 
-    def begin_profile(
-        self, num_profile_skip_launches: int, num_profile_active_launches: int, profile_trace_dir: str | None = ""
-    ) -> None:
-        """From here on, the calls of this rank's group are noted, whoever makes them, until `end_profile`.
-
-        Args:
-            num_profile_skip_launches: so many are left out at first.
-            num_profile_active_launches: so many are noted then.
-            profile_trace_dir: the folder under which `end_profile` writes; "" or None is the current one.
-
-        Raises:
-            ValueError: a number is negative, or both are 0. RuntimeError: the group has been begun with already; it
-            has kernels on an NPU, which torch_npu.profiler shows.
-        """
-        skipped, kept, name = num_profile_skip_launches, num_profile_active_launches, self.group.group_name
-        for argument, number in (("skip", skipped), ("active", kept)):
-            if number < 0:
-                raise ValueError(f"num_profile_{argument}_launches must not be negative, got {number}")
-        if skipped + kept == 0:
-            raise ValueError("num_profile_skip_launches and num_profile_active_launches must not both be 0")
-        if has_npu_windows(name):
-            raise RuntimeError(
-                "deep_ep: begin_profile: the kernels of this group run on an NPU; use torch_npu.profiler"
-            )
-        if name in _sessions and _sessions[name].group() is self.group:
-            raise RuntimeError(
-                f"deep_ep: begin_profile: the group '{name}' is profiled already; call end_profile first"
-            )
-        windows = cpu_windows(name)
-        if windows is not None:
-            windows.trace(_OPS_OF_ONE * (skipped + kept))
-        path = Path(profile_trace_dir or os.getcwd(), f"rank{self.rank}", "trace_view.json")
-        _sessions[name] = Session(weakref.ref(self.group), skipped, kept, path, windows, [])
-
-    def end_profile(self) -> None:
-        """Writes what was noted since `begin_profile`, to rank<rank>/trace_view.json in its folder, in the JSON format
-        of Chrome's trace events; nothing without `begin_profile`.
-
-        An event is a call of the group that has finished, in eager and compiled code, forward and backward; its
-        arguments have sizes and where the time went (`deep_ep.groups.phases`). The clocks of all ranks of a host are
-        one. What a call such as fused_deep_moe calls itself lies within it, and is not counted.
-
-        OSError: the file cannot be written. RuntimeError: the group's windows have been made since, so that what was
-        noted is lost.
-        """
-        name = self.group.group_name
-        session = _sessions.pop(name, None)
-        if session is None or session.group() is not self.group:
-            return
-        if session.windows is not cpu_windows(name):
-            raise RuntimeError(f"deep_ep: end_profile: the windows of '{name}' have been made since begin_profile")
-        calls = session.spans + (session.windows.traced() if session.windows is not None else [])
-        events: list[dict[str, Any]] = [
-            {"name": kind, "ph": "M", "pid": self.rank, "tid": 0, "ts": 0, "args": {"name": text}}
-            for kind, text in (("process_name", f"rank {self.rank}"), ("thread_name", f"group {name}"))
-        ]
-        for call in _counted(calls, session.skipped, session.kept):
-            times = {"ts": call.begin * 1e-3, "dur": (call.end - call.begin) * 1e-3}
-            events.append({"name": call.name, "cat": "deep_ep", "ph": "X", "pid": self.rank, "tid": 0, **times})
-            events[-1]["args"] = call.numbers
-        session.path.parent.mkdir(parents=True, exist_ok=True)
-        session.path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+def end(group: dist.ProcessGroup) -> None:
+    """As `Buffer.end_profile`."""
+    name, rank = group.group_name, group.rank()
+    session = _sessions.pop(name, None)
+    if session is None or session.group() is not group:
+        return
+    if session.windows is not cpu_windows(name):
+        raise RuntimeError(f"deep_ep: end_profile: the windows of '{name}' have been made since begin_profile")
+    calls = session.spans + (session.windows.traced() if session.windows is not None else [])
+    events: list[dict[str, Any]] = [
+        {"name": kind, "ph": "M", "pid": rank, "tid": 0, "ts": 0, "args": {"name": text}}
+        for kind, text in (("process_name", f"rank {rank}"), ("thread_name", f"group {name}"))
+    ]
+    for call in _counted(calls, session.skipped, session.kept):
+        times = {"ts": call.begin * 1e-3, "dur": (call.end - call.begin) * 1e-3}
+        events.append({"name": call.name, "cat": "deep_ep", "ph": "X", "pid": rank, "tid": 0, **times})
+        events[-1]["args"] = call.numbers
+    session.path.parent.mkdir(parents=True, exist_ok=True)
+    session.path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
 def _counted(calls: list[Traced], skipped: int, kept: int) -> Iterator[Traced]:

@@ -5,7 +5,7 @@ import pytest
 from cann import stand_in
 from ranks import RankPool
 
-from deep_ep.twin import kernels
+from tools.twin import kernels
 
 if stand_in.in_use():
     # The ranks inherit it.

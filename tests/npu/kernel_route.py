@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import deep_ep
-from deep_ep.twin import kernels
-from deep_ep.twin.kernels import Setup, Twin
+from tools.twin import kernels
+from tools.twin.kernels import Setup, Twin
 
 OPS = ("get_dispatch_layout", "dispatch", "combine", "dispatch_backward", "combine_backward")
 BACKEND = "cpu:gloo,npu:hccl"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from deep_ep.twin import native
+from tools.twin import native
 
 OPS = native.root() / "ops"
 KERNELS = (

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mutants
@@ -18,8 +19,8 @@ from mutants import Mutant
 from probes import probes, run_probe
 from ranks import RankError, RankPool
 
-from deep_ep.twin import kernels as twin_kernels
-from deep_ep.twin import native
+from tools.twin import kernels as twin_kernels
+from tools.twin import native
 
 FOLDER = native.root() / "build" / "twin" / "mutants"
 SIZE = 4

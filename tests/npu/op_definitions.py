@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deep_ep.twin import interface, native
+from tools.twin import interface, native
 
 ROOT = native.root()
 DTYPES = {str(dtype).removeprefix("torch."): number for dtype, number in interface.DTYPES.items()}

@@ -11,14 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import reference
 import torch
 from cases import Case, assert_close, assert_dispatched, assert_same, expert_outputs, make_inputs
 from ranks import RankContext
 from torch import Tensor
 
-from deep_ep import quantization, reference
-from deep_ep.twin import model
-from deep_ep.twin.kernels import POISON, Failed, Group, Setup, Twin, get_dispatch_layout
+from deep_ep import quantization
+from tools.twin import model
+from tools.twin.kernels import POISON, Failed, Group, Setup, Twin, get_dispatch_layout
 
 NAMES = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")
 # enum Op of src/device/op.h
@@ -600,7 +601,7 @@ EXACT = replace(_NORMAL, capacity=None, dtype=torch.float32)
 
 
 def probes(seeds: range = range(6)) -> list[Probe]:
-    from deep_ep.twin.kernels import A2, A5, ARCHS
+    from tools.twin.kernels import A2, A5, ARCHS
 
     fast: list[Probe] = [(layout, (Setup(arch, 3),)) for arch in ARCHS]
     fast += [(rounds, (_CASES, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]

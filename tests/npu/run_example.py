@@ -14,7 +14,7 @@ TESTS = Path(__file__).resolve().parents[1]
 EXAMPLE = TESTS.parent / "examples" / "train_moe.py"
 
 if __name__ == "__main__":
-    sys.path.append(str(TESTS))
+    sys.path += [str(TESTS), str(TESTS.parent)]
     import ge_graphs  # noqa: F401  (lets torchair work)
     import kernel_route
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from deep_ep.twin import kernels, native
+from tools.twin import kernels, native
 
 pytestmark = [
     pytest.mark.skipif(

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from torchair.ge._ge_graph import Data, DataType, GeGraph, default_ge_graph
 
 import deep_ep
-from deep_ep import groups, npu_ops
+from deep_ep import groups
+from deep_ep.kernels import torch_npu_ops
 from deep_ep.npu.ge import _converters as ge_converters
 from deep_ep.strategies import OpsLowLatencyCommStrategy
 
@@ -444,7 +445,7 @@ def low_latency_of_all_inputs(ctx: RankContext, comm_alg: str, is_quantised: boo
     assert given_to(combine) == {
         "expand_x": (torch.bfloat16, [N, H]),
         "assist_info_for_combine": (torch.int32, [128 * N]),
-        "ep_send_counts": (torch.int32, [E + npu_ops.counts_between_servers(weights, M, K, R)]),
+        "ep_send_counts": (torch.int32, [E + torch_npu_ops.counts_between_servers(weights, M, K, R)]),
         "expert_scales": (torch.float32, [T, K]),
         "x_active_mask": (torch.bool, [T]),
         "expand_scales": (torch.float32, [N]),

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchair._ge_concrete_graph import fx2ge_converter
 from torchair.ge._ge_graph import Data, GeGraph, default_ge_graph, torch_type_to_ge_type
 
-from deep_ep import npu_ops
 from deep_ep.fused_options import FusedOptions
+from deep_ep.kernels import torch_npu_ops
 from deep_ep.npu import ge
 
 T, W = 5, 50
@@ -282,7 +282,7 @@ GROUP: list[str] = []
 
 def moe_distribute_mutants(op_type: str) -> Iterator[Mutant]:
     """Other arguments for torch_npu's own converter."""
-    converter = npu_ops._converter
+    converter = torch_npu_ops._converter
 
     def called(change: Callable[[list[Any], dict[str, Any]], None]) -> Callable[[pytest.MonkeyPatch], None]:
         def convert(name: str) -> Any:
@@ -293,7 +293,7 @@ def moe_distribute_mutants(op_type: str) -> Iterator[Mutant]:
 
             return convert_otherwise
 
-        return lambda patch: patch.setattr(npu_ops, "_converter", convert)
+        return lambda patch: patch.setattr(torch_npu_ops, "_converter", convert)
 
     names = ["group_ep", "ep_world_size", "ep_rank_id", "moe_expert_num", "global_bs", "comm_alg"]
     for name in names:

@@ -24,7 +24,7 @@ from probes import expect
 from ranks import RankContext, RankPool, raise_failures, spawn_ranks
 
 import deep_ep
-from deep_ep.twin import kernels as twin_kernels
+from tools.twin import kernels as twin_kernels
 
 SIZE = 2
 ON_NPU, M = Case((5, 3), H=256, K=2, local_experts=4, dtype=torch.bfloat16, ids="distinct", absent=0.1), 7

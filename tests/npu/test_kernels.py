@@ -12,6 +12,7 @@ from typing import Any
 
 import probes
 import pytest
+import reference
 import torch
 from cases import Case, assert_same
 from hypothesis import given
@@ -19,10 +20,9 @@ from hypothesis import strategies as st
 from ranks import RankContext, RankDied, RankPool, raise_failures, spawn_ranks
 from torch import Tensor
 
-from deep_ep import reference
-from deep_ep.twin import kernels as twin_kernels
-from deep_ep.twin import native
-from deep_ep.twin.kernels import A2, ARCHS, VECTOR_CORES, Group, Setup, Twin
+from tools.twin import kernels as twin_kernels
+from tools.twin import native
+from tools.twin.kernels import A2, ARCHS, VECTOR_CORES, Group, Setup, Twin
 
 pytestmark = pytest.mark.skipif(
     native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 import torch_npu  # noqa: F401
@@ -21,9 +22,9 @@ from ranks import RankContext, RankPool
 from torch import Tensor
 
 import deep_ep
-from deep_ep import env, quantization, reference
-from deep_ep.twin import kernels as twin_kernels
-from deep_ep.twin.kernels import A5, Setup, Twin
+from deep_ep import env, quantization
+from tools.twin import kernels as twin_kernels
+from tools.twin.kernels import A5, Setup, Twin
 
 SIZE = 2
 CASE, M = Case((5, 3), H=256, K=2, local_experts=4, dtype=torch.bfloat16, ids="distinct", absent=0.1), 7

@@ -18,7 +18,7 @@ from torch import Tensor
 from train_moe import Config, train
 
 import deep_ep
-from deep_ep.twin import kernels
+from tools.twin import kernels
 
 SMALL = {"steps": 4, "batch": 8, "seq": 32, "dim": 32, "layers": 2, "quiet": True}
 

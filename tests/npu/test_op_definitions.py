@@ -20,8 +20,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import deep_ep  # noqa: F401  (the torch ops)
 from deep_ep.fused_options import FusedOptions
-from deep_ep.twin import model, native
-from deep_ep.twin.kernels import A2, A5, VECTOR_CORES
+from tools.twin import model, native
+from tools.twin.kernels import A2, A5, VECTOR_CORES
 
 pytestmark = pytest.mark.skipif(
     native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"

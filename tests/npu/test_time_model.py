@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import probes
 import pytest
+import reference
 import torch
 from cases import Case
 from ranks import RankContext, RankPool
 from torch import Tensor
 
-from deep_ep import reference
-from deep_ep.twin import kernels, model, native
-from deep_ep.twin.kernels import ARCHS, Group, Setup, Twin
+from tools.twin import kernels, model, native
+from tools.twin.kernels import ARCHS, Group, Setup, Twin
 
 pytestmark = pytest.mark.skipif(
     native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from deep_ep.twin import native
+from tools.twin import native
 
 pytestmark = pytest.mark.slow  # the library has to be built
 

@@ -301,7 +301,7 @@ DEEP_EP_API const char* deep_ep_twin_take_violations() noexcept {
 }
 
 // What launches have done since the last call, kMostReports of them at most, as a list in JSON: Launch of
-// python/deep_ep/twin/kernels.py. Valid until the next call.
+// tools/twin/kernels.py. Valid until the next call.
 DEEP_EP_API const char* deep_ep_twin_take_report() noexcept {
   static std::string text;
   std::lock_guard lock(state().mutex);

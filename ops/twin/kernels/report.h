@@ -1,4 +1,4 @@
-// What a launch has done, as JSON: Launch of python/deep_ep/twin/kernels.py.
+// What a launch has done, as JSON: Launch of tools/twin/kernels.py.
 #pragma once
 
 #include <deque>

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import env
 from .._library import ERROR_BYTES, find, library
 from ..meeting import Meeting
+from ..process_groups import process_group
 from ..windows import finalize_here
 
 _HEADER = 8
@@ -84,8 +85,6 @@ def check(group: str | dist.ProcessGroup | DeviceMesh) -> None:
     Raises:
         RuntimeError: a launch has failed on this rank: its op and number, the peer, and what was expected and found.
     """
-    from ..groups import process_group  # which needs this module
-
     _windows(group if isinstance(group, str) else process_group(group).group_name).check()
 
 

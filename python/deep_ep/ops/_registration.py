@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-from .. import _compile, _library, calls, pending, profile  # noqa: F401  (_library defines the ops)
+from .. import _compile, _library, calls, profile  # noqa: F401  (_library defines the ops)
 from ..calls import completing
+from ..kernels import started
 from ..npu import ge
 
 
@@ -140,9 +141,9 @@ def register(
     assert alltoall is not None
     register(
         f"{name}_start",
-        fake=_fake_of_start(name, start.check, pending.place_of_group(alltoall)),
-        alltoall=pending.starting(name, alltoall),
-        ops=None if ops is None else pending.holding(name, ops),
+        fake=_fake_of_start(name, start.check, started.place_of_group(alltoall)),
+        alltoall=started.starting(name, alltoall),
+        ops=None if ops is None else started.holding(name, ops),
         setup_context=start.setup_context,
         backward=start.backward,
         convert={overload: ge.starting(converter) for overload, converter in convert.items()},

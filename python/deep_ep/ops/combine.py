@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import alltoall, checks
+from .. import checks
 from ..arguments import flat, like_tokens
 from ..collective import collective
-from ..groups import Group, GroupInfo, info_of
-from ..npu import alltoall as graph_alltoall
-from ..npu import ge
+from ..groups import GroupInfo, info_of
+from ..kernels import alltoall
+from ..npu import ge, graph_alltoall
+from ..process_groups import Group
 from ._registration import Start, refuse, register, reject
 from .dispatch import DispatchHandle
 from .wait import Completion, Started, as_issued, completes, issued, no_rows

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import alltoall, checks
+from .. import checks
 from ..arguments import flat, like_tokens
 from ..collective import collective
-from ..groups import Group, GroupInfo, info_of
+from ..groups import GroupInfo, info_of
 from ..handles import copy_in_graph, readable_by_name
-from ..npu import alltoall as graph_alltoall
-from ..npu import ge
+from ..kernels import alltoall
+from ..npu import ge, graph_alltoall
+from ..process_groups import Group
 from . import get_dispatch_layout
 from ._registration import Start, refuse, register, reject
 from .wait import Completion, Started, as_issued, completes, issued, no_rows

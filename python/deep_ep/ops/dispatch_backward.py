@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import alltoall, checks
-from ..npu import alltoall as graph_alltoall
-from ..npu import ge
+from .. import checks
+from ..kernels import alltoall
+from ..npu import ge, graph_alltoall
 from ._registration import Start, no_second_derivative, register, reject
 from .wait import Completion, completes
 

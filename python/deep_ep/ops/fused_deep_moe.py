@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import calls, checks, fused_kernel
+from .. import calls, checks
 from ..arguments import flat, like_tokens
 from ..collective import collective
 from ..fused_options import FORMATS, FusedOptions, in_tiles, quant_mode_of
-from ..fused_weights import FusedWeights, FuseMode, as_fuse_mode
-from ..groups import Group, GroupInfo, info_of
+from ..groups import GroupInfo, info_of
+from ..kernels import fused_deep_moe as fused_kernel
 from ..npu import ge
+from ..process_groups import Group
+from ..weights import FusedWeights, FuseMode, as_fuse_mode
 from ._registration import register, reject
 
 OVERLOADS = {FuseMode.FUSED_DEEP_MOE: "default", FuseMode.DISPATCH_FFN_COMBINE: "dispatch_ffn_combine"}
@@ -80,7 +82,7 @@ def fused_deep_moe(
             DISPATCH_FFN_COMBINE: how many rows a rank may compute in all, for a shared expert as well.
         num_experts: E, a multiple of R.
         quant_mode: 0, or 1 for rows in the format of weights that are quantised: int8 with exact sums in int32, or MX
-            (`fused_kernel` has the formulas).
+            (`deep_ep.kernels.fused_deep_moe` has the formulas).
         fuse_mode: FuseMode, or its number.
         gmm1_bias, gmm2_bias: [L, 2I], in the order of gmm1_weight's columns, as `deep_ep.fused_bias` gives it, and
             [L, H], of any float dtype and strides.

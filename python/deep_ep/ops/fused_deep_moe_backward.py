@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import checks, fused_kernel
+from .. import checks
 from ..fused_options import FusedOptions
+from ..kernels import fused_deep_moe as fused_kernel
 from ._registration import no_second_derivative, register, reject
 from .fused_deep_moe import OVERLOADS, node
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import fused_kernel
 from ..fused_options import FusedOptions
+from ..kernels import fused_deep_moe as fused_kernel
 from . import fused_deep_moe_backward
 from ._registration import no_second_derivative, register
 from .fused_deep_moe import OVERLOADS, refuse_in_graphs

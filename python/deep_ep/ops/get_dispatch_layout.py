@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import alltoall, checks
+from .. import checks
 from ..arguments import adapted, flat
-from ..groups import Group, GroupInfo, info_of
+from ..groups import GroupInfo, info_of
+from ..kernels import alltoall
 from ..npu import ge
+from ..process_groups import Group
 from ._registration import register, reject
 
 

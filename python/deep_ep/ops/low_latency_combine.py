@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import alltoall, checks, npu_ops
+from .. import checks
 from ..arguments import flat, like_tokens
 from ..collective import collective
-from ..groups import Group, GroupInfo, info_of
-from ..npu import alltoall as graph_alltoall
-from ..npu import ge
+from ..groups import GroupInfo, info_of
+from ..kernels import alltoall, torch_npu_ops
+from ..npu import ge, graph_alltoall
+from ..process_groups import Group
 from ._registration import Start, register, reject
 from .low_latency_dispatch import LowLatencyHandle, active
 from .wait import Completion, Started, as_issued, completes, issued, no_rows
@@ -117,8 +118,8 @@ def fake(
 def _error(*arguments: Any, overload: str) -> str | None:
     *arguments, comm_alg = arguments  # type: ignore[assignment]
     if overload == "ops":  # whose record of where rows came from is torch_npu's own
-        return npu_ops.check_comm_alg(comm_alg) or npu_ops.check_x(arguments[0])
-    return npu_ops.check_comm_alg(comm_alg) or checks.low_latency_combine(*arguments)
+        return torch_npu_ops.check_comm_alg(comm_alg) or torch_npu_ops.check_x(arguments[0])
+    return torch_npu_ops.check_comm_alg(comm_alg) or checks.low_latency_combine(*arguments)
 
 
 def _result(x: Tensor, topk_idx: Tensor) -> Tensor:
@@ -189,10 +190,10 @@ register(
     "low_latency_combine",
     fake=fake,
     alltoall=alltoall.low_latency_combine,
-    ops=npu_ops.low_latency_combine,
+    ops=torch_npu_ops.low_latency_combine,
     setup_context=setup_context,
     backward=backward,
-    convert={"default": convert, "ops": npu_ops.convert_combine},
+    convert={"default": convert, "ops": torch_npu_ops.convert_combine},
     decompose=graph_alltoall.low_latency_combine,
     start=Start(_error, backward_start, setup_context),
 )

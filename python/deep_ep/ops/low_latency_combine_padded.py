@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import alltoall, checks
+from .. import checks
 from ..arguments import flat, like_tokens
 from ..groups import GroupInfo
+from ..kernels import alltoall
 from . import low_latency_combine as packed_op
 from ._registration import Start, register, reject
 from .low_latency_dispatch import LowLatencyHandle

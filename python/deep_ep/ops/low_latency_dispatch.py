@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import alltoall, checks, npu_ops
+from .. import checks
 from ..arguments import flat
 from ..collective import collective
-from ..groups import Group, GroupInfo, info_of
+from ..groups import GroupInfo, info_of
 from ..handles import readable_by_name
-from ..npu import alltoall as graph_alltoall
-from ..npu import ge
+from ..kernels import alltoall, torch_npu_ops
+from ..npu import ge, graph_alltoall
+from ..process_groups import Group
 from ._registration import Start, register, reject
 from .wait import Completion, Started, as_issued, completes, issued, no_rows
 
@@ -183,8 +184,8 @@ def _error(
 ) -> Any:
     return (
         checks.low_latency_dispatch(x, topk_idx, M, E, R)
-        or npu_ops.check_comm_alg(comm_alg)
-        or (npu_ops.check_x(x) if overload == "ops" else None)
+        or torch_npu_ops.check_comm_alg(comm_alg)
+        or (torch_npu_ops.check_x(x) if overload == "ops" else None)
     )
 
 
@@ -283,10 +284,10 @@ register(
     "low_latency_dispatch",
     fake=fake,
     alltoall=alltoall.low_latency_dispatch,
-    ops=npu_ops.low_latency_dispatch,
+    ops=torch_npu_ops.low_latency_dispatch,
     setup_context=setup_context,
     backward=backward,
-    convert={"default": convert, "ops": npu_ops.convert_dispatch},
+    convert={"default": convert, "ops": torch_npu_ops.convert_dispatch},
     decompose=graph_alltoall.low_latency_dispatch,
     start=Start(_error, backward_start, setup_context_start),
 )

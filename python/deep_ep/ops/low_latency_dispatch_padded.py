@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import alltoall, checks, pending, quantization
+from .. import checks, quantization
 from ..ep_strategy import LowLatencyStrategy
 from ..groups import GroupInfo
 from ..handles import readable_by_name
+from ..kernels import alltoall
+from ..kernels.started import spoil, write
 from . import low_latency_dispatch as packed_op
 from ._registration import Start, register, reject
 from .low_latency_dispatch import LowLatencyHandle
@@ -358,14 +360,14 @@ def _results_of_wait(overload: str, x: Tensor, topk_idx: Tensor, *rest: Any) -> 
 def _early(*arguments: Any) -> list[Tensor]:
     """Results that a call under .alltoall will write to, with rows of 0."""
     results = list(_results_of_wait(*arguments))
-    pending.spoil(results[2:])
+    spoil(results[2:])
     return [*(zeros(rows, tuple(rows.shape)) if rows.numel() else rows for rows in results[:2]), *results[2:]]
 
 
 def _write(early: Sequence[Tensor], results: Sequence[Tensor]) -> None:
     """Of rows, those that have come."""
     for to, of in zip(early[2:], results[2:], strict=True):
-        pending.write(to, of)
+        write(to, of)
     place = (results[3].view(-1) >= 0).nonzero().squeeze(1)
     with torch.inference_mode():
         for to, of in zip(early[:2], results[:2], strict=True):

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, npu_ops
+from .. import checks
 from ..groups import GroupInfo
+from ..kernels import torch_npu_ops
 from ._registration import register, reject
 from .moe_distribute_dispatch import Shared, setup_context
 
@@ -43,7 +44,7 @@ def fake(*arguments: Any, overload: str) -> Tensor:
 
 def _error(*arguments: Any) -> str | None:
     x, topk_idx, topk_weights, _, _, _, _, M, E, R, S, is_shared, _, comm_alg = arguments
-    if wrong := npu_ops.check_comm_alg(comm_alg) or npu_ops.check_x(x):
+    if wrong := torch_npu_ops.check_comm_alg(comm_alg) or torch_npu_ops.check_x(x):
         return wrong
     if topk_weights.dtype != torch.float32 or any(map(checks.differ, topk_weights.shape, topk_idx.shape)):
         return (
@@ -57,9 +58,9 @@ def _error(*arguments: Any) -> str | None:
 
 
 def kernel(*arguments: Any, overload: str) -> Tensor:
-    operator = npu_ops.combine_operator(arguments[0])
+    operator = torch_npu_ops.combine_operator(arguments[0])
     reject("moe_distribute_combine", _error(*arguments))
-    return npu_ops.combine(operator, *arguments)
+    return torch_npu_ops.combine(operator, *arguments)
 
 
 def backward(ctx: Any, *grads: Tensor, overload: str) -> Any:
@@ -72,5 +73,5 @@ register(
     kernel=kernel,
     setup_context=setup_context,
     backward=backward,
-    convert={"default": npu_ops.convert_full_combine},
+    convert={"default": torch_npu_ops.convert_full_combine},
 )

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, npu_ops
+from .. import checks
 from ..groups import GroupInfo
+from ..kernels import torch_npu_ops
 from ._registration import register, reject
 
 
@@ -97,7 +98,7 @@ def fake(
         x.new_empty((N,), dtype=torch.float32),
         x.new_empty((L,), dtype=torch.int64),
         x.new_empty((torch.sym_max(T * K, 128 * N),), dtype=torch.int32),
-        x.new_empty((R * L + npu_ops.counts_between_servers(topk_weights, M, K, R),), dtype=torch.int32),
+        x.new_empty((R * L + torch_npu_ops.counts_between_servers(topk_weights, M, K, R),), dtype=torch.int32),
         x.new_empty((0 if topk_weights is None else N,), dtype=torch.float32),
     )
 
@@ -120,7 +121,9 @@ def error(
     if E % (R - S):
         return f"num_experts ({E}) must be divisible by the {R - S} ranks that have no shared expert"
     if wrong := (
-        checks.low_latency_dispatch(x, topk_idx, M, E, R - S) or npu_ops.check_comm_alg(comm_alg) or npu_ops.check_x(x)
+        checks.low_latency_dispatch(x, topk_idx, M, E, R - S)
+        or torch_npu_ops.check_comm_alg(comm_alg)
+        or torch_npu_ops.check_x(x)
     ):
         return wrong
     if topk_weights is None and comm_alg == "hierarchy":
@@ -160,9 +163,9 @@ def kernel(
 ) -> tuple[Tensor, ...]:
     tensors = x, topk_idx, topk_weights, smooth_scales, x_active_mask
     sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks, num_shared_ranks
-    operator = npu_ops.dispatch_operator(x)
+    operator = torch_npu_ops.dispatch_operator(x)
     reject("moe_distribute_dispatch", error(*tensors, *sizes, comm_alg))
-    return npu_ops.dispatch(operator, *tensors, *sizes, is_shared, group, comm_alg)
+    return torch_npu_ops.dispatch(operator, *tensors, *sizes, is_shared, group, comm_alg)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -179,5 +182,5 @@ register(
     kernel=kernel,
     setup_context=setup_context,
     backward=backward,
-    convert={"default": npu_ops.convert_full_dispatch},
+    convert={"default": torch_npu_ops.convert_full_dispatch},
 )

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, pending
+from .. import checks
 from ..groups import GroupInfo
+from ..kernels.started import arriving, finish, spoiled, write_all
 from ..npu import ge
 from ._registration import register, reject
 
@@ -212,10 +213,10 @@ def alltoall_arriving(ticket: Tensor, op: str, arguments: list[Tensor], *sizes: 
         raise RuntimeError(f"deep_ep.arriving: {error}")
     completion = _completions[op]
     if op == "dispatch" and sizes[2] == 0:
-        return pending.arriving(op, ticket)
-    make = completion.early or pending.spoiled(completion.fake)
+        return arriving(op, ticket)
+    make = completion.early or spoiled(completion.fake)
     make = functools.partial(make, "alltoall", *arguments, *sizes[:-1])
-    return pending.arriving(op, ticket, make, completion.write or pending.write_all)
+    return arriving(op, ticket, make, completion.write or write_all)
 
 
 def alltoall(ticket: Tensor, op: str, arguments: list[Tensor], *sizes: Any) -> list[Tensor]:
@@ -226,7 +227,7 @@ def alltoall(ticket: Tensor, op: str, arguments: list[Tensor], *sizes: Any) -> l
     if completion is not None and completion.complete is None and not ticket.any():
         # A call that nobody has waited for has no gradient, and graphs make that a zero.
         return [tensor.zero_() for tensor in completion.fake("alltoall", *arguments, *sizes[:-1])]
-    return pending.finish(op, ticket)
+    return finish(op, ticket)
 
 
 register(

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from .. import quantization
+from ..buffer.events import event_of
+from ..buffer.low_latency import LowLatencyOfOps
+from ..buffer.runtime import OfOps, Runtime
 from ..checks import differ
 from ..collective import collective
 from ..ep_strategy import LowLatencyStrategy, Rows, register_low_latency_strategy
-from ..groups import Group, GroupInfo
+from ..groups import GroupInfo
 from ..handles import readable_by_name
-from ..low_latency import LowLatencyOfOps, mode_of
 from ..ops import moe_distribute_combine as combine_op
 from ..ops import moe_distribute_dispatch as dispatch_op
 from ..ops.low_latency_dispatch import LowLatencyHandle
 from ..ops.low_latency_dispatch_padded import pad, places
-from ..overlap import event_of
-from ..runtime import OfOps, Runtime
+from ..process_groups import Group
 from ..utils import EventOverlap
 
 
@@ -66,7 +67,7 @@ class AllToAllLowLatencyCommStrategy(LowLatencyOfOps):
 
     def __init__(self, runtime: Runtime | None = None, group: Group = None, packed: bool = False) -> None:
         super().__init__(runtime, group)
-        self.packed = packed or self.runtime.rows == "rank"
+        self.packed = packed or not self.contract.is_of_ascend
 
     @classmethod
     def of_buffer(cls, runtime: Runtime, group: Group) -> OfOps:
@@ -248,8 +249,8 @@ class OpsLowLatencyCommStrategy(LowLatencyOfOps):
 
         x_active_mask: bool [T] or [T, K], which torch_npu wants to have no True behind a False.
         """
-        flags, stats = (use_fp8, use_ue8m0, use_mxfp4), cumulative_local_expert_recv_stats
-        if self._rows == "rank":
+        stats = cumulative_local_expert_recv_stats
+        if not self.contract.is_of_ascend:
             more |= {"use_fp8": use_fp8, "round_scale": round_scale, "use_ue8m0": use_ue8m0, "use_mxfp4": use_mxfp4}
             more |= {"async_finish": async_finish, "return_recv_hook": return_recv_hook, "quant_mode": quant_mode}
             if x_active_mask is not None:
@@ -257,7 +258,7 @@ class OpsLowLatencyCommStrategy(LowLatencyOfOps):
             sizes = num_max_dispatch_tokens_per_rank, num_experts
             return super().low_latency_dispatch(x, topk_idx, *sizes, stats, **more)
         info, M = self._live(), num_max_dispatch_tokens_per_rank
-        mode = mode_of(quant_mode, *flags, rows=self._rows, as_bf16=self.runtime.bf16_low_latency)
+        mode = self.runtime.low_latency_mode(quant_mode, use_fp8, use_ue8m0, use_mxfp4)
         if self.smooth_scales is not None and mode != "int8":
             raise ValueError(f'smooth_scales are for quant_mode="int8", got {mode!r}')
         if x.requires_grad and torch.is_grad_enabled():

@@ -1,6 +1,6 @@
 """Strategies of normal mode: one for each overload of the ops."""
 
-from ..buffer import NormalOfOps
+from ..buffer.normal import NormalOfOps
 from ..ep_strategy import NormalStrategy, register_normal_strategy
 
 

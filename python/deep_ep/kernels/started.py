@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import communicator
-from .calls import Failed, mine
-from .communicator import Communicator
+from .. import communicator
+from ..calls import Failed, mine
+from ..communicator import Communicator
 
 Write = Callable[[list[Tensor], list[Tensor]], None]
 """(tensors that were made for results, results): writes these to those, behind torch's back."""

@@ -1,5 +1,5 @@
-"""python -m deep_ep.twin report --ops low_latency_dispatch low_latency_combine [--ranks 4 …] [--json FILE]
-python -m deep_ep.twin model [--write docs]
+"""python -m tools.twin report --ops low_latency_dispatch low_latency_combine [--ranks 4 …] [--json FILE]
+python -m tools.twin model [--write docs]
 """
 
 import argparse
@@ -13,7 +13,7 @@ from .kernels import Failed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m deep_ep.twin", description="AscendC kernels on the twin")
+    parser = argparse.ArgumentParser(prog="python -m tools.twin", description="AscendC kernels on the twin")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_report(commands.add_parser("report", help="what launches move and wait for: docs/kernels.md"))
     _add_model(commands.add_parser("model", help="how long launches may take on A2, A3 and A5: docs/time_model.md"))

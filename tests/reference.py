@@ -8,28 +8,11 @@ are ordered by local expert, source rank, source token, k. With W > 0 recv_x has
 are dropped, unused ones are 0 with the index -1. Nothing here checks its arguments.
 """
 
-from typing import NamedTuple
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from . import quantization
-
-
-class DispatchResult(NamedTuple):
-    """The outputs of the op dispatch on one rank, in the order of its schema."""
-
-    recv_x: Tensor  # [N, H] as x
-    recv_topk_idx: Tensor  # int64 [N, K]: local expert in the column that brought the row, else -1
-    recv_topk_weights: Tensor  # fp32 [N, K]: weight in that column, else 0
-    num_recv_tokens_per_expert: Tensor  # int64 [L], after dropping
-    num_dropped: Tensor  # int64 []
-    rank_prefix_matrix: Tensor  # int32 [R, R]: [i, j] rows that ranks 0..i deliver to rank j
-    channel_prefix_matrix: Tensor  # int32 [R, L]: running over l, rows asked of d's expert l, not dropping
-    recv_channel_prefix_matrix: Tensor  # int32 [L, R]: running over (expert, source), not dropping
-    recv_src_idx: Tensor  # int32 [N, 3]: source rank, source token, k
-    send_head: Tensor  # int32 [T, K]: row in the destination's recv_x, or -1
+from deep_ep import quantization
+from deep_ep.kernels.results import DispatchResult
 
 
 def get_dispatch_layout(
@@ -41,20 +24,20 @@ def get_dispatch_layout(
     num_tokens_per_expert int32 [E] (repeated ids count each time) and is_token_in_rank int32 [T, R]. Node n
     has the ranks from n * R / num_nodes on.
     """
-    T = topk_idx.shape[0]
-    has_expert = topk_idx >= 0
-    rank = topk_idx // (num_experts // num_ranks)
-    # Column R takes the slots without an expert.
-    in_rank = torch.zeros(T, num_ranks + 1, dtype=torch.int32, device=topk_idx.device)
-    in_rank.scatter_(1, rank.where(has_expert, num_ranks), 1)
-    is_token_in_rank = in_rank[:, :num_ranks].contiguous()
-    in_node = is_token_in_rank.view(T, num_nodes, num_ranks // num_nodes).amax(2)
-    return (
-        is_token_in_rank.sum(0, dtype=torch.int32),
-        in_node.sum(0, dtype=torch.int32),
-        torch.bincount(topk_idx[has_expert], minlength=num_experts).to(torch.int32),
-        is_token_in_rank,
-    )
+    T, R = topk_idx.shape[0], num_ranks
+    per_rank, per_node = torch.zeros(R, dtype=torch.int32), torch.zeros(num_nodes, dtype=torch.int32)
+    per_expert, in_rank = torch.zeros(num_experts, dtype=torch.int32), torch.zeros(T, R, dtype=torch.int32)
+    for t, ids in enumerate(topk_idx.tolist()):
+        experts = [e for e in ids if e >= 0]
+        ranks = {e // (num_experts // R) for e in experts}
+        for e in experts:
+            per_expert[e] += 1
+        for rank in ranks:
+            per_rank[rank] += 1
+            in_rank[t, rank] = 1
+        for node in {rank // (R // num_nodes) for rank in ranks}:
+            per_node[node] += 1
+    return per_rank, per_node, per_expert, in_rank
 
 
 def dispatch(
@@ -223,17 +206,3 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     q, s = quantization.quantize(x, "int8", low_latency=True)
     # The sums of products are integers that float64 holds.
     return (q.double() @ weight.double().t()).float() * scale * s.unsqueeze(1)
-
-
-def all_gather_ragged(tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """Every rank's tensor on every rank; sizes may differ from rank to rank, dtype and dim() may not."""
-    R = dist.get_world_size(group)
-    shape = torch.tensor(tensor.shape, dtype=torch.int64)
-    shapes = [torch.empty_like(shape) for _ in range(R)]
-    dist.all_gather(shapes, shape, group=group)
-    sizes = [int(s.prod()) * tensor.element_size() for s in shapes]
-    padded = torch.zeros(max(*sizes, 1), dtype=torch.uint8)
-    padded[: sizes[dist.get_rank(group)]] = tensor.contiguous().view(-1).view(torch.uint8)
-    gathered = [torch.empty_like(padded) for _ in range(R)]
-    dist.all_gather(gathered, padded, group=group)
-    return [g[:size].view(tensor.dtype).view(s.tolist()) for g, size, s in zip(gathered, sizes, shapes, strict=True)]

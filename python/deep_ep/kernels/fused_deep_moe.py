@@ -27,10 +27,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import alltoall, checks, quantization, reference, windows
-from .fused_options import FORMATS, Format, FusedOptions, in_tiles
-from .fused_weights import bits_to_scale, places
-from .groups import process_group
+from .. import checks, quantization, windows
+from ..fused_options import FORMATS, Format, FusedOptions, in_tiles
+from ..process_groups import process_group
+from ..weights import bits_to_scale, places
+from . import alltoall
+from .results import DispatchResult
 
 
 class _Expert(NamedTuple):
@@ -226,10 +228,10 @@ def _agree(
     return active
 
 
-def _dispatch(strategy: str, rows: Tensor, routing: _Routing, R: int, group: str) -> reference.DispatchResult:
+def _dispatch(strategy: str, rows: Tensor, routing: _Routing, R: int, group: str) -> DispatchResult:
     op = getattr(torch.ops.deep_ep.dispatch, strategy)
     ids, weights, num_experts = routing
-    return reference.DispatchResult(*op(rows, ids, weights, num_experts, R, 0, group))
+    return DispatchResult(*op(rows, ids, weights, num_experts, R, 0, group))
 
 
 def forward(

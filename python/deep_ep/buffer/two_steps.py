@@ -6,23 +6,43 @@ reorder, they are a flow of data out of the wait.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..groups import spoils
+from ..kernels.started import spoil, write
 from . import cost
-from .groups import spoils
-from .pending import spoil, write
-from .utils import EventHandle, EventOverlap
+
+
+class Op(Protocol):
+    """What an op has for calls in two steps: a module of deep_ep.ops is one. The arguments are those of `call`."""
+
+    def call(self, *arguments: Any, **options: Any) -> Any:
+        """Its results."""
+
+    def start(self, *arguments: Any, **options: Any) -> Any:
+        """Begins the call, for `complete` or `arriving`."""
+
+    def complete(self, started: Any, /) -> Any:
+        """Waits for the call: its results."""
+
+    def arriving(self, started: Any, /) -> Any:
+        """The same without waiting: they are there once started.join() has returned."""
+
+    def wrong(self, *arguments: Any, **options: Any) -> str | None:
+        """What is wrong with the arguments, as far as that needs no values."""
+
+    def nothing_yet(self, *arguments: Any, **options: Any) -> Any:
+        """Results without a value in them. Plan.shape follows the arguments."""
 
 
 class Plan(NamedTuple):
     """What a method of Buffer does."""
 
-    op: Any
-    """The module of the op, one of deep_ep.ops."""
+    op: Op
     calls: list[tuple[Any, ...]]
     """The arguments of its calls, in their order."""
     received: Callable[..., Any]
@@ -154,20 +174,3 @@ class _Computed(torch.autograd.Function):
         outputs, gradients = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, leaves, gradients, allow_unused=True))
         return None, None, *(next(found) if is_needed else None for is_needed in needed)
-
-
-def begin_after(previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool) -> None:
-    """Waits for the event. ValueError: as upstream, allocate_on_comm_stream needs both others."""
-    event = None if previous_event is None else previous_event.event
-    if allocate_on_comm_stream and (event is None or not async_finish):
-        raise ValueError(
-            "allocate_on_comm_stream needs previous_event and async_finish=True, got "
-            f"{'no previous_event' if event is None else 'a previous_event'} and async_finish={async_finish}"
-        )
-    if event is not None:
-        event.current_stream_wait()
-
-
-def event_of(async_finish: bool, complete: Callable[[], None] | None = None) -> EventOverlap:
-    """The event of a call, which `complete` ends if it goes on when it returns."""
-    return EventOverlap(EventHandle(complete) if async_finish else None)

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import calls, checks, communicator, profile, reference
+from .. import calls, checks, communicator, profile
+from .results import DispatchResult
 
 _OPS = (
     "dispatch",
@@ -366,13 +367,31 @@ def agree(
 def get_dispatch_layout(
     topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts of the local tokens; no communication. See reference.get_dispatch_layout."""
+    """Counts of one rank's tokens; a token counts once per rank and once per node.
+
+    topk_idx: int64 [T, K]. Returns num_tokens_per_rank int32 [R], num_tokens_per_rdma_rank int32 [num_nodes],
+    num_tokens_per_expert int32 [E] (repeated ids count each time) and is_token_in_rank int32 [T, R]. Node n
+    has the ranks from n * R / num_nodes on.
+    """
     error = checks.get_dispatch_layout(topk_idx, num_experts, num_ranks, num_nodes) or checks.ids_error(
         topk_idx, num_experts
     )
     if error:
         raise RuntimeError(f"deep_ep.get_dispatch_layout: {error}")
-    return reference.get_dispatch_layout(topk_idx, num_experts, num_ranks, num_nodes)
+    T = topk_idx.shape[0]
+    has_expert = topk_idx >= 0
+    rank = topk_idx // (num_experts // num_ranks)
+    # Column R takes the slots without an expert.
+    in_rank = torch.zeros(T, num_ranks + 1, dtype=torch.int32, device=topk_idx.device)
+    in_rank.scatter_(1, rank.where(has_expert, num_ranks), 1)
+    is_token_in_rank = in_rank[:, :num_ranks].contiguous()
+    in_node = is_token_in_rank.view(T, num_nodes, num_ranks // num_nodes).amax(2)
+    return (
+        is_token_in_rank.sum(0, dtype=torch.int32),
+        in_node.sum(0, dtype=torch.int32),
+        torch.bincount(topk_idx[has_expert], minlength=num_experts).to(torch.int32),
+        is_token_in_rank,
+    )
 
 
 def dispatch(
@@ -383,8 +402,8 @@ def dispatch(
     num_ranks: int,
     num_worst_tokens: int,
     group: str,
-) -> reference.DispatchResult:
-    """Sends every (token, k) row to the rank of its expert. See reference.DispatchResult.
+) -> DispatchResult:
+    """Sends every (token, k) row to the rank of its expert. See DispatchResult.
 
     x: [T, H]; topk_idx: int64 [T, K]; topk_weights: fp32 [T, K].
     Raises RuntimeError, on all ranks, for a bad argument of any rank and for ranks in different ops; and for
@@ -431,7 +450,7 @@ def _dispatch(
     num_ranks: int,
     num_worst_tokens: int,
     same_rows: bool = False,
-) -> reference.DispatchResult:
+) -> DispatchResult:
     """`error`: what is wrong with the arguments. same_rows: num_worst_tokens must be equal on all ranks."""
     error = (
         call.device_error or checks.group_size(num_ranks, call.size) or error or checks.ids_error(topk_idx, num_experts)
@@ -514,7 +533,7 @@ def _dispatch(
     def to_int32(table: Tensor) -> Tensor:
         return table.to(device, torch.int32)
 
-    return reference.DispatchResult(
+    return DispatchResult(
         recv_x,
         recv_topk_idx,
         recv_topk_weights,

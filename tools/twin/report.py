@@ -14,7 +14,6 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .. import reference
 from . import model
 from .kernels import A2, A5, Group, Launch, Moved, Setup, Twin, build, get_dispatch_layout
 
@@ -98,21 +97,32 @@ class Rank:
         self.topk_idx, self.topk_weights = route(options, rank)
         self.T, self.E, R = options.tokens, options.experts, options.ranks
         self.N_low_latency = R * self.T * min(options.top_k, self.E // R)
-        # What a dispatch leaves behind does not depend on rows.
-        routes = [route(options, r) for r in range(R)]
-        ids, weights = ([routed[i] for routed in routes] for i in range(2))
-        xs = [torch.zeros(self.T, 1)] * R
-        exact = reference.dispatch(xs, ids, weights, self.E, [0] * R)[rank]
-        low_latency = reference.dispatch(xs, ids, weights, self.E, [self.N_low_latency] * R)[rank]
-        self.N = len(exact.recv_src_idx)
-        self.handle = exact.recv_src_idx, exact.send_head
-        layout_range = low_latency.recv_channel_prefix_matrix.view(-1)
-        self.handle_low_latency = low_latency.recv_src_idx, layout_range, low_latency.send_head
+        src, send_head, layout_range = _left_by_dispatch([route(options, r)[0] for r in range(R)], rank, self.E)
+        self.N = len(src)
+        self.handle = src, send_head
+        unused = src.new_full((self.N_low_latency - self.N, 3), -1)
+        self.handle_low_latency = torch.cat([src, unused]), layout_range, send_head
 
     def rows(self, count: int) -> Tensor:
         """[count, H], at random."""
         generator = torch.Generator().manual_seed(self.options.seed * self.options.ranks + self.rank)
         return torch.randn(count, self.options.hidden, dtype=getattr(torch, self.options.dtype), generator=generator)
+
+
+def _left_by_dispatch(topk_idxs: list[Tensor], rank: int, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    """recv_src_idx int32 [N, 3], send_head int32 [T, K] and layout_range int32 [L·R] of a dispatch of [T, K] ids, none
+    of them -1, on each rank."""
+    R, (T, K) = len(topk_idxs), topk_idxs[0].shape
+    expert = torch.stack(topk_idxs).view(-1)  # of each (source rank, token, k)
+    order = expert.argsort(stable=True)
+    rows = torch.bincount(expert // (E // R), minlength=R)
+    begin = rows.cumsum(0) - rows
+    mine = order[begin[rank] : begin[rank] + rows[rank]]
+    source, token, k = mine // (T * K), mine // K % T, mine % K
+    place = torch.empty_like(order).index_copy(0, order, torch.arange(len(order))).view(R, T, K)[rank]
+    counts = torch.bincount(expert[mine] % (E // R) * R + source, minlength=E)
+    send_head = place - begin[topk_idxs[rank] // (E // R)]
+    return torch.stack([source, token, k], 1).int(), send_head.int(), counts.cumsum(0).int()
 
 
 OPS: dict[str, Callable[[Rank], object]] = {
@@ -138,7 +148,7 @@ OPS: dict[str, Callable[[Rank], object]] = {
 def make(options: Options) -> Report:
     """Runs the launches, on a process per rank.
 
-    RuntimeError: something is missing (deep_ep.twin). Failed: a launch has been refused or has failed.
+    RuntimeError: something is missing (tools.twin). Failed: a launch has been refused or has failed.
     """
     run = functools.partial(_run, options, build(), uuid.uuid4().hex)
     processes = multiprocessing.get_context("forkserver")

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .env import Rounds
-from .groups import GroupInfo
-from .ops import dispatch as dispatch_op
+from ..env import Rounds
+from ..groups import GroupInfo
+from ..ops import dispatch as dispatch_op
 
 MAX_TOKENS = 4096
 RANKS_OF_SERVER = 8

@@ -6,15 +6,20 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from . import env, notify
-from .ep_strategy import MODES, EPCommStrategy, LowLatencyStrategy, NormalStrategy, one_of
-from .groups import Group, GroupInfo, platform_of, prepare, process_group
-from .profile import Profiling
+from .. import env, profile, quantization
+from ..collective import Ops
+from ..ep_strategy import MODES, EPCommStrategy, LowLatencyStrategy, NormalStrategy, one_of
+from ..groups import GroupInfo, platform_of, prepare
+from ..process_groups import Group, process_group
+from . import notify
+from .expert_rows import ExpertRows
+from .rank_rows import RankRows
+from .rows import RowContract
 
 RANKS_OF_A2_SERVER = 8
 
 
-class Runtime(Profiling):
+class Runtime:
     """The group, and how its calls are to be made, as the environment says where no argument does.
 
     Args:
@@ -37,7 +42,6 @@ class Runtime(Profiling):
         self.rows = env.value("DEEP_EP_ROWS") if rows is None else one_of("rows", rows, env.ROWS)
         self.running_counts = env.value("MOE_EXPERT_TOKEN_NUMS_TYPE") == "0"
         rounds = env.rounds()
-        self.rounds = rounds if self.rows == "expert" else rounds._replace(number=1)
         self._has_int8 = env.value("DEEP_NORMAL_MODE_USE_INT8_QUANT")
         self._has_bf16 = env.value("SGLANG_DEEPEP_BF16_DISPATCH")
         self._layout: tuple[Tensor, int, int] | None = None
@@ -58,6 +62,13 @@ class Runtime(Profiling):
         links = env.value("HCCL_INTRA_PCIE_ENABLE"), env.value("HCCL_INTRA_ROCE_ENABLE")
         has_servers = platform_of(self.group) == "A2" or (platform_of(self.group) is None and links == ("1", "0"))
         self._num_servers = max(1, self.size // RANKS_OF_A2_SERVER) if has_servers else 1
+        self.contract = self._contract(rounds)
+        self.rounds = self.contract.rounds
+
+    def _contract(self, rounds: env.Rounds) -> RowContract:
+        if self.rows == "rank":
+            return RankRows(rounds, self.rank)
+        return ExpertRows(rounds, self.running_counts, spans_servers=self._num_servers > 1)
 
     def prepare(
         self, normal: NormalStrategy | None, low_latency: LowLatencyStrategy | None, comm_alg: str | None = None
@@ -67,7 +78,7 @@ class Runtime(Profiling):
         Collective unless the group has been prepared with them here. RuntimeError: as `deep_ep.init`. ValueError:
         low latency has no ranks for shared experts.
         """
-        takes_shared = low_latency is LowLatencyStrategy.OPS and self.rows == "expert"
+        takes_shared = low_latency is LowLatencyStrategy.OPS and self.contract.is_of_ascend
         if self.shared_ranks and low_latency is not None and not takes_shared:
             raise ValueError(
                 "the environment variable MOE_SHARED_EXPERT_RANK_NUM must be 0 unless low latency has the strategy ops "
@@ -101,6 +112,14 @@ class Runtime(Profiling):
         """Whether `low_latency_dispatch` sends rows as they are where quant_mode does not say it."""
         return env.latest("SGLANG_DEEPEP_BF16_DISPATCH", self._has_bf16) in env.TRUE
 
+    def low_latency_mode(self, quant_mode: str | None, use_fp8: bool, use_ue8m0: bool, use_mxfp4: bool) -> str:
+        """One of quantization.MODES: quant_mode, or what the flags of `low_latency_dispatch` mean."""
+        as_they_are = self.bf16_low_latency or not (use_fp8 or use_mxfp4)
+        if quant_mode is None:
+            quantised = "mx_fp4_e2m1" if use_mxfp4 else self.contract.fp8_mode(use_ue8m0)
+            quant_mode = "none" if as_they_are else quantised
+        return quantization.check_mode(quant_mode)
+
     def check(self) -> None:
         """RuntimeError: after `Buffer.destroy`."""
         if self.is_destroyed:
@@ -123,6 +142,38 @@ class Runtime(Profiling):
         if not topk_idx.is_inference() and topk_idx._version != version:
             raise RuntimeError("deep_ep: get_notify_send_data: topk_idx has been written to since get_dispatch_layout")
         return notify.send_data(topk_idx, num_experts, self.size)
+
+    def begin_profile(
+        self, num_profile_skip_launches: int, num_profile_active_launches: int, profile_trace_dir: str | None = ""
+    ) -> None:
+        """As `Buffer.begin_profile`."""
+        profile.begin(self.group, num_profile_skip_launches, num_profile_active_launches, profile_trace_dir)
+
+    def end_profile(self) -> None:
+        """As `Buffer.end_profile`."""
+        profile.end(self.group)
+
+    def strategy(self, argument: str, given: Any, get: Callable[[str], type[Any]], methods: tuple[str, ...]) -> Any:
+        """The strategy that is given for `argument` of Buffer: an object, a class or a name.
+
+        ValueError: it has not these methods, or is of another group or of other rows.
+        """
+        self.check()
+        if isinstance(given, str):
+            given = get(given)
+        if isinstance(given, type):
+            make: Any = given.of_buffer if issubclass(given, OfOps) else given
+            given = make(runtime=self, group=self.group)
+        for method in methods:
+            if not callable(getattr(given, method, None)):
+                raise ValueError(f"{argument} must be a strategy, or the name of one; got {given!r} without {method}")
+        if getattr(given, "group", self.group) is not self.group:
+            raise ValueError(
+                f"{argument} must be of the group '{self.group.group_name}', got one of '{given.group.group_name}'"
+            )
+        if is_of_ops(given) and given.runtime.rows != self.rows:
+            raise ValueError(f'{argument} must have rows="{self.rows}", got one with rows="{given.runtime.rows}"')
+        return given
 
     def is_available(self) -> bool:
         """Whether calls may be made."""
@@ -170,8 +221,7 @@ class OfOps(EPCommStrategy):
             )
         super().__init__(runtime.group)
         self.runtime = runtime
-        self._rows = runtime.rows
-        self._running_counts = runtime.running_counts
+        self.contract = runtime.contract
         self._straight_through = runtime.straight_through
         self.info = self._prepare()
 
@@ -193,19 +243,27 @@ class OfOps(EPCommStrategy):
         return self.info
 
     def _overlaps(self, is_asked: bool) -> bool:
-        """Whether a call goes on when it returns: under rows="expert" clients need not wait for results."""
-        return is_asked and self._rows == "rank"
+        """Whether a call goes on when it returns."""
+        return is_asked and self.contract.goes_on
 
 
-Ops = Callable[[dict[str, Any]], Sequence[str]]
+def ops_of_dispatch(given: dict[str, Any]) -> Sequence[str]:
+    """Of `dispatch` of a strategy over ops, for `collective`."""
+    return given["self"].contract.ops_of_dispatch(given)
+
+
+def ops_of_combine(given: dict[str, Any]) -> Sequence[str]:
+    """Of `combine` of a strategy over ops, for `collective`."""
+    return given["self"].contract.ops_of_combine(given)
 
 
 def of_strategy(attribute: str, ops: str | Ops) -> Ops:
-    """`ops` of a call of a Buffer, for `collective`, if the strategy that is its attribute is over ops."""
+    """The same of a call of a Buffer, whose attribute is a strategy that may be over ops."""
 
     def ops_of(given: dict[str, Any]) -> Sequence[str]:
-        if not is_of_ops(getattr(given["self"], attribute)):
+        strategy = getattr(given["self"], attribute)
+        if not is_of_ops(strategy):
             return ()
-        return (ops,) if isinstance(ops, str) else ops(given)
+        return (ops,) if isinstance(ops, str) else ops(given | {"self": strategy})
 
     return ops_of

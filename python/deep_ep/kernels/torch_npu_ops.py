@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .npu import ge
-from .npu.platform import platform
+from ..npu import ge
+from ..npu.platform import platform
 
 COMM_ALGS = ("hierarchy", "fullmesh_v1", "fullmesh_v2", "ccu")
 """How the operators may send: what torch_npu calls comm_alg. "" leaves the choice to it."""

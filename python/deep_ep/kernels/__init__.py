@@ -1,0 +1,1 @@
+"""Kernels that are Python: of the `.alltoall` and `.ops` overloads, and of fused_deep_moe."""

@@ -1,5 +1,0 @@
-"""The AscendC kernels of ops/ on the twin of the device API, as processes of this machine: docs/kernels.md.
-
-Needs what the kernels are compiled from and with: a checkout of deep_ep, cmake, ninja, and the headers of a torch-npu
-wheel. A RuntimeError names what is missing.
-"""
