@@ -33,6 +33,7 @@ from .handles import copy_in_graph, readable_by_name
 from .low_latency import LowLatencyCalls
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
+from .ops import dispatch_int8 as dispatch_int8_op
 from .ops import get_dispatch_layout as layout_op
 from .ops.dispatch import DispatchHandle
 from .other_calls import OtherCalls
@@ -594,7 +595,7 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
             for name, value in given.items():
                 if value is None:
                     raise ValueError(f"{name} is missing; get_dispatch_layout gives the layout of topk_idx")
-        rows, packed = self._rows_to_send(x, quant_mode, handle is not None)
+        rows, packed = self._rows_to_send(info, x, quant_mode, handle is not None)
         routing = "of a handle" if handle is not None else "without topk_idx" if topk_idx is None else "with topk_idx"
         if topk_idx is None and num_worst_tokens != 0:
             routing += ", with num_worst_tokens"
@@ -637,9 +638,10 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
             data, scales = quantization.unpack(recv_x, *packed)
             return (data, quantization.in_one_row(scales) if self._rows == "expert" else scales), *others
 
-        has_shape = handle is not None or num_worst_tokens != 0
+        # Where the kernel quantises, the host waits for nothing anyway.
+        goes_on = (handle is not None or num_worst_tokens != 0) and isinstance(rows, Tensor)
         sends = plan._replace(received=received)
-        return self._issue(sends, async_finish, dispatch_wait_recv_cost_stats, has_shape)
+        return self._issue(sends, async_finish, dispatch_wait_recv_cost_stats, goes_on)
 
     def _check_handles(self, info: GroupInfo, handle: Handle, overlaps: bool) -> None:
         """All ranks must have handles of one dispatch, which combine finds out, of rows of the least size that an NPU
@@ -653,15 +655,15 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
         else:
             combine_op.call(info, nothing, known)
 
-    def _issue(self, plan: Plan, async_finish: bool, stats: Tensor | None, has_shape: bool = True) -> tuple[Any, ...]:
+    def _issue(self, plan: Plan, async_finish: bool, stats: Tensor | None, goes_on: bool = True) -> tuple[Any, ...]:
         """The results and the event; stats get what was waited."""
-        results, wait = issue(plan, self._overlaps(async_finish) and has_shape, None, stats, self.rank)
+        results, wait = issue(plan, self._overlaps(async_finish) and goes_on, None, stats, self.rank)
         return *results, event_of(async_finish, wait)
 
     def _rows_to_send(
-        self, x: Rows, quant_mode: str | None, cached: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """What travels for x, and the (data, scales) that it is packed from, if it is."""
+        self, info: GroupInfo, x: Rows, quant_mode: str | None, cached: bool
+    ) -> tuple[Tensor | dispatch_op.AsInt8, tuple[Tensor, Tensor] | None]:
+        """What dispatch is to send for x, and the (data, scales) that it is packed from, if it is."""
         if quant_mode is not None:
             quant_mode = quantization.check_mode(quant_mode)
         if isinstance(x, tuple):
@@ -691,6 +693,8 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
                 f"deep_ep: x requires a gradient, which quant_mode {mode} does not have; "
                 "make the Buffer with straight_through=True"
             )
+        if mode == "int8" and dispatch_int8_op.is_for(info, x):
+            return dispatch_op.AsInt8(x), None
         data, scales = quantization.quantize(x, mode)
         return quantization.pack(data, scales), (data, scales)
 
@@ -710,7 +714,7 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
             counts = counts.cumsum(0)
         return counts.tolist() if exact and not torch.compiler.is_compiling() else counts
 
-    def _cached_dispatch(self, info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...]) -> Plan:
+    def _cached_dispatch(self, info: GroupInfo, x: Tensor | dispatch_op.AsInt8, handle: tuple[Tensor, ...]) -> Plan:
         aligned = _as_aligned(handle)
         known = _expert_handle(handle)
         N = known.recv_src_idx.shape[0]
@@ -840,9 +844,7 @@ def _with_weights(handle: DispatchHandle, topk_weights: Tensor | None) -> Dispat
     return handle._replace(topk_weights=topk_weights)
 
 
-def _align(
-    out: dispatch_op.DispatchOutput, alignment: int, exact: bool
-) -> tuple[Tensor, Tensor, Tensor, AlignedHandle]:
+def _align(out: dispatch_op.DispatchOutput, alignment: int, exact: bool) -> tuple[Rows, Tensor, Tensor, AlignedHandle]:
     """recv_x, recv_topk_idx, recv_topk_weights and handle with each expert's block padded to a multiple of alignment.
 
     Rows that hold nothing follow the last block.
@@ -850,7 +852,7 @@ def _align(
     counts = out.num_recv_tokens_per_expert
     padded = (counts + (alignment - 1)) // alignment * alignment
     before = torch.cat([counts.new_zeros(1), (padded - counts).cumsum(0)])
-    n = out.recv_x.shape[0]
+    n = out.recv_topk_idx.shape[0]
     row = torch.arange(n, device=counts.device)
     position = row + before[torch.searchsorted(counts.cumsum(0), row, right=True)]
     if exact:
@@ -863,14 +865,15 @@ def _align(
     return recv_x, recv_topk_idx, recv_topk_weights, handle
 
 
-def _spread(out: dispatch_op.DispatchOutput, position: Tensor, N: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _spread(out: dispatch_op.DispatchOutput, position: Tensor, N: int) -> tuple[Rows, Tensor, Tensor, Tensor]:
     """recv_x, recv_topk_idx, recv_topk_weights and recv_src_idx of N rows, with padding where no row has its place."""
 
     def spread(rows: Tensor, padding: int) -> Tensor:
-        return rows.new_full((N, rows.shape[1]), padding).index_copy(0, position, rows)
+        return rows.new_full((N, *rows.shape[1:]), padding).index_copy(0, position, rows)
 
+    rows: Rows = out.recv_x
     return (
-        spread(out.recv_x, 0),
+        spread(rows, 0) if isinstance(rows, Tensor) else (spread(rows[0], 0), spread(rows[1], 0)),
         spread(out.recv_topk_idx, -1),
         spread(out.recv_topk_weights, 0),
         spread(out.handle.recv_src_idx, -1),

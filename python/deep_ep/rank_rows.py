@@ -7,7 +7,7 @@ rows of the same routing.
 T local tokens · H hidden · K top-k · E experts · R ranks · L = E/R local experts · N received rows.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .groups import GroupInfo
 from .handles import readable_by_name
 from .ops import combine as combine_op
 from .ops import dispatch as dispatch_op
-from .ops.dispatch import DispatchHandle, DispatchOutput
+from .ops.dispatch import AsInt8, DispatchHandle, DispatchOutput
 from .overlap import Plan
 
 MAX_EXPERTS = 1 << 24
@@ -56,9 +56,10 @@ def _ids(is_token_in_rank: Tensor) -> Tensor:
     return torch.where(is_token_in_rank, ranks, -1)
 
 
-def same_rows(rows: Tensor, num_rows: int) -> Tensor:
-    """`rows`, whose number is known to be num_rows from here on."""
-    torch._check(rows.shape[0] == num_rows)
+def same_rows(rows: Any, num_rows: int) -> Any:
+    """`rows`, a tensor or data and scales, whose number is known to be num_rows from here on."""
+    for part in (rows,) if isinstance(rows, Tensor) else rows:
+        torch._check(part.shape[0] == num_rows)
     return rows
 
 
@@ -106,7 +107,7 @@ def _check_mask(is_token_in_rank: Tensor, num_ranks: int) -> None:
 def dispatch(
     info: GroupInfo,
     rank: int,
-    x: Tensor,
+    x: Tensor | AsInt8,
     is_token_in_rank: Tensor,
     num_tokens_per_expert: Tensor,
     topk_idx: Tensor | None,
@@ -176,7 +177,7 @@ def dispatch(
         recv_topk_idx, recv_topk_weights = None, None
         if of_metadata is not None:
             K = of_metadata.recv_x.shape[1] // 2
-            data = same_rows(of_metadata.recv_x, recv_x.shape[0])
+            data = same_rows(of_metadata.recv_x, rows.recv_topk_idx.shape[0])
             recv_topk_idx = data[:, :K].detach().to(torch.int64) - rank * L
             is_local = (recv_topk_idx >= 0) & (recv_topk_idx < L) & (handle.recv_src_idx[:, :1] >= 0)
             recv_topk_idx = torch.where(is_local, recv_topk_idx, -1)
@@ -209,7 +210,7 @@ def _exchange_counts(info: GroupInfo, num_tokens_per_expert: Tensor) -> Tensor:
     return (high << 16) + low
 
 
-def cached_dispatch(info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...]) -> Plan:
+def cached_dispatch(info: GroupInfo, x: Tensor | AsInt8, handle: tuple[Tensor, ...]) -> Plan:
     """recv_x [N, H] of x [T, H], sent as the tokens of the dispatch that gave `handle`, three times None, and the
     handle. Differentiable in x.
 
