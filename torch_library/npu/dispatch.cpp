@@ -4,11 +4,9 @@
 namespace deep_ep::npu {
 namespace {
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // The rows that this rank will receive, from the counts of all ranks: the host waits for them.
-int64_t exact_rows(const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks, const std::string& group) {
-  const char* op = "dispatch";
+int64_t exact_rows(const char* op, const Tensor& topk_idx, int64_t num_experts, int64_t num_ranks,
+                   const std::string& group) {
   if (is_capturing(topk_idx))
     throw Error(
         str("deep_ep.", op,
@@ -21,40 +19,52 @@ int64_t exact_rows(const Tensor& topk_idx, int64_t num_experts, int64_t num_rank
   return *found.const_data_ptr<int64_t>();
 }
 
-Outputs dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
-                 int64_t num_worst_tokens, GroupName group) {
-  const char* op = "dispatch";
-  require(op, check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens,
-                             group_size(op, group.value)));
-  const int64_t T = x.size(0), K = topk_idx.size(1), R = num_ranks, L = num_experts / R;
-  const int64_t N = num_worst_tokens > 0 ? num_worst_tokens : exact_rows(topk_idx, num_experts, R, group.value);
+// Of dispatch, or of dispatch_int8.
+Results queued(Op op, const Tensor& x, const Tensor& topk_idx, const Tensor& topk_weights, int64_t num_experts,
+               int64_t num_ranks, int64_t num_worst_tokens, const std::string& group) {
+  const char* name = name_of(op);
+  require(name,
+          check_dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, group_size(name, group)));
+  const int64_t T = x.size(0), H = x.size(1), K = topk_idx.size(1), R = num_ranks, L = num_experts / R;
+  const int64_t N = num_worst_tokens > 0 ? num_worst_tokens : exact_rows(name, topk_idx, num_experts, R, group);
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
     return empty_tensor(x, shape, dtype);
   };
-  const Outputs out = {empty_tensor(x, {N, x.size(1)}),  empty({N, K}, ScalarType::Long),
-                       empty({N, K}, ScalarType::Float), empty({L}, ScalarType::Long),
-                       empty({}, ScalarType::Long),      empty({R, R}, ScalarType::Int),
-                       empty({R, L}, ScalarType::Int),   empty({L, R}, ScalarType::Int),
-                       empty({N, 3}, ScalarType::Int),   empty({T, K}, ScalarType::Int)};
-  std::apply(
-      [&](const auto&... outputs) {
-        run(op, group.value, {x, topk_idx, topk_weights}, {num_experts, num_ranks, N}, {outputs...});
-      },
-      out);
+  Results out = {empty_tensor(x, {N, H})};
+  if (op == Op::dispatch_int8) out = {empty({N, H}, ScalarType::Char), empty({N}, ScalarType::Float)};
+  out.insert(out.end(),
+             {empty({N, K}, ScalarType::Long), empty({N, K}, ScalarType::Float), empty({L}, ScalarType::Long),
+              empty({}, ScalarType::Long), empty({R, R}, ScalarType::Int), empty({R, L}, ScalarType::Int),
+              empty({L, R}, ScalarType::Int), empty({N, 3}, ScalarType::Int), empty({T, K}, ScalarType::Int)});
+  run(name, group, {x, topk_idx, topk_weights}, {num_experts, num_ranks, N}, out);
   return out;
+}
+
+template <size_t... I>
+auto tuple_of(const Results& results, std::index_sequence<I...>) {
+  return std::make_tuple(results[I]...);
+}
+
+template <Op op, size_t kOutputs>
+auto dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
+              int64_t num_worst_tokens, GroupName group) {
+  return tuple_of(queued(op, x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, group.value),
+                  std::make_index_sequence<kOutputs>{});
 }
 
 // The kernel is on the stream when this returns; in capacity mode the host waits for nothing.
 Tensor dispatch_start(Tensor x, Tensor topk_idx, Tensor topk_weights, int64_t num_experts, int64_t num_ranks,
                       int64_t num_worst_tokens, GroupName group) {
-  const Outputs out = dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, group);
-  return hold(Op::dispatch, std::apply([](const auto&... outputs) { return Results{outputs...}; }, out));
+  return hold(Op::dispatch,
+              queued(Op::dispatch, x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens, group.value));
 }
 
 }  // namespace
 }  // namespace deep_ep::npu
 
 STABLE_TORCH_LIBRARY_IMPL(deep_ep, PrivateUse1, library) {
-  library.impl("dispatch", TORCH_BOX(&deep_ep::npu::dispatch));
+  using deep_ep::Op;
+  library.impl("dispatch", TORCH_BOX((&deep_ep::npu::dispatch<Op::dispatch, 10>)));
+  library.impl("dispatch_int8", TORCH_BOX((&deep_ep::npu::dispatch<Op::dispatch_int8, 11>)));
   library.impl("dispatch_start", TORCH_BOX(&deep_ep::npu::dispatch_start));
 }
