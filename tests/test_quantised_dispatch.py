@@ -13,11 +13,13 @@ from cases import Case, assert_same, cases, make_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import ALLTOALL_IS_SLOW, STRATEGIES, RankContext, RankPool
-from test_low_latency import THRESHOLDS
+from test_low_latency import THRESHOLDS, overload
 from test_rank_rows import capacities, layout, make_buffer, received
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from deep_ep import quantization
+from deep_ep.ops import dispatch_int8
 
 
 def rows_of(case: Case, rows: str, rank: int) -> tuple[Tensor, int, int]:
@@ -79,6 +81,111 @@ def test_any_sizes(pool: RankPool, strategy: str, rows: str, case: Case, exact: 
         capacity=None if exact else case.capacity,
     )
     pool.run(case.R, check, small, strategy, rows, mode)
+
+
+def by_the_op(patch: pytest.MonkeyPatch) -> None:
+    """From here on Buffer leaves int8 to the op, as on NPUs."""
+    patch.setattr(dispatch_int8, "is_for", lambda info, x: True)
+
+
+def check_by_the_op(ctx: RankContext, case: Case, strategy: str, rows: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        by_the_op(patch)
+        check(ctx, case, strategy, rows, "int8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rows", ["expert", "rank"])
+@settings(max_examples=20)
+@given(case=cases(), exact=st.booleans())
+def test_int8_of_the_op_on_any_sizes(pool: RankPool, strategy: str, rows: str, case: Case, exact: bool) -> None:
+    small = replace(case, tokens=tuple(T % 33 for T in case.tokens), local_experts=min(case.local_experts, 8))
+    small = replace(small, H=1 + case.H % 300, capacity=None if exact else case.capacity)
+    pool.run(case.R, check_by_the_op, small, strategy, rows)
+
+
+def check_op(ctx: RankContext, strategy: str, rows: str) -> None:
+    """Where the op makes int8 of rows, Buffer gives what it gives where rows are packed, in every form of a call."""
+    torch._dynamo.reset()
+    case = Case((1, 6), H=40, K=2, local_experts=3, dtype=torch.bfloat16, seed=4)
+    buffer = make_buffer(ctx, strategy, rows)
+    x, ids, weights = (tensors[ctx.rank] for tensors in make_inputs(case)[:3])
+    x[-1] = 0
+    x[:1, 3] = torch.inf
+
+    def send(x: Any, weights: Tensor, handle: Any = None, quant_mode: str | None = "int8", **options: Any) -> Any:
+        if handle is not None:
+            return buffer.dispatch(x, handle=handle, quant_mode=quant_mode, **options)
+        given = {"topk_idx": ids, "topk_weights": weights, **layout(buffer, ids, case.E), **options}
+        return buffer.dispatch(x, quant_mode=quant_mode, **given)
+
+    def tensors_of(results: Any) -> list[Any]:
+        results[-1].current_stream_wait()
+        return tree_flatten(results[:-1])[0]
+
+    def same(found: Any, wanted: Any) -> None:
+        for one, other in zip(tensors_of(found), tensors_of(wanted), strict=True):
+            if isinstance(one, Tensor):
+                assert_same("result", one, other)
+            else:
+                assert one == other
+
+    forms: list[dict[str, Any]] = [{}, {"num_worst_tokens": 40}, {"num_worst_tokens": 5}, {"expert_alignment": 8}]
+    forms += [{"num_worst_tokens": 40, "async_finish": True}, {"num_worst_tokens": 40, "expert_alignment": 4}]
+    marked = x, torch.empty(0, dtype=torch.int8)
+    for form in forms:
+        wanted = send(x, weights, **form)
+        wanted[-1].current_stream_wait()
+        of_handle = send(x, weights, wanted[4])
+        leaf, copy = (weights.clone().requires_grad_() for _ in range(2))
+        if has_gradient := rows == "expert" and "async_finish" not in form:
+            send(x, copy, **form)[2].square().sum().backward()
+        with pytest.MonkeyPatch.context() as patch:
+            by_the_op(patch)
+            for one, options in ((x, {}), (marked, {"quant_mode": None})):
+                found = send(one, weights, **form, **options)
+                assert found[0][0].dtype == torch.int8
+                same(found, wanted)
+            same(send(x, weights, found[4]), of_handle)
+            if has_gradient:
+                send(x, leaf, **form)[2].square().sum().backward()
+                assert_same("grad of weights", leaf.grad, copy.grad)
+            if form in ({}, {"num_worst_tokens": 40}):
+                compiled = torch.compile(
+                    lambda x, form=form: send(x, weights, **form)[0], backend="aot_eager", fullgraph=True
+                )
+                same((compiled(x), wanted[-1]), (wanted[0], wanted[-1]))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="x requires a gradient"):
+        by_the_op(patch)
+        send(x.requires_grad_(), weights)
+
+
+@pytest.mark.parametrize("rows", ["expert", "rank"])
+@pytest.mark.parametrize("strategy", ALLTOALL_IS_SLOW)
+def test_int8_of_the_op(pool: RankPool, strategy: str, rows: str) -> None:
+    pool.run(2, check_op, strategy, rows)
+
+
+def opcheck(ctx: RankContext, strategy: str) -> None:
+    group = ctx.prepared_group(strategy).group_name
+    case = Case((3, 5), H=24, K=2, local_experts=2, dtype=torch.bfloat16)
+    x, ids, weights = (tensors[ctx.rank] for tensors in make_inputs(case)[:3])
+    op = overload("dispatch_int8", strategy)
+    for worst in (0, 7):
+        arguments = ids, weights.requires_grad_(), case.E, 2, worst, group
+        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(op, (x, *arguments), test_utils=tests)
+        with pytest.raises(RuntimeError, match="x requires a gradient, which rows of int8 do not have"):
+            op(x.clone().requires_grad_(), *arguments)
+        # What is wrong on one rank is said on all, and the group stays usable.
+        with pytest.raises(RuntimeError, match="num_experts"):
+            op(x, *arguments[:2], 3 if ctx.rank == 0 else case.E, *arguments[3:])
+
+
+@pytest.mark.parametrize("strategy", ALLTOALL_IS_SLOW)
+def test_opcheck_of_int8(pool: RankPool, strategy: str) -> None:
+    pool.run(2, opcheck, strategy)
 
 
 MARKERS = {

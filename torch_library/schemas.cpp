@@ -53,13 +53,16 @@ void define_normal_mode(Schemas define) {
             "(Tensor num_tokens_per_rank, Tensor num_tokens_per_rdma_rank, Tensor num_tokens_per_expert, "
             "Tensor is_token_in_rank)");
 
-  define.startable(
-      "dispatch",
+  const std::string of_dispatch =
       "(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, int num_ranks, SymInt num_worst_tokens, "
-      "str group)",
-      "(Tensor recv_x, Tensor recv_topk_idx, Tensor recv_topk_weights, Tensor num_recv_tokens_per_expert, "
-      "Tensor num_dropped, Tensor rank_prefix_matrix, Tensor channel_prefix_matrix, "
-      "Tensor recv_channel_prefix_matrix, Tensor recv_src_idx, Tensor send_head)");
+      "str group)";
+  const std::string beside_rows =
+      "Tensor recv_topk_idx, Tensor recv_topk_weights, Tensor num_recv_tokens_per_expert, Tensor num_dropped, "
+      "Tensor rank_prefix_matrix, Tensor channel_prefix_matrix, Tensor recv_channel_prefix_matrix, "
+      "Tensor recv_src_idx, Tensor send_head)";
+  define.startable("dispatch", of_dispatch, "(Tensor recv_x, " + beside_rows);
+  // For kernels that quantise: elsewhere rows are quantised and brought back around dispatch.
+  define.op("dispatch_int8", of_dispatch + " -> (Tensor recv_data, Tensor recv_scales, " + beside_rows);
 
   define.startable(
       "dispatch_backward",

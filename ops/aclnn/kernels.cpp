@@ -131,7 +131,8 @@ std::unique_ptr<Plan> plan(const DeepEpCall& op_call) {
 
   // In capacity mode the last number is an input of the definition, behind the others and before the windows. The
   // tiling needs its value, so that aclnn wants it from the host.
-  const bool is_capacity_mode = std::string(op_call.op) == "dispatch";
+  const std::string_view op = op_call.op;
+  const bool is_capacity_mode = op == "dispatch" || op == "dispatch_int8";
   const int32_t num_attributes = op_call.num_integers - is_capacity_mode;
   std::vector<Word> words;
   for (int32_t i = 0; i < op_call.num_inputs; ++i) {

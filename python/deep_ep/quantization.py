@@ -6,6 +6,7 @@ Nothing here looks at values to decide what to do, so that everything traces und
 of rows. Powers of two are made and taken apart as bits: log2, exp2 and ldexp round differently from device to device.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -210,6 +211,24 @@ def unpack(rows: Tensor, data: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     unpacked_data = _view(row_bytes[:, :D].clone(memory_format=torch.contiguous_format), data.dtype)
     unpacked_scales = _view(row_bytes[:, D : D + S].clone(memory_format=torch.contiguous_format), scales.dtype)
     return unpacked_data, unpacked_scales.squeeze(1) if scales.dim() == 1 else unpacked_scales
+
+
+def around(
+    send: Callable[..., tuple[Tensor, ...]], wrong: Callable[..., str | None], *, low_latency: bool = False
+) -> Callable[..., tuple[Tensor, ...]]:
+    """A function that sends rows as int8: `send(x, *arguments)` sends any rows, and its first result has those
+    received, in whose place are data and scales. `wrong(x, *arguments)` says what is wrong, if anything.
+    """
+
+    def send_int8(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        # What is wrong on this rank must not keep it from taking part: `send` refuses it on all.
+        sent = None if wrong(x, *arguments) else quantize(x, "int8", low_latency=low_latency)
+        out = send(x if sent is None else pack(*sent), *arguments)
+        assert sent is not None
+        data, scales = unpack(out[0], *sent)
+        return data, scales, *out[1:]
+
+    return send_int8
 
 
 def straight_through(

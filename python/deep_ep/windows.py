@@ -33,6 +33,7 @@ _OPS = (
     "fused_deep_moe",
     "fused_deep_moe.dispatch_ffn_combine",
     "fused_deep_moe_backward",
+    "dispatch_int8",
 )
 """enum Op of src/device/op.h."""
 

@@ -17,9 +17,10 @@ enum class Op : uint32_t {
   low_latency_dispatch_int8,
   fused_deep_moe,
   dispatch_ffn_combine,
-  fused_deep_moe_backward
+  fused_deep_moe_backward,
+  dispatch_int8
 };
-constexpr int kOps = 12;
+constexpr int kOps = 13;
 
 constexpr const char* name_of(Op op) {
   constexpr const char* names[kOps] = {"dispatch",
@@ -33,7 +34,8 @@ constexpr const char* name_of(Op op) {
                                        "low_latency_dispatch_int8",
                                        "fused_deep_moe",
                                        "fused_deep_moe.dispatch_ffn_combine",
-                                       "fused_deep_moe_backward"};
+                                       "fused_deep_moe_backward",
+                                       "dispatch_int8"};
   return names[static_cast<uint32_t>(op)];
 }
 

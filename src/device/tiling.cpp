@@ -75,7 +75,7 @@ std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling) {
   t.table_ranks = align(4 * work.experts, Tiling::kAlignment) / 4;
   t.table_words = t.table_ranks + work.ranks;
   t.table_bytes = align(std::max(4 * t.table_words, 8 * work.experts / work.ranks), Tiling::kAlignment);
-  t.record_bytes = align(4 * (1 + 3 * work.top_k), Tiling::kAlignment);
+  t.record_bytes = align(4 * (is_quantised(work) + 1 + 3 * work.top_k), Tiling::kAlignment);
   const int64_t per_token = chunk_bytes_per_token(work, t.record_bytes);
   const int64_t other_tiles = deep_ep::other_tiles(work);
   const int64_t smallest_tiles = work.hidden == 0 ? 0 : Tiling::kBlockBytes * (kMinBuffers + other_tiles);

@@ -85,7 +85,7 @@ struct Tiling {
   int64_t table_bytes;   // of one table
   int64_t table_batch;   // tables that are read at a time
   int64_t chunk_tokens;  // tokens whose ids, records and the like are in the unified buffer at a time
-  int64_t record_bytes;  // int32: the token, and three words per k; a multiple of kAlignment
+  int64_t record_bytes;  // int32: a scale, the token, and three words per k; a multiple of kAlignment
 
   int64_t count_stride;  // of a block's counts, a table
   int64_t flags;         // that are raised at a time, and half of those that are read

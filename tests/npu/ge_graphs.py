@@ -30,7 +30,10 @@ DTYPES = {
     "DT_INT8": torch.int8,
 }
 
-HOST_SYNCS = {"HcomAllToAllV", "HcomAllToAllVC", "DeepEpDispatchExact", "NonZero", "Where", "Unique", "MaskedSelect"}
+HOST_SYNCS = {
+    *("HcomAllToAllV", "HcomAllToAllVC", "DeepEpDispatchExact", "DeepEpDispatchInt8Exact"),
+    *("NonZero", "Where", "Unique", "MaskedSelect"),
+}
 """Nodes for which the host has to wait: they take counts on the host, or their results' shapes come from data."""
 
 if not stand_in.has_cann():

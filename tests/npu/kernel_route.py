@@ -17,7 +17,7 @@ import deep_ep
 from tools.twin import kernels
 from tools.twin.kernels import Setup, Twin
 
-OPS = ("get_dispatch_layout", "dispatch", "combine", "dispatch_backward", "combine_backward")
+OPS = ("get_dispatch_layout", "dispatch", "dispatch_int8", "combine", "dispatch_backward", "combine_backward")
 BACKEND = "cpu:gloo,npu:hccl"
 """Of a process group whose ranks have an NPU each."""
 

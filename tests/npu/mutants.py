@@ -21,6 +21,8 @@ KERNELS = (
     "low_latency_combine",
     "dispatch",
     "dispatch_exact",
+    "dispatch_int8",
+    "dispatch_int8_exact",
     "combine",
     "dispatch_backward",
     "combine_backward",

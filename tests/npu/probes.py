@@ -24,6 +24,7 @@ from tools.twin.kernels import POISON, Failed, Group, Setup, Twin, get_dispatch_
 NAMES = ("recv_x", "recv_count", "recv_src_idx", "layout_range", "send_head")
 # enum Op of src/device/op.h
 DISPATCH, COMBINE, DISPATCH_BACKWARD, COMBINE_BACKWARD, _, LOW_LATENCY_DISPATCH, LOW_LATENCY_COMBINE, NOTIFY = range(8)
+DISPATCH_INT8 = 12
 DEADLINE = 4  # word of the window table
 FLAG = 64  # bytes
 DAY = 24 * 60 * 60 * 1000  # of the twin's virtual time, in ms
@@ -63,7 +64,7 @@ def expect(case: Case, M: int) -> Expected:
     num_rows = [int(sum(((i // case.local_experts == r) & (i >= 0)).sum() for i in ids)) for r in range(case.R)]
     pairs = _pairs(case, ids)
     sent, arrived = pairs.sum(1).tolist(), pairs.sum(0).tolist()
-    sources = [quantization.quantize(_with_rows_of_note(x), "int8", low_latency=True) for x in xs]
+    sources = [quantization.quantize(with_rows_of_note(x), "int8", low_latency=True) for x in xs]
     quantised = [_rows_of(sources, d.recv_src_idx) for d in received]
     return Expected(xs, ids, weights, dispatched, num_rows, sent, arrived, quantised, ys, combined, tolerances)
 
@@ -91,7 +92,7 @@ def _sums(case: Case, ys: list[Tensor], weights: list[Tensor], src: list[Tensor]
     return [e.to(case.dtype) for e in exact], tolerances
 
 
-def _with_rows_of_note(x: Tensor) -> Tensor:
+def with_rows_of_note(x: Tensor) -> Tensor:
     """x, of which some rows are 0, next to 0, very large, Inf or NaN."""
     x = x.clone()
     info = torch.finfo(x.dtype)
@@ -151,7 +152,7 @@ def check_round(group: Group, case: Case, M: int, rank: int) -> None:
 
     for name, actual, wanted in zip(NAMES, out, expected.dispatched[rank], strict=True):
         assert_same(name, actual, as_left(wanted, name == "recv_x"))
-    x = _with_rows_of_note(expected.xs[rank])
+    x = with_rows_of_note(expected.xs[rank])
     data, scales, *handle = group.low_latency_dispatch_int8(x, ids, M, case.E, not zero_unused)
     zero_unused = not zero_unused
     check_link(peers * (counts + flag) + expected.sent[rank] * (per_token + 4 + case.H))  # the scale
@@ -177,6 +178,8 @@ class Normal(NamedTuple):
     ids: list[Tensor]
     weights: list[Tensor]
     received: list[reference.DispatchResult]
+    quantised: list[tuple[Tensor, Tensor]]
+    """As in Expected, in normal mode."""
     asked: Tensor
     """[from, to]: tokens of a rank that have an expert of another one."""
     kept: Tensor
@@ -206,6 +209,8 @@ def expect_normal(case: Case) -> Normal:
     xs, ids, weights, num_worst_tokens = make_inputs(case)
     received = reference.dispatch(xs, ids, weights, case.E, num_worst_tokens)
     src = [d.recv_src_idx for d in received]
+    sources = [quantization.quantize(with_rows_of_note(x), "int8") for x in xs]
+    quantised = [_rows_of(sources, s) for s in src]
     ys, combined, tolerances = _combined(case, weights, received)
     kept = [i.where(d.send_head >= 0, -1) for i, d in zip(ids, received, strict=True)]
     ranks = [torch.bincount(i[i >= 0] // case.local_experts, minlength=case.R) for i in kept]
@@ -221,7 +226,8 @@ def expect_normal(case: Case) -> Normal:
     grad_ys, grad_factors = reference.combine_backward(grad_outs, ys, weights, src)
     _, sizes = reference.combine_backward([g.abs() for g in grad_outs], [y.abs() for y in ys], weights, src)
     return Normal(
-        *(xs, ids, weights, received, _pairs(case, ids), _pairs(case, kept), torch.stack(ranks).fill_diagonal_(0)),
+        *(xs, ids, weights, received, quantised),
+        *(_pairs(case, ids), _pairs(case, kept), torch.stack(ranks).fill_diagonal_(0)),
         *(ys, combined, tolerances),
         *(grad_rows, grad_row_weights, grad_xs, grad_x_tolerances, grad_weights),
         *(grad_outs, grad_ys, grad_factors, [64 * torch.finfo(torch.float32).eps * s for s in sizes]),
@@ -262,6 +268,15 @@ def normal(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int,
                 "dispatch", lambda: group.dispatch(x, ids, weights, N, E), counts + asked * (record + row), phases=1
             )
             assert_dispatched(tuple(out), expected.received[r])
+            data, scales, *others = check(
+                "dispatch_int8",
+                lambda: group.dispatch_int8(with_rows_of_note(x), ids, weights, N, E),
+                counts + asked * (record + 4 + case.H),  # the scale
+                phases=1,
+            )
+            for name, actual, wanted in zip(("data", "scales"), (data, scales), expected.quantised[r], strict=True):
+                assert_same(name, actual, wanted)
+            assert_dispatched((expected.received[r].recv_x, *others), expected.received[r])
             out = check(
                 "combine",
                 lambda: group.combine(y, ids, weights, handle, E),
@@ -323,30 +338,42 @@ def shapes_as_read(shapes: Tensor) -> list[list[int]]:
 
 
 def exact(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int, setup: Setup) -> None:
-    """dispatch as graphs have it in exact mode: with memory for more rows, and for too few on one rank."""
+    """The dispatches as graphs have them in exact mode: with memory for more rows, and for too few on one rank."""
     twin.configure(setup)
+    for is_int8 in (False, True):
+        _exact(ctx, twin, f"{key}-{is_int8}", case, slot_tokens, is_int8)
+
+
+def _exact(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int, is_int8: bool) -> None:
     expected, r = expect_normal(case), ctx.rank
     x, ids, weights, wanted = (t[r] for t in (expected.xs, expected.ids, expected.weights, expected.received))
     N = wanted.recv_x.shape[0]
 
     def shapes_of(rows: int) -> list[list[int]]:
         (T, K), R, L = ids.shape, case.R, case.local_experts
-        received = [[rows, case.H], [rows, K], [rows, K], [L], []]
+        received = [[rows, case.H], *([[rows]] if is_int8 else []), [rows, K], [rows, K], [L], []]
         return [*received, [R, R], [R, L], [L, R], [rows, 3], [T, K]]
 
     num_bytes = window_bytes(case, slot_tokens) + 1024 * case.R
     with Group(twin, key, r, ctx.size, num_bytes, timeout_ms=DAY) as group:
         for room in (N + 5, N, N - 1 if r == 1 else N + r):
-            shapes = torch.full((10, 9), -9)  # GE does not clear it
-            out = group.dispatch(x, ids, weights, room, case.E, shapes)
+            shapes = torch.full((10 + is_int8, 9), -9)  # GE does not clear it
+            send = group.dispatch_int8 if is_int8 else group.dispatch
+            recv_x, *others = send(x, ids, weights, room, case.E, shapes)
             if any(s > 0 for s in group.status()):
                 assert room == (N - 1 if r == 1 else N + r)
                 rows = expected.received[1].recv_x.shape[0]
-                check_status(group, [NO_ROOM, None, 1, 0, rows - 1, rows, 0])
+                op = DISPATCH_INT8 if is_int8 else DISPATCH
+                check_status(group, [NO_ROOM, None, 1, 0, rows - 1, rows, op])
                 assert shapes_as_read(shapes) == shapes_of(0)
                 return
             assert shapes_as_read(shapes) == shapes_of(N)
-            rows_of = (True, True, True, False, False, False, False, False, True, False)
+            if is_int8:
+                scales, *others = others
+                for rows, of_rank in zip((recv_x, scales), quantization.quantize(wanted.recv_x, "int8"), strict=True):
+                    assert_same("int8 rows", rows[:N], of_rank)
+                recv_x = wanted.recv_x
+            out, rows_of = (recv_x, *others), (True, True, True, False, False, False, False, False, True, False)
             assert_dispatched(tuple(t[:N] if has_rows else t for t, has_rows in zip(out, rows_of, strict=True)), wanted)
         raise AssertionError("rows that there is no memory for have been taken")
 

@@ -38,6 +38,8 @@ INPUTS: dict[str, dict[str, Any]] = {
     "DeepEpGetDispatchLayout": {"topk_idx": (torch.int64, "TK")},
     "DeepEpDispatch": {"x": (ROWS, "TH"), **ROUTED, "num_worst_tokens": None, "windows": None},
     "DeepEpDispatchExact": {"x": (ROWS, "TH"), **ROUTED, "windows": None},
+    "DeepEpDispatchInt8": {"x": (ROWS, "TH"), **ROUTED, "num_worst_tokens": None, "windows": None},
+    "DeepEpDispatchInt8Exact": {"x": (ROWS, "TH"), **ROUTED, "windows": None},
     "DeepEpCombine": {"x": (ROWS, "NH"), **ROUTED, **RETURNING, "windows": None},
     "DeepEpDispatchBackward": {
         "grad_recv_x": (ROWS, "NH"),

@@ -29,6 +29,7 @@ N_LOW_LATENCY = R * M * min(K, E // R)
 OVERLOADS = {
     "DeepEpGetDispatchLayout": ("get_dispatch_layout", "default"),
     "DeepEpDispatch": ("dispatch", "default"),
+    "DeepEpDispatchInt8": ("dispatch_int8", "default"),
     "DeepEpCombine": ("combine", "default"),
     "DeepEpDispatchBackward": ("dispatch_backward", "default"),
     "DeepEpCombineBackward": ("combine_backward", "default"),
@@ -42,7 +43,7 @@ OVERLOADS = {
     "MoeDistributeDispatchV2": ("low_latency_dispatch", "ops"),
     "MoeDistributeCombineV2": ("low_latency_combine", "ops"),
 }
-"""Every type whose rows' number is known; that of DeepEpDispatchExact has no other parts than DeepEpDispatch."""
+"""Every type whose rows' number is known; those in exact mode have no other parts than those with a capacity."""
 
 NUMBERS = {
     "num_experts": E,
@@ -211,6 +212,7 @@ def infer_rank(op_type: str, output: int) -> list[Any]:
     symbols = {
         "DeepEpGetDispatchLayout": ("R", "S", "E", "TR"),
         "DeepEpDispatch": ("NH", "NK", "NK", "L", "", "RR", "RL", "LR", "N3", "TK"),
+        "DeepEpDispatchInt8": ("NH", "N", "NK", "NK", "L", "", "RR", "RL", "LR", "N3", "TK"),
         "DeepEpCombine": ("TH",),
         "DeepEpDispatchBackward": ("TH", "TK"),
         "DeepEpCombineBackward": ("NH", "TK"),

@@ -231,7 +231,15 @@ def test_nobody_waits_for_the_dead() -> None:
 
 # How work is split over cores, and what goes over links.
 
-OPS = ("dispatch", "combine", "dispatch_backward", "combine_backward", "low_latency_dispatch", "low_latency_combine")
+OPS = (
+    "dispatch",
+    "dispatch_int8",
+    "combine",
+    "dispatch_backward",
+    "combine_backward",
+    "low_latency_dispatch",
+    "low_latency_combine",
+)
 
 
 def routing(T: int, K: int, E: int, rank: int, hot: float) -> Tensor:
@@ -265,6 +273,7 @@ def check_moved(
     with Group(twin, key, r, R, num_bytes + (1 << 20), timeout_ms=probes.DAY) as group:
         calls: dict[str, Any] = {
             "dispatch": lambda: group.dispatch(xs[r], ids, weights[r], N, E),
+            "dispatch_int8": lambda: group.dispatch_int8(xs[r], ids, weights[r], N, E),
             "combine": lambda: group.combine(y, ids, weights[r], handle, E),
             "dispatch_backward": lambda: group.dispatch_backward(y, torch.zeros(N, K), ids, handle, E),
             "combine_backward": lambda: group.combine_backward(xs[r], y, ids, weights[r], handle, E),
@@ -291,12 +300,13 @@ def test_cores_share_the_work(ranks: RankPool, arch: int, hot: float, most: floa
 
 
 def test_bytes_over_links(ranks: RankPool) -> None:
-    """Top-8 of 256 experts on 8 ranks: one row per (token, rank), and 3 % at most for all else. One row per
-    (token, expert), which is what DeepEP-Ascend sends, would be half as much again."""
+    """Top-8 of 256 experts on 8 ranks: one row per (token, rank), in int8 of half the bytes, and 3 % at most for all
+    else. One row per (token, expert), which is what DeepEP-Ascend sends, would be half as much again."""
     sizes, row = (128, 7168, 8, 256), 2 * 7168
     for of_rank in ranks.run(8, check_moved, uuid.uuid4().hex, Setup(A2, 8, None), sizes, 0.0, OPS):
         for op, (written, _, (sent, received, pairs)) in of_rank.items():
-            rows = row * (sent if op in ("dispatch", "combine_backward", "low_latency_dispatch") else received)
+            is_sent = op in ("dispatch", "dispatch_int8", "combine_backward", "low_latency_dispatch")
+            rows = row // (2 if op == "dispatch_int8" else 1) * (sent if is_sent else received)
             assert rows <= written <= 1.03 * rows, op
             assert written < 0.7 * pairs * 7 / 8 * row, op
 

@@ -10,19 +10,20 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import kernel_route
 import pytest
-import reference
 import torch
 import torch.distributed as dist
 import torch_npu  # noqa: F401
 from cann import stand_in
 from cases import Case, assert_close, assert_same, make_inputs
-from probes import NAMES, expect
+from probes import NAMES, expect, with_rows_of_note
 from ranks import RankContext, RankPool
 from torch import Tensor
 
 import deep_ep
-from deep_ep import env, quantization
+from deep_ep import env
+from deep_ep.ops import dispatch_int8
 from tools.twin import kernels as twin_kernels
 from tools.twin.kernels import A5, Setup, Twin
 
@@ -133,21 +134,150 @@ def test_normal_mode(npus: RankPool, worst: int) -> None:
     npus.run(SIZE, check_normal, worst)
 
 
-def check_int8(ctx: RankContext) -> None:
-    """Rows that hold int8 data and a scale, which the host has packed."""
+def of_note(rank: int) -> Tensor:
+    """x of NORMAL, with rows of 0, next to 0, very large, Inf and NaN."""
+    return with_rows_of_note(make_inputs(NORMAL).xs[rank])
+
+
+def same_results(found: Any, wanted: Any, device: str = "npu") -> None:
+    """Of Buffer.dispatch on this device and on the CPU, to the bit."""
+    assert type(found) is type(wanted)
+    if isinstance(found, Tensor):
+        assert found.device.type == device
+        assert_same("result", found.cpu(), wanted)
+    elif isinstance(found, tuple | list):
+        for one, other in zip(found, wanted, strict=True):
+            same_results(one, other, device)
+    else:
+        assert found == wanted or isinstance(found, deep_ep.EventOverlap)
+
+
+def send_int8(buffer: deep_ep.Buffer, device: str, rank: int, form: str = "mode", **options: Any) -> Any:
+    """Buffer.dispatch of these rows, which asks for int8 in the form of this name."""
+    given = make_inputs(NORMAL)
+    x, ids, weights = (one.to(device) for one in (of_note(rank), given.topk_idxs[rank], given.topk_weights[rank]))
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, NORMAL.E)
+    results = buffer.dispatch(
+        (x, torch.empty(0, dtype=torch.int8, device=device)) if form == "marker" else x,
+        topk_idx=ids,
+        topk_weights=weights,
+        num_tokens_per_rank=per_rank,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        quant_mode="int8" if form == "mode" else None,
+        **options,
+    )
+    results[-1].current_stream_wait()
+    return results
+
+
+def check_int8(ctx: RankContext, worst: int) -> None:
+    """Buffer.dispatch makes int8 of rows in the kernel, in every form that asks for it, as it does around the op on the
+    CPU; in the rounds that small windows make of it.
+    """
+    group = make_group(ctx, num_bytes=1 << 16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEP_NORMAL_MODE_USE_INT8_QUANT", "1")
+        buffer = deep_ep.Buffer(group)
+    wanted = send_int8(buffer, "cpu", ctx.rank, "environment", num_worst_tokens=worst)
+    assert wanted[0][0].dtype == torch.int8 and wanted[0][1].isnan().any()
+    for form in ("environment", "marker", "mode"):
+        stand_in.clear_log()
+        found = send_int8(buffer, "npu", ctx.rank, form, num_worst_tokens=worst, async_finish=form == "mode")
+        torch.npu.synchronize()
+        names = [line.text for line in stand_in.log("launch") if line.text.startswith("deep_ep.")]
+        counted = ["deep_ep.notify_dispatch"] * (worst == 0)
+        assert names == ["deep_ep.get_dispatch_layout", *counted, "deep_ep.dispatch_int8"], form
+        same_results(found, wanted)
+    deep_ep.npu.check(group)
+
+
+@pytest.mark.parametrize("worst", [0, 100, 30])
+def test_int8_rows_of_normal_mode(npus: RankPool, worst: int) -> None:
+    npus.run(SIZE, check_int8, worst)
+
+
+def check_int8_layouts(ctx: RankContext, rows: str) -> None:
+    """The kernel under all that Buffer adds to an op, for which the stand-in has no operators on an NPU."""
+    plain = deep_ep.Buffer(ctx.prepared_group("default"), rows=rows)
+    forms: list[dict[str, Any]] = [{}, {"num_worst_tokens": 30}, {"num_worst_tokens": 100, "expert_alignment": 8}]
+    wanted = [send_int8(plain, "cpu", ctx.rank, **form) for form in forms]
+    x = of_note(ctx.rank)
+    of_handles = [plain.dispatch(x, handle=results[4], quant_mode="int8") for results in wanted]
+    twin = kernel_route.open_route(ctx.rank)
+    try:
+        buffer = deep_ep.Buffer(dist.new_group(backend=kernel_route.BACKEND), rows=rows)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch_int8, "is_for", lambda info, x: True)
+            for form, results, of_handle in zip(forms, wanted, of_handles, strict=True):
+                stand_in.clear_log()
+                found = send_int8(buffer, "cpu", ctx.rank, **form)
+                same_results(found, results, "cpu")
+                same_results(buffer.dispatch(x, handle=found[4], quant_mode="int8"), of_handle, "cpu")
+                assert [line.text for line in stand_in.log("launch")].count("deep_ep.dispatch_int8") == 2
+        assert not twin.take_violations()
+    finally:
+        kernel_route.close_route()
+
+
+@pytest.mark.parametrize("rows", ["expert", "rank"])
+def test_int8_rows_of_every_layout(npus: RankPool, rows: str) -> None:
+    npus.run(SIZE, check_int8_layouts, rows)
+
+
+def check_int8_op(ctx: RankContext) -> None:
+    """The gradient of weights, and what is wrong with x."""
     group, given = make_group(ctx), make_inputs(NORMAL)
-    x, ids, weights = (tensors[ctx.rank] for tensors in given[:3])
-    data, scales = quantization.quantize(x, "int8")
-    packed = quantization.pack(data, scales)
-    arguments = NORMAL.E, SIZE, 0, group.group_name
-    rows = torch.ops.deep_ep.dispatch(packed.npu(), ids.npu(), weights.npu(), *arguments)[0].cpu()
-    wanted = quantization.quantize(reference.dispatch(*given[:3], NORMAL.E, [0, 0])[ctx.rank].recv_x, "int8")
-    for name, actual, expected in zip(("data", "scales"), quantization.unpack(rows, data, scales), wanted, strict=True):
-        assert_same(name, actual, expected)
+    ids, weights = (given[i][ctx.rank] for i in (1, 2))
+    found = []
+    for device in ("npu", "cpu"):
+        x, leaf = of_note(ctx.rank).to(device), weights.to(device).requires_grad_()
+        for worst in (0, 30):
+            arguments = ids.to(device), leaf, NORMAL.E, SIZE, worst, group.group_name
+            out = torch.ops.deep_ep.dispatch_int8(x, *arguments)
+            assert [one.requires_grad for one in out] == [n == 3 for n in range(11)]
+            factors = (torch.arange(out[3].numel()).view(out[3].shape) % 7).float().to(device)
+            found.append(torch.autograd.grad(out[3], leaf, factors)[0].cpu())
+            said = error_of(torch.ops.deep_ep.dispatch_int8, x.clone().requires_grad_(), *arguments)
+            assert said == "deep_ep.dispatch_int8: x requires a gradient, which rows of int8 do not have"
+    for on_npu, on_cpu in zip(found[:2], found[2:], strict=True):
+        assert_same("grad_topk_weights", on_npu, on_cpu)
+    with pytest.raises(RuntimeError, match="x must be"):
+        torch.ops.deep_ep.dispatch_int8(x.long().npu(), *arguments)
+    deep_ep.npu.check(group)
 
 
-def test_int8_rows_of_normal_mode(npus: RankPool) -> None:
-    npus.run(SIZE, check_int8)
+def test_int8_rows_have_gradients_of_weights(npus: RankPool) -> None:
+    npus.run(SIZE, check_int8_op)
+
+
+def check_int8_captured(ctx: RankContext) -> None:
+    group, given = make_group(ctx, num_bytes=1 << 16), make_inputs(NORMAL)
+    first = of_note(ctx.rank)
+    x, ids, weights = first.npu(), given.topk_idxs[ctx.rank].npu(), given.topk_weights[ctx.rank].npu()
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.ops.deep_ep.dispatch_int8(x, ids, weights, NORMAL.E, SIZE, 100, group.group_name)
+
+    step()
+    torch.npu.synchronize()
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        out = step()
+    for tokens in (first.flip(1), first):
+        x.copy_(tokens)
+        torch.npu.synchronize()
+        graph.replay()
+        torch.npu.synchronize()
+        on_host = tokens, given.topk_idxs[ctx.rank], given.topk_weights[ctx.rank]
+        wanted = torch.ops.deep_ep.dispatch_int8(*on_host, NORMAL.E, SIZE, 100, group.group_name)
+        for actual, expected in zip(out, wanted, strict=True):
+            assert_same("replayed", actual.cpu(), expected)
+    deep_ep.npu.check(group)
+
+
+def test_int8_rows_captured(npus: RankPool) -> None:
+    npus.run(SIZE, check_int8_captured)
 
 
 def check_capture(ctx: RankContext) -> None:

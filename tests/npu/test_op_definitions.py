@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import deep_ep  # noqa: F401  (the torch ops)
 from deep_ep.fused_options import FusedOptions
+from deep_ep.npu import ge
 from tools.twin import model, native
 from tools.twin.kernels import A2, A5, VECTOR_CORES
 
@@ -31,6 +32,8 @@ TORCH_OPS = {
     "DeepEpGetDispatchLayout": "get_dispatch_layout",
     "DeepEpDispatch": "dispatch",
     "DeepEpDispatchExact": "dispatch",
+    "DeepEpDispatchInt8": "dispatch_int8",
+    "DeepEpDispatchInt8Exact": "dispatch_int8",
     "DeepEpCombine": "combine",
     "DeepEpDispatchBackward": "dispatch_backward",
     "DeepEpCombineBackward": "combine_backward",
@@ -42,6 +45,8 @@ TORCH_OPS = {
     "DeepEpFusedDeepMoeBackward": "fused_deep_moe_backward",
     "DeepEpFusedDeepMoeBackwardDispatchFfnCombine": "fused_deep_moe_backward.dispatch_ffn_combine",
 }
+CAPACITY = ("DeepEpDispatch", "DeepEpDispatchInt8")
+"""Types with num_worst_tokens."""
 every_type = pytest.mark.parametrize("op_type", TORCH_OPS)
 
 WITHOUT_KERNEL = {op_type for op_type in TORCH_OPS if op_type.startswith("DeepEpFused")}
@@ -95,7 +100,7 @@ def test_definition_has_the_names_of_the_schema(op_type: str) -> None:
     numbers = [name for name, type in arguments.items() if type in ("int", "bool") and name != "num_worst_tokens"]
     attrs = [(name, "VT_INT") for name in numbers]
     if "group" in arguments:
-        tensors += ["num_worst_tokens", "windows"] if op_type == "DeepEpDispatch" else ["windows"]
+        tensors += ["num_worst_tokens", "windows"] if op_type in CAPACITY else ["windows"]
         more = [(name, "VT_INT") for name in numbers if name not in ("num_experts", "num_ranks")]
         attrs = [("group", "VT_STRING"), ("num_experts", "VT_INT"), ("num_ranks", "VT_INT"), *more]
     assert op_definitions.registered_ir_def(op_type) == (
@@ -108,6 +113,7 @@ def test_definition_has_the_names_of_the_schema(op_type: str) -> None:
 
 def test_no_other_types() -> None:
     assert set(op_definitions.definitions()) == {*TORCH_OPS, "DeepEpNotifyDispatch"}
+    assert set(ge._TYPES) == set(TORCH_OPS)  # else torchair runs ops of the others while it compiles
     assert op_definitions.registered_ir_def("DeepEpNothing") == ("ERROR", [], [], [])
 
 
@@ -159,7 +165,7 @@ def test_parameters(op_type: str) -> None:
         assert param["auto_contiguous"] is not by_value
     by_computation = {param["name"] for param in definition["outputs"] if param["shape_depends_on_compute"]}
     outputs = {param["name"] for param in definition["outputs"]}
-    assert by_computation == (outputs if op_type == "DeepEpDispatchExact" else set())
+    assert by_computation == (outputs if op_type.endswith("Exact") else set())
     assert all(attr["required"] for attr in definition["attrs"])
 
 
@@ -579,7 +585,7 @@ def test_tiling(soc: Soc, s: Sizes, rows: str, op_type: str) -> None:
     assert t.table_words == t.table_ranks + s.R
     assert t.table_bytes >= max(4 * t.table_words, 8 * s.L)
     assert 1 <= t.chunk_tokens <= 64
-    assert t.record_bytes == align(4 * (1 + 3 * s.K))
+    assert t.record_bytes == align(4 * (is_quantised(t) + 1 + 3 * s.K))
     assert t.table_bytes % 32 == t.tile_bytes % 512 == 0
     assert t.flags == min(32, max(1, (s.R + 1) // 2))
     assert 1 <= t.table_batch <= max(s.R, t.blocks)
@@ -588,7 +594,7 @@ def test_tiling(soc: Soc, s: Sizes, rows: str, op_type: str) -> None:
     used = bytes_of_exchange(t) + tables(t) * t.table_bytes + bytes_of_chunk(t)
     if moves_rows:
         element = 4 if rows == "float32" else 2
-        sent = 1 if op_type == "DeepEpLowLatencyDispatchInt8" else element
+        sent = 1 if "DispatchInt8" in op_type else element
         assert (t.work.element_bytes, t.work.sent_bytes) == (element, sent)
         assert t.row_bytes == H * element
         assert t.answer == align(H * sent)

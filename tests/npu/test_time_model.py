@@ -46,6 +46,7 @@ LAUNCHES: dict[str, Callable[[Group, Given], object]] = {
         a.low_latency_y, a.ids, a.weights, a.low_latency_handle, a.E
     ),
     "dispatch": lambda g, a: g.dispatch(a.x, a.ids, a.weights, len(a.y), a.E),
+    "dispatch_int8": lambda g, a: g.dispatch_int8(a.x, a.ids, a.weights, len(a.y), a.E),
     "combine": lambda g, a: g.combine(a.y, a.ids, a.weights, a.handle, a.E),
     "dispatch_backward": lambda g, a: g.dispatch_backward(a.y, a.row_weights, a.ids, a.handle, a.E),
     "combine_backward": lambda g, a: g.combine_backward(a.x, a.y, a.ids, a.weights, a.handle, a.E),
@@ -115,8 +116,8 @@ def test_rows_that_become_0(ranks: RankPool, op: str) -> None:
 
 
 def test_rounds(ranks: RankPool) -> None:
-    case, M, with_answers = make_case(4), 7, 4
+    case, M, int8, with_answers = make_case(4), 7, 13, 4
     num_bytes = probes.window_bytes(case, M) + 1024 * case.R  # and what aligns the records
     sizes = model.Sizes(case.R, 24, case.H, case.K, case.E)
-    assert [model.slot_tokens(op, sizes, num_bytes) for op in model.NORMAL] == [M, M, with_answers, with_answers]
+    assert [model.slot_tokens(op, sizes, num_bytes) for op in model.NORMAL] == [M, int8, M, with_answers, with_answers]
     check(ranks, case, ARCHS[0], list(model.NORMAL), num_bytes)

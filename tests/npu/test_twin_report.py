@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 NOTHING = Moved(bytes=0, transfers=0)
-DISPATCHES = ("dispatch", "low_latency_dispatch", "low_latency_dispatch_int8")
+DISPATCHES = ("dispatch", "dispatch_int8", "low_latency_dispatch", "low_latency_dispatch_int8")
 
 
 def assert_conforms(value: Any, kind: Any, where: str = "report") -> None:
@@ -163,6 +163,7 @@ def check_links(options: Options, tiles: int = 1) -> None:
                 "low_latency_dispatch_int8": [4 * E] + len(to) * [row_only + 4, options.hidden],
                 "low_latency_combine": len(to) * [record] + len(back) * [row],
                 "dispatch": [4 * E] + len(to) * [record, row],
+                "dispatch_int8": [4 * E] + len(to) * [record + 4, options.hidden],
                 "combine": len(to) * [record] + len(back) * [row],
                 "dispatch_backward": len(to) * [row_only] + len(back) * [row] + words,
                 "combine_backward": len(to) * [record, *tiles * [row // tiles]] + words,

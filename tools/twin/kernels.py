@@ -231,7 +231,7 @@ class Group:
         """`rows`: dtypes of data, and of scales where there are some."""
         L = num_experts // self.size
         N = self.size * num_max * min(topk_idx.shape[1], L)
-        outputs = [_poisoned(*shape, dtype=dtype) for shape, dtype in zip(((N, x.shape[1]), (N,)), rows, strict=False)]
+        outputs = _poisoned_rows(N, x.shape[1], rows)
         outputs += [
             _poisoned(L, dtype=torch.int64),
             _poisoned(N, 3, dtype=torch.int32),
@@ -271,9 +271,36 @@ class Group:
         shapes: Tensor | None = None,
     ) -> list[Tensor]:
         """`num_rows`: N. With `shapes`, int64 [10, 9], exact mode of graphs, which fills it."""
+        return self._dispatch("dispatch", (x.dtype,), x, topk_idx, topk_weights, num_rows, num_experts, shapes)
+
+    def dispatch_int8(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        num_rows: int,
+        num_experts: int,
+        shapes: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The same; `shapes` is int64 [11, 9]."""
+        rows = torch.int8, torch.float32
+        return self._dispatch("dispatch_int8", rows, x, topk_idx, topk_weights, num_rows, num_experts, shapes)
+
+    def _dispatch(
+        self,
+        op: str,
+        rows: Sequence[torch.dtype],
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        num_rows: int,
+        num_experts: int,
+        shapes: Tensor | None,
+    ) -> list[Tensor]:
+        """`rows` as in `_low_latency_dispatch`."""
         (T, K), R, L, N = topk_idx.shape, self.size, num_experts // self.size, num_rows
-        outputs = [
-            _poisoned(N, x.shape[1], dtype=x.dtype),
+        outputs = _poisoned_rows(N, x.shape[1], rows)
+        outputs += [
             _poisoned(N, K, dtype=torch.int64),
             _poisoned(N, K, dtype=torch.float32),
             _poisoned(L, dtype=torch.int64),
@@ -286,9 +313,9 @@ class Group:
         ]
         inputs = [x, topk_idx, topk_weights]
         if shapes is None:
-            self.launch("dispatch", inputs, [num_experts, R, N], outputs)
+            self.launch(op, inputs, [num_experts, R, N], outputs)
         else:
-            self.launch("dispatch_exact", inputs, [num_experts, R], [*outputs, shapes])
+            self.launch(f"{op}_exact", inputs, [num_experts, R], [*outputs, shapes])
         return outputs
 
     def dispatch_backward(
@@ -322,6 +349,12 @@ class Group:
 
 def _poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, float("nan") if dtype.is_floating_point else POISON[dtype], dtype=dtype)
+
+
+def _poisoned_rows(num_rows: int, hidden: int, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Data [N, H], and scales [N] where there is a dtype of some."""
+    shapes = (num_rows, hidden), (num_rows,)
+    return [_poisoned(*shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
 
 
 def get_dispatch_layout(twin: Twin, topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int) -> list[Tensor]:

@@ -75,10 +75,9 @@ class Sizes:
     def rounds(self) -> int:
         return max(1, -(-self.T // self.slot_tokens)) if self.slot_tokens else 1
 
-    @property
-    def record(self) -> int:
+    def record(self, rows: "Rows") -> int:
         """Bytes of a record in a slot."""
-        return align(4 * (1 + 3 * self.K), 32)
+        return align(4 * ((rows.sent_bytes > 0) + 1 + 3 * self.K), 32)
 
     @property
     def flags(self) -> int:
@@ -127,7 +126,7 @@ class Pieces(NamedTuple):
         if rows.arithmetic:
             tables, tiles = 6 + rows.answers, 2 + 2 * 4 // s.element_bytes + 4 * rows.copied
         table = s.table_bytes
-        per_token = align(8 * s.K, 32) + 4 * align(4 * s.K, 32) + s.record
+        per_token = align(8 * s.K, 32) + 4 * align(4 * s.K, 32) + s.record(rows)
         per_token += 32 + align(8 * (1 + 2 * s.K), 32) + 3 * 32 * s.K
         flags = STATUS * (1 + s.cores) + FLAG * s.flags + 2 * align(4 * s.R, 32)
         free = s.unified_buffer - flags - tables * table - LINE * (2 + tiles)
@@ -241,7 +240,7 @@ def _dispatch(s: Sizes, rows: Rows, r: Routing, is_normal: bool) -> list[Stage]:
         Stage("answer", ids * s.T, 4 * s.K * s.T, stalls=2 * chunks, items=s.T / n),
         Stage(
             "expand",
-            r.arrived * (s.record + sent_row),
+            r.arrived * (s.record(rows) + sent_row),
             r.rows * (sent_row + described),
             stalls=3 * n * _arrived_chunks(s, pieces, r.arrived / n),
             items=r.arrived / n,
@@ -288,7 +287,7 @@ def _round_trip(s: Sizes, rows: Rows, r: Routing) -> list[Stage]:
         _read_flags(s, n),
         Stage(
             "multiply" if sends_rows else "sum",
-            r.arrived * (s.record + s.row * sends_rows) + r.rows * (s.row + word * answers_rows),
+            r.arrived * (s.record(rows) + s.row * sends_rows) + r.rows * (s.row + word * answers_rows),
             r.arrived * answer + r.rows * (word + s.row * sends_rows),
             r.arrived_far * answer + r.rows_far * word,
             stalls=(2 + rows.answers) * arrived_chunks,
@@ -316,6 +315,7 @@ OPS = {
     "low_latency_dispatch_int8": Op(Rows(sent_bytes=1), _low_latency_dispatch),
     "low_latency_combine": Op(Rows(arithmetic=True), _round_trip),
     "dispatch": Op(Rows(copied=True), _normal_dispatch),
+    "dispatch_int8": Op(Rows(sent_bytes=1), _normal_dispatch),
     "combine": Op(Rows(arithmetic=True), _round_trip),
     "dispatch_backward": Op(Rows(arithmetic=True, answers=True), _round_trip),
     "combine_backward": Op(Rows(copied=True, arithmetic=True, answers=True), _round_trip),
@@ -339,19 +339,21 @@ def counters(op: str, s: Sizes, r: Routing) -> Counters:
 
 
 def _row_stride(op: str, s: Sizes) -> int:
-    return align(align(s.row, 32) + 4 * s.K if OPS[op].rows.answers else s.row, LINE)
+    rows = OPS[op].rows
+    sent = s.H * (rows.sent_bytes or s.element_bytes)
+    return align(align(sent, 32) + 4 * s.K if rows.answers else sent, LINE)
 
 
 def window_bytes(op: str, s: Sizes, tokens: int) -> int:
-    """Bytes of a window with slots of so many tokens: src/device/window_map.h. In normal mode LINE more per slot."""
-    slot = align(4 * s.E, LINE) + align(tokens * s.record, LINE) + tokens * _row_stride(op, s)
+    """Bytes of a window with slots of so many tokens: src/device/window_map.h. Normal mode wants another LINE per slot."""
+    slot = align(4 * s.E, LINE) + align(tokens * s.record(OPS[op].rows), LINE) + tokens * _row_stride(op, s)
     return LINE + align(4 * s.R * FLAG, LINE) + 2 * s.R * slot
 
 
 def slot_tokens(op: str, s: Sizes, window_bytes: int) -> int:
     """Tokens of a round in normal mode: src/device/window_map.h."""
     room = (window_bytes - LINE - align(4 * s.R * FLAG, LINE)) // 2 // LINE * LINE // s.R // LINE * LINE
-    return max(1, (room - align(4 * s.E, LINE) - LINE) // (s.record + _row_stride(op, s)))
+    return max(1, (room - align(4 * s.E, LINE) - LINE) // (s.record(OPS[op].rows) + _row_stride(op, s)))
 
 
 # What DeepEP-Ascend's kernels move, from their sources of 2025-09-26, when its figures were published: a row for each
@@ -597,7 +599,7 @@ def fit() -> Parameters:
 
 WINDOW = 256 << 20
 """Bytes of a window by default (python/deep_ep/windows.py)."""
-NORMAL = ("dispatch", "combine", "dispatch_backward", "combine_backward")
+NORMAL = ("dispatch", "dispatch_int8", "combine", "dispatch_backward", "combine_backward")
 LOW_LATENCY = ("low_latency_dispatch", "low_latency_dispatch_int8", "low_latency_combine")
 
 
@@ -624,6 +626,7 @@ def published(op: str, soc: str, R: int) -> list[float]:
     """µs of DeepEP-Ascend's op, or of Huawei's that is like it."""
     points = [p for p in FITTED + HELD_OUT if (p.soc, p.op, p.R) == (soc, op.removesuffix("_int8"), R)]
     is_own = op != "low_latency_dispatch" and not op.endswith("backward")
+    points = [p for p in points if p.is_int8 or op != "dispatch_int8"]
     return [p.us for p in points if is_own and p.T == sizes(op, SOCS[soc], R).T and "before" not in p.source]
 
 

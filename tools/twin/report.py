@@ -134,6 +134,7 @@ OPS: dict[str, Callable[[Rank], object]] = {
         r.rows(r.N_low_latency), r.topk_idx, r.topk_weights, r.handle_low_latency, r.E
     ),
     "dispatch": lambda r: r.group.dispatch(r.rows(r.T), r.topk_idx, r.topk_weights, r.N, r.E),
+    "dispatch_int8": lambda r: r.group.dispatch_int8(r.rows(r.T), r.topk_idx, r.topk_weights, r.N, r.E),
     "combine": lambda r: r.group.combine(r.rows(r.N), r.topk_idx, r.topk_weights, r.handle, r.E),
     "dispatch_backward": lambda r: r.group.dispatch_backward(
         r.rows(r.N), torch.zeros(r.N, r.options.top_k), r.topk_idx, r.handle, r.E

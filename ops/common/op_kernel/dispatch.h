@@ -24,7 +24,7 @@ struct DispatchOutputs {
   GM_ADDR shapes;  // of all outputs, where N is not known before; then no row may be dropped
 };
 
-// Rows: PlainRows or Int8Rows. kIsNormal: with all outputs but scales.
+// Rows: PlainRows or Int8Rows, which have scales. kIsNormal: with all other outputs.
 template <typename Rows, bool kIsNormal>
 class Dispatch {
  public:
@@ -57,9 +57,9 @@ class Dispatch {
   }
 
  private:
-  // Words of known_ per row: its source; then, each aligned, its scale, or its expert and weight.
+  // Words of known_ per row: its source; then, each aligned, its expert and weight.
   static constexpr int64_t kUnit = Tiling::kAlignment / sizeof(int32_t);
-  static constexpr int64_t kScale = kUnit, kExpert = kUnit, kWeight = 2 * kUnit, kKnownWords = 3 * kUnit;
+  static constexpr int64_t kExpert = kUnit, kWeight = 2 * kUnit, kKnownWords = 3 * kUnit;
   static constexpr int64_t kSourceBytes = 3 * sizeof(int32_t);
 
   __aicore__ void exchange() {
@@ -208,7 +208,6 @@ class Dispatch {
         known_.set(words, static_cast<int32_t>(source));
         known_.set(words + 1, messages_.token(i));
         known_.set(words + 2, static_cast<int32_t>(k));
-        if constexpr (Rows::kHasScales) known_.set(words + kScale, messages_.extra(i));
         if constexpr (kIsNormal) {
           known_.set(words + kExpert, static_cast<int32_t>(l));
           known_.set(words + kExpert + 1, 0);  // of int64
@@ -219,7 +218,11 @@ class Dispatch {
     }
     order<HardEvent::S_MTE3>();
     for (int64_t i = 0; i < count; ++i) {
-      for (int64_t n = 0; n < places.count(i); ++n) describe_row(places.with(i, n), known_of(i, n));
+      for (int64_t n = 0; n < places.count(i); ++n) {
+        const int64_t row = places.with(i, n);
+        describe_row(row, known_of(i, n));
+        if constexpr (Rows::kHasScales) store(out_.recv_scales + row * sizeof(float), messages_.extra(i), 1);
+      }
       GM_ADDR slot = exchange_.slot(exchange_.rank(), messages_.source(i));
       rows_.copy(exchange_.row(slot, messages_.number(i)), places, i);
     }
@@ -231,7 +234,6 @@ class Dispatch {
 
   __aicore__ void describe_row(int64_t row, int64_t words) {
     store(out_.recv_src_idx + row * kSourceBytes, known(words), 3);
-    if constexpr (Rows::kHasScales) store(out_.recv_scales + row * sizeof(float), known(words + kScale), 1);
     if constexpr (kIsNormal) {
       const int64_t at = row * tiling_->work.top_k + known_.get(words + 2);
       store(out_.recv_topk_idx + at * sizeof(int64_t), known(words + kExpert), 2);
@@ -311,18 +313,30 @@ class Dispatch {
   // As GE reads them: for every output, in order, the number of dimensions and 8 sizes. Bit 31 of the number: these
   // words have 64 bits.
   __aicore__ void write_shapes() {
-    constexpr int64_t kWide = int64_t{1} << 31, kWords = 9, kOutputs = 10;
+    constexpr int64_t kWide = int64_t{1} << 31, kWords = 9, kOutputs = 11, kScales = 1;
     const int64_t N = exchange_.has_failed() ? 0 : delivered_, H = tiling_->work.hidden, K = tiling_->work.top_k;
     const int64_t R = exchange_.ranks(), L = local_experts_;
-    const int64_t shapes[kOutputs][3] = {{2, N, H}, {2, N, K}, {2, N, K}, {1, L, 0}, {0, 0, 0},
-                                         {2, R, R}, {2, R, L}, {2, L, R}, {2, N, 3}, {2, tiling_->work.tokens, K}};
+    const int64_t shapes[kOutputs][3] = {{2, N, H},
+                                         {1, N, 0},
+                                         {2, N, K},
+                                         {2, N, K},
+                                         {1, L, 0},
+                                         {0, 0, 0},
+                                         {2, R, R},
+                                         {2, R, L},
+                                         {2, L, R},
+                                         {2, N, 3},
+                                         {2, tiling_->work.tokens, K}};
+    GM_ADDR to = out_.shapes;
     LocalTensor<int64_t> shape = known_.tensor().ReinterpretCast<int64_t>();
     for (uint32_t i = 0; i < kWords; ++i) shape.SetValue(i, 0);
     for (int64_t i = 0; i < kOutputs; ++i) {
+      if (i == kScales && !Rows::kHasScales) continue;
       shape.SetValue(0, kWide | shapes[i][0]);
       shape.SetValue(1, shapes[i][1]);
       shape.SetValue(2, shapes[i][2]);
-      write(out_.shapes + i * kWords * sizeof(int64_t), shape, kWords);
+      write(to, shape, kWords);
+      to += kWords * sizeof(int64_t);
     }
   }
 
@@ -353,10 +367,11 @@ class Dispatch {
   Rows rows_;
 };
 
-__aicore__ inline void normal_dispatch(GM_ADDR x, GM_ADDR topk_idx, GM_ADDR topk_weights, GM_ADDR windows,
+template <typename Rows>
+__aicore__ inline void normal_dispatch(Op op, GM_ADDR x, GM_ADDR topk_idx, GM_ADDR topk_weights, GM_ADDR windows,
                                        const DispatchOutputs& outputs, GM_ADDR workspace, const Tiling& tiling) {
-  Dispatch<PlainRows, true> dispatch;
-  dispatch.init(Op::dispatch, x, topk_idx, topk_weights, windows, outputs, workspace, tiling);
+  Dispatch<Rows, true> dispatch;
+  dispatch.init(op, x, topk_idx, topk_weights, windows, outputs, workspace, tiling);
   dispatch.process();
 }
 

@@ -1,7 +1,7 @@
 // Messages: the records that this rank sends, one per token and rank that the token goes to, and those that arrive.
 //
-// A record is int32: the token, then for every k the expert, or -1, a number of its row, and with weights the bits of
-// its weight; then kExtra words.
+// A record is int32: kExtra words, the token, then for every k the expert, or -1, a number of its row, and with weights
+// the bits of its weight.
 #pragma once
 
 #include "counts.h"
@@ -48,7 +48,7 @@ class Messages {
     local_experts_ = tiling.work.experts / tiling.work.ranks;
     first_expert_ = exchange.rank() * local_experts_;
     stride_ = tiling.record_bytes / sizeof(int32_t);
-    extra_ = 1 + kWords * tiling.work.top_k;
+    length_ = kExtra + 1 + kWords * tiling.work.top_k;
     words_.init(pipe, tiling.chunk_tokens * stride_);
     from_.init(pipe, tiling.chunk_tokens);
     places_.init(pipe, tiling);
@@ -64,7 +64,7 @@ class Messages {
     for (int64_t i = 0; i < chunk.count(); ++i) {
       numbers.next_token();
       places_.clear(i);
-      words_.set(i * stride_, static_cast<int32_t>(chunk.first + i));
+      words_.set(i * stride_ + kExtra, static_cast<int32_t>(chunk.first + i));
       for (int64_t k = 0; k < tiling_->work.top_k; ++k) {
         const int32_t expert = counts_->expert(i, k);
         set(i, k, kExpert, expert);
@@ -76,7 +76,7 @@ class Messages {
       }
     }
   }
-  __aicore__ void set_extra(int64_t i, int32_t value) { words_.set(i * stride_ + extra_, value); }
+  __aicore__ void set_extra(int64_t i, int32_t value) { words_.set(i * stride_, value); }
 
   // Sends them. The next ones are made in their place.
   __aicore__ void send(const Chunk& chunk) {
@@ -84,7 +84,7 @@ class Messages {
     for (int64_t i = 0; i < chunk.count(); ++i)
       for (int64_t n = 0; n < places_.count(i); ++n)
         store(reinterpret_cast<GM_ADDR>(places_.with(i, n)), words_.tensor()[static_cast<uint32_t>(i * stride_)],
-              extra_ + kExtra);
+              length_);
     order<HardEvent::MTE3_S>();
   }
 
@@ -105,7 +105,7 @@ class Messages {
   __aicore__ int64_t source(int64_t i) { return from_.get(i) >> 32; }
   __aicore__ int64_t number(int64_t i) { return from_.get(i) & 0xffffffff; }
 
-  __aicore__ int32_t token(int64_t i) { return words_.get(i * stride_); }
+  __aicore__ int32_t token(int64_t i) { return words_.get(i * stride_ + kExtra); }
   // Which of this rank's experts it is, or -1.
   __aicore__ int64_t local_expert(int64_t i, int64_t k) {
     const int64_t l = get(i, k, kExpert) - first_expert_;
@@ -113,7 +113,8 @@ class Messages {
   }
   __aicore__ int64_t row(int64_t i, int64_t k) { return get(i, k, kRow); }
   __aicore__ int32_t weight(int64_t i, int64_t k) { return get(i, k, kWeight); }  // its bits
-  __aicore__ int32_t extra(int64_t i) { return words_.get(i * stride_ + extra_); }
+  // Where a transfer can begin.
+  __aicore__ LocalTensor<int32_t> extra(int64_t i) { return words_.tensor()[static_cast<uint32_t>(i * stride_)]; }
 
   __aicore__ Places& places() { return places_; }
 
@@ -127,15 +128,17 @@ class Messages {
   }
 
   __aicore__ void set(int64_t i, int64_t k, Word word, int32_t value) {
-    words_.set(i * stride_ + 1 + k * kWords + word, value);
+    words_.set(i * stride_ + kExtra + 1 + k * kWords + word, value);
   }
-  __aicore__ int32_t get(int64_t i, int64_t k, Word word) { return words_.get(i * stride_ + 1 + k * kWords + word); }
+  __aicore__ int32_t get(int64_t i, int64_t k, Word word) {
+    return words_.get(i * stride_ + kExtra + 1 + k * kWords + word);
+  }
 
   const Tiling* tiling_ = nullptr;
   Exchange* exchange_ = nullptr;
   Counts* counts_ = nullptr;
   int64_t local_experts_ = 1, first_expert_ = 0;
-  int64_t stride_ = 0, extra_ = 0;
+  int64_t stride_ = 0, length_ = 0;
   Array<int32_t> words_;
   Array<int64_t> from_;
   Places places_;

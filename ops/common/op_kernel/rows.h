@@ -102,10 +102,10 @@ class PlainRows : public RowCopier {
   }
 };
 
-// Rows of T that are sent as int8, x * s to the nearest with s = 127 / absmax, and with the scale 1 / s. Without a
-// finite s, which rows of about 0 do not have, s is 1. Rows with Inf or NaN are 0, with the scale NaN
-// (python/deep_ep/quantization.py).
-template <typename T>
+// Rows of T that are sent as int8, x * s to the nearest with s = 127 / absmax, in normal mode 127 / (absmax + 1e-12),
+// and with the scale 1 / s. Without a finite s, which rows of about 0 do not have in low latency, s is 1. Rows with Inf
+// or NaN are 0, with the scale NaN (python/deep_ep/quantization.py).
+template <typename T, bool kIsNormal>
 class Int8Rows : public RowCopier {
  public:
   static constexpr bool kHasScales = true;
@@ -129,7 +129,7 @@ class Int8Rows : public RowCopier {
     if (count == 0) return 0;
     const int32_t absmax = find_absmax(from);
     const bool is_finite = absmax < kInfinity;
-    const float quotient = 127.0f / float_of(absmax);
+    const float quotient = 127.0f / (float_of(absmax) + kAdded);
     const float s = (bits_of(quotient) & kMagnitude) < kInfinity ? quotient : 1.0f;
     for (int64_t tile = 0; tile < tiling_->tiles; ++tile) {
       const int64_t first = tile * tiling_->tile_bytes / sizeof(T);
@@ -147,6 +147,7 @@ class Int8Rows : public RowCopier {
  private:
   static constexpr int32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000, kNaN = 0x7fc00000;
   static constexpr int32_t kLane = Tiling::kAlignment / sizeof(int32_t);
+  static constexpr float kAdded = kIsNormal ? 1e-12f : 0.0f;
 
   // The bits of the row's largest |x|. Bits of numbers without a sign are ordered as the numbers are, and then come Inf
   // and NaN.

@@ -7,8 +7,8 @@ extern "C" __global__ __aicore__ void deep_ep_dispatch_exact(
     GM_ADDR channel_prefix_matrix, GM_ADDR recv_channel_prefix_matrix, GM_ADDR recv_src_idx, GM_ADDR send_head,
     GM_ADDR shapes, GM_ADDR workspace, GM_ADDR tiling_data) {
   DEEP_EP_KERNEL(tiling, tiling_data);
-  deep_ep::normal_dispatch(
-      x, topk_idx, topk_weights, windows,
+  deep_ep::normal_dispatch<deep_ep::PlainRows>(
+      deep_ep::Op::dispatch, x, topk_idx, topk_weights, windows,
       {recv_x, nullptr, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert, num_dropped, rank_prefix_matrix,
        channel_prefix_matrix, recv_channel_prefix_matrix, recv_src_idx, send_head, shapes},
       workspace, tiling);

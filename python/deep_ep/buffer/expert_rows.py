@@ -19,7 +19,7 @@ from ..ops import dispatch as dispatch_op
 from ..ops import low_latency_combine as low_latency_combine_op
 from ..ops import low_latency_dispatch as low_latency_dispatch_op
 from ..ops import low_latency_dispatch_int8 as dispatch_int8_op
-from ..ops.dispatch import DispatchHandle
+from ..ops.dispatch import AsInt8, DispatchHandle
 from ..ops.low_latency_dispatch import LowLatencyHandle, LowLatencyOutput
 from .rows import Routing, capacity_of, hidden_of, same_rows
 from .two_steps import Plan
@@ -110,7 +110,7 @@ class ExpertRows:
             per_expert = _per_round(topk_idx, per_expert.shape[0], self.rounds)
         return per_expert, in_rank
 
-    def dispatch(self, info: GroupInfo, x: Tensor, routing: Routing) -> Plan:
+    def dispatch(self, info: GroupInfo, x: Tensor | AsInt8, routing: Routing) -> Plan:
         topk_idx, num_tokens_per_expert = routing.topk_idx, routing.num_tokens_per_expert
         assert topk_idx is not None and num_tokens_per_expert is not None
         E, num_worst_tokens = self.rounds.num_experts(num_tokens_per_expert), routing.num_worst_tokens
@@ -121,7 +121,7 @@ class ExpertRows:
         call = info, x, topk_idx, routing.topk_weights, E, num_worst_tokens, routing.is_token_in_rank
         return Plan(dispatch_op, [call], received, (num_worst_tokens,))
 
-    def cached_dispatch(self, info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...]) -> Plan:
+    def cached_dispatch(self, info: GroupInfo, x: Tensor | AsInt8, handle: tuple[Tensor, ...]) -> Plan:
         aligned = _as_aligned(handle)
         known = self.op_handle(handle)
         N = known.recv_src_idx.shape[0]
@@ -282,9 +282,7 @@ def _with_weights(handle: DispatchHandle, topk_weights: Tensor | None) -> Dispat
     return handle._replace(topk_weights=topk_weights)
 
 
-def _align(
-    out: dispatch_op.DispatchOutput, alignment: int, exact: bool
-) -> tuple[Tensor, Tensor, Tensor, AlignedHandle]:
+def _align(out: dispatch_op.DispatchOutput, alignment: int, exact: bool) -> tuple[Rows, Tensor, Tensor, AlignedHandle]:
     """recv_x, recv_topk_idx, recv_topk_weights and handle with each expert's block padded to a multiple of alignment.
 
     Rows that hold nothing follow the last block.
@@ -292,7 +290,7 @@ def _align(
     counts = out.num_recv_tokens_per_expert
     padded = (counts + (alignment - 1)) // alignment * alignment
     before = torch.cat([counts.new_zeros(1), (padded - counts).cumsum(0)])
-    n = out.recv_x.shape[0]
+    n = out.recv_topk_idx.shape[0]
     row = torch.arange(n, device=counts.device)
     position = row + before[torch.searchsorted(counts.cumsum(0), row, right=True)]
     if exact:
@@ -305,14 +303,15 @@ def _align(
     return recv_x, recv_topk_idx, recv_topk_weights, handle
 
 
-def _spread(out: dispatch_op.DispatchOutput, position: Tensor, N: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _spread(out: dispatch_op.DispatchOutput, position: Tensor, N: int) -> tuple[Rows, Tensor, Tensor, Tensor]:
     """recv_x, recv_topk_idx, recv_topk_weights and recv_src_idx of N rows, with padding where no row has its place."""
 
     def spread(rows: Tensor, padding: int) -> Tensor:
-        return rows.new_full((N, rows.shape[1]), padding).index_copy(0, position, rows)
+        return rows.new_full((N, *rows.shape[1:]), padding).index_copy(0, position, rows)
 
+    rows: Rows = out.recv_x
     return (
-        spread(out.recv_x, 0),
+        spread(rows, 0) if isinstance(rows, Tensor) else (spread(rows[0], 0), spread(rows[1], 0)),
         spread(out.recv_topk_idx, -1),
         spread(out.recv_topk_weights, 0),
         spread(out.handle.recv_src_idx, -1),

@@ -15,6 +15,8 @@ from ..config import Config
 from ..ep_strategy import NormalEPCommStrategy, Rows
 from ..groups import GroupInfo
 from ..ops import combine as combine_op
+from ..ops import dispatch as dispatch_op
+from ..ops import dispatch_int8 as dispatch_int8_op
 from ..ops import get_dispatch_layout as layout_op
 from ..ops.dispatch import DispatchHandle
 from ..utils import EventOverlap
@@ -82,7 +84,7 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
             *(expert_alignment, num_worst_tokens),
         )
         self._check_routing(routing, handle is not None)
-        rows, packed = self._rows_to_send(x, quant_mode, handle is not None)
+        rows, packed = self._rows_to_send(info, x, quant_mode, handle is not None)
         routed = "of a handle" if handle is not None else "without topk_idx" if topk_idx is None else "with topk_idx"
         if topk_idx is None and num_worst_tokens != 0:
             routed += ", with num_worst_tokens"
@@ -101,9 +103,10 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
             data, scales = quantization.unpack(recv_x, *packed)
             return (data, self.contract.scales(scales)), *others
 
-        has_shape = handle is not None or num_worst_tokens != 0
+        # Where the kernel quantises, the host waits for nothing anyway.
+        goes_on = (handle is not None or num_worst_tokens != 0) and isinstance(rows, Tensor)
         sends = plan._replace(received=received)
-        return self._issue(sends, async_finish, dispatch_wait_recv_cost_stats, has_shape)
+        return self._issue(sends, async_finish, dispatch_wait_recv_cost_stats, goes_on)
 
     @collective(ops_of_combine)
     def combine(
@@ -165,15 +168,15 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
         else:
             combine_op.call(info, nothing, known)
 
-    def _issue(self, plan: Plan, async_finish: bool, stats: Tensor | None, has_shape: bool = True) -> tuple[Any, ...]:
+    def _issue(self, plan: Plan, async_finish: bool, stats: Tensor | None, goes_on: bool = True) -> tuple[Any, ...]:
         """The results and the event; stats get what was waited."""
-        results, wait = issue(plan, self._overlaps(async_finish) and has_shape, None, stats, self.rank)
+        results, wait = issue(plan, self._overlaps(async_finish) and goes_on, None, stats, self.rank)
         return *results, event_of(async_finish, wait)
 
     def _rows_to_send(
-        self, x: Rows, quant_mode: str | None, cached: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """What travels for x, and the (data, scales) that it is packed from, if it is."""
+        self, info: GroupInfo, x: Rows, quant_mode: str | None, cached: bool
+    ) -> tuple[Tensor | dispatch_op.AsInt8, tuple[Tensor, Tensor] | None]:
+        """What dispatch is to send for x, and the (data, scales) that it is packed from, if it is."""
         if quant_mode is not None:
             quant_mode = quantization.check_mode(quant_mode)
         if isinstance(x, tuple):
@@ -203,6 +206,8 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
                 f"deep_ep: x requires a gradient, which quant_mode {mode} does not have; "
                 "make the Buffer with straight_through=True"
             )
+        if mode == "int8" and dispatch_int8_op.is_for(info, x):
+            return dispatch_op.AsInt8(x), None
         data, scales = quantization.quantize(x, mode)
         return quantization.pack(data, scales), (data, scales)
 

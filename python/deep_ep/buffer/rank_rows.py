@@ -22,7 +22,7 @@ from ..ops import combine as combine_op
 from ..ops import dispatch as dispatch_op
 from ..ops import low_latency_combine_padded as low_latency_combine_op
 from ..ops import low_latency_dispatch_padded as low_latency_dispatch_op
-from ..ops.dispatch import DispatchHandle, DispatchOutput
+from ..ops.dispatch import AsInt8, DispatchHandle, DispatchOutput
 from ..ops.low_latency_dispatch import LowLatencyHandle
 from ..ops.low_latency_dispatch_padded import PaddedHandle, PaddedOutput
 from .rows import Routing, capacity_of, hidden_of, same_rows
@@ -85,7 +85,7 @@ class RankRows:
     def layout(self, topk_idx: Tensor, per_expert: Tensor, in_rank: Tensor) -> tuple[Tensor, Tensor]:
         return per_expert, in_rank.to(torch.bool)
 
-    def dispatch(self, info: GroupInfo, x: Tensor, routing: Routing) -> Plan:
+    def dispatch(self, info: GroupInfo, x: Tensor | AsInt8, routing: Routing) -> Plan:
         """Sends every token once to each of its ranks: see `Buffer.dispatch`."""
         is_token_in_rank, num_tokens_per_expert = routing.is_token_in_rank, routing.num_tokens_per_expert
         topk_idx, topk_weights, num_worst_tokens = routing.topk_idx, routing.topk_weights, routing.num_worst_tokens
@@ -114,7 +114,7 @@ class RankRows:
             recv_topk_idx, recv_topk_weights = None, None
             if of_metadata is not None:
                 K = of_metadata.recv_x.shape[1] // 2
-                data = same_rows(of_metadata.recv_x, recv_x.shape[0])
+                data = same_rows(of_metadata.recv_x, rows.recv_topk_idx.shape[0])
                 recv_topk_idx = data[:, :K].detach().to(torch.int64) - self._rank * L
                 is_local = (recv_topk_idx >= 0) & (recv_topk_idx < L) & (handle.recv_src_idx[:, :1] >= 0)
                 recv_topk_idx = torch.where(is_local, recv_topk_idx, -1)
@@ -134,7 +134,7 @@ class RankRows:
         calls = [(info, rows, ids, None, info.size, num_worst_tokens, is_token_in_rank) for rows in sent]
         return Plan(dispatch_op, calls, received, (num_worst_tokens,))
 
-    def cached_dispatch(self, info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...]) -> Plan:
+    def cached_dispatch(self, info: GroupInfo, x: Tensor | AsInt8, handle: tuple[Tensor, ...]) -> Plan:
         known = check_handle(handle)
         N = known.recv_src_idx.shape[0]
         mask = known.is_token_in_rank

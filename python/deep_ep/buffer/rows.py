@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..env import Rounds
 from ..groups import GroupInfo
-from ..ops.dispatch import DispatchHandle
+from ..ops.dispatch import AsInt8, DispatchHandle
 from .two_steps import Plan
 
 
@@ -52,10 +52,10 @@ class RowContract(Protocol):
     def layout(self, topk_idx: Tensor, per_expert: Tensor, in_rank: Tensor) -> tuple[Tensor, Tensor]:
         """num_tokens_per_expert and is_token_in_rank as clients get them, of those of the op get_dispatch_layout."""
 
-    def dispatch(self, info: GroupInfo, x: Tensor, routing: Routing) -> Plan:
+    def dispatch(self, info: GroupInfo, x: Tensor | AsInt8, routing: Routing) -> Plan:
         """Its results are those of `Buffer.dispatch` without the event. ValueError: the routing is wrong."""
 
-    def cached_dispatch(self, info: GroupInfo, x: Tensor, handle: tuple[Tensor, ...]) -> Plan:
+    def cached_dispatch(self, info: GroupInfo, x: Tensor | AsInt8, handle: tuple[Tensor, ...]) -> Plan:
         """The same with a handle. ValueError: it is none of this contract."""
 
     def op_handle(self, handle: tuple[Tensor, ...]) -> DispatchHandle:
@@ -107,9 +107,10 @@ def hidden_of(x: Tensor, sent: tuple[Tensor, Tensor] | None) -> int:
     return data.shape[1] * (2 if data.dtype == torch.float4_e2m1fn_x2 else 1)
 
 
-def same_rows(rows: Tensor, num_rows: int) -> Tensor:
-    """`rows`, whose number is known to be num_rows from here on."""
-    torch._check(rows.shape[0] == num_rows)
+def same_rows(rows: Any, num_rows: int) -> Any:
+    """`rows`, a tensor or data and scales, whose number is known to be num_rows from here on."""
+    for part in (rows,) if isinstance(rows, Tensor) else rows:
+        torch._check(part.shape[0] == num_rows)
     return rows
 
 

@@ -73,6 +73,12 @@ class DispatchOutput(NamedTuple):
     """int64 []: rows for this rank that did not fit into W; 0 in exact mode."""
 
 
+class AsInt8(NamedTuple):
+    """Rows in whose place `call` gives data and scales, as dispatch_int8 does."""
+
+    x: Tensor
+
+
 @collective("dispatch")
 def dispatch(
     x: Tensor,
@@ -140,7 +146,7 @@ def _own(topk_idx: Tensor, topk_weights: Tensor | None) -> tuple[Tensor, Tensor]
 
 def call(
     info: GroupInfo,
-    x: Tensor,
+    x: Tensor | AsInt8,
     topk_idx: Tensor,
     topk_weights: Tensor | None,
     num_experts: int,
@@ -149,8 +155,14 @@ def call(
 ) -> DispatchOutput:
     """The op's overload for `info`, with its results put in order."""
     topk_idx, topk_weights = _own(topk_idx, topk_weights)
-    op = getattr(torch.ops.deep_ep.dispatch, info.normal.value)
+    packet = torch.ops.deep_ep.dispatch
+    if isinstance(x, AsInt8):
+        packet, (x,) = torch.ops.deep_ep.dispatch_int8, x
+    op = getattr(packet, info.normal.value)
     results = op(*flat(x, topk_idx, topk_weights), num_experts, info.size, num_worst_tokens, info.name)
+    if packet is torch.ops.deep_ep.dispatch_int8:
+        data, scales, *others = results
+        results = (data, scales), *others
     return _in_order(info, results, topk_idx, topk_weights, num_experts, is_token_in_rank)
 
 
@@ -218,7 +230,7 @@ def nothing_yet(
 
 def _in_order(
     info: GroupInfo,
-    results: Sequence[Tensor],
+    results: Sequence[Any],
     topk_idx: Tensor,
     topk_weights: Tensor,
     num_experts: int,
@@ -262,12 +274,11 @@ def fake(
     group: str,
 ) -> tuple[Tensor, ...]:
     reject("dispatch", checks.dispatch(x, topk_idx, topk_weights, num_experts, num_ranks, num_worst_tokens))
-    return _results(x, topk_idx, num_experts, num_ranks, num_worst_tokens)
+    return results(x, topk_idx, num_experts, num_ranks, num_worst_tokens)
 
 
-def _results(
-    x: Tensor, topk_idx: Tensor, num_experts: int, num_ranks: int, num_worst_tokens: int
-) -> tuple[Tensor, ...]:
+def results(x: Tensor, topk_idx: Tensor, num_experts: int, num_ranks: int, num_worst_tokens: int) -> tuple[Tensor, ...]:
+    """Those of the op, without values."""
     N: Any = num_worst_tokens
     if num_worst_tokens == 0:
         ge.check_exact("dispatch")
@@ -337,14 +348,22 @@ def backward_start(ctx: Any, ticket: Tensor, *, overload: str) -> Any:
 
 
 def convert(
-    x: Any, topk_idx: Any, topk_weights: Any, num_experts: int, num_ranks: int, num_worst_tokens: Any, group: str
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    num_experts: int,
+    num_ranks: int,
+    num_worst_tokens: Any,
+    group: str,
+    op: str = "dispatch",
 ) -> Any:
-    """DeepEpDispatch, whose number of rows is an input since it may be symbolic; DeepEpDispatchExact without one."""
+    """DeepEpDispatch, whose number of rows is an input since it may be symbolic; DeepEpDispatchExact without one. The
+    same for dispatch_int8."""
     inputs = {"x": x, "topk_idx": topk_idx, "topk_weights": topk_weights}
     integers = {"num_experts": num_experts, "num_ranks": num_ranks}
     if isinstance(num_worst_tokens, int) and num_worst_tokens == 0:
-        return ge.node("dispatch", inputs, integers, group, "Exact")
-    return ge.node("dispatch", inputs | {"num_worst_tokens": ge.number(num_worst_tokens)}, integers, group)
+        return ge.node(op, inputs, integers, group, "Exact")
+    return ge.node(op, inputs | {"num_worst_tokens": ge.number(num_worst_tokens)}, integers, group)
 
 
 register(
@@ -361,7 +380,7 @@ register(
 completes(
     "dispatch",
     Completion(
-        fake=lambda _, x, topk_idx, topk_weights, *sizes: _results(x, topk_idx, *sizes),
+        fake=lambda _, x, topk_idx, topk_weights, *sizes: results(x, topk_idx, *sizes),
         complete=complete,
         saved=_saved,
         backward=backward_wait,

@@ -64,28 +64,12 @@ def fake(
 
 def _around(overload: str) -> Any:
     """The kernel out of low_latency_dispatch's."""
+    op = getattr(torch.ops.deep_ep.low_latency_dispatch, overload)
 
-    def kernel(
-        x: Tensor,
-        topk_idx: Tensor,
-        num_max_dispatch_tokens_per_rank: int,
-        num_experts: int,
-        num_ranks: int,
-        group: str,
-        zero_unused: bool = True,
-    ) -> tuple[Tensor, ...]:
-        sizes = num_max_dispatch_tokens_per_rank, num_experts, num_ranks
-        # What is wrong on this rank must not keep it from taking part: low_latency_dispatch refuses it on all.
-        wrong = checks.low_latency_dispatch(x, topk_idx, *sizes)
-        sent = None if wrong else quantization.quantize(x, "int8", low_latency=True)
-        rows = x if sent is None else quantization.pack(*sent)
-        op = getattr(torch.ops.deep_ep.low_latency_dispatch, overload)
-        out = op(rows, topk_idx, *sizes, group, "", zero_unused)
-        assert sent is not None
-        data, scales = quantization.unpack(out[0], *sent)
-        return data, scales, *out[1:]
+    def send(rows: Tensor, topk_idx: Tensor, M: int, E: int, R: int, group: str, zero_unused: bool = True) -> Any:
+        return op(rows, topk_idx, M, E, R, group, "", zero_unused)
 
-    return kernel
+    return quantization.around(send, lambda *arguments: checks.low_latency_dispatch(*arguments[:5]), low_latency=True)
 
 
 register(
