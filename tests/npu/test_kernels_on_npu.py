@@ -22,7 +22,7 @@ from ranks import RankContext, RankPool
 from torch import Tensor
 
 import deep_ep
-from deep_ep import env
+from deep_ep import env, quantization, reference
 from deep_ep.ops import dispatch_int8
 from tools.twin import kernels as twin_kernels
 from tools.twin.kernels import A5, Setup, Twin
@@ -132,6 +132,23 @@ def check_normal(ctx: RankContext, worst: int) -> None:
 @pytest.mark.parametrize("worst", [0, 100, 30])
 def test_normal_mode(npus: RankPool, worst: int) -> None:
     npus.run(SIZE, check_normal, worst)
+
+
+def check_packed(ctx: RankContext) -> None:
+    """Rows that hold int8 data and a scale, which the host has packed."""
+    group, given = make_group(ctx), make_inputs(NORMAL)
+    x, ids, weights = (tensors[ctx.rank] for tensors in given[:3])
+    data, scales = quantization.quantize(x, "int8")
+    packed = quantization.pack(data, scales)
+    arguments = NORMAL.E, SIZE, 0, group.group_name
+    rows = torch.ops.deep_ep.dispatch(packed.npu(), ids.npu(), weights.npu(), *arguments)[0].cpu()
+    wanted = quantization.quantize(reference.dispatch(*given[:3], NORMAL.E, [0, 0])[ctx.rank].recv_x, "int8")
+    for name, actual, expected in zip(("data", "scales"), quantization.unpack(rows, data, scales), wanted, strict=True):
+        assert_same(name, actual, expected)
+
+
+def test_packed_rows(npus: RankPool) -> None:
+    npus.run(SIZE, check_packed)
 
 
 def of_note(rank: int) -> Tensor:
