@@ -1,4 +1,4 @@
-// What Python needs of what kernels and host share (python/deep_ep/fused_weights.py), through ctypes.
+// What Python needs of what kernels and host share (python/deep_ep/weights.py), through ctypes.
 #include "c_boundary.h"
 #include "fused_layout.h"
 

@@ -345,7 +345,7 @@ def _row_stride(op: str, s: Sizes) -> int:
 
 
 def window_bytes(op: str, s: Sizes, tokens: int) -> int:
-    """Bytes of a window with slots of so many tokens: src/device/window_map.h. Normal mode wants another LINE per slot."""
+    """Bytes of a window with slots of so many tokens: src/device/window_map.h. Normal mode: a LINE more."""
     slot = align(4 * s.E, LINE) + align(tokens * s.record(OPS[op].rows), LINE) + tokens * _row_stride(op, s)
     return LINE + align(4 * s.R * FLAG, LINE) + 2 * s.R * slot
 
