@@ -34,33 +34,7 @@ void runs(uint64_t mask, F&& f) {
   }
 }
 
-// What a launch has left in the caches of this process's cores.
-struct OldLine {
-  uint8_t* address;
-  Line line;
-};
-std::mutex old_mutex;
-std::unordered_map<int, std::vector<OldLine>> old_lines;
-
 }  // namespace
-
-void Core::leave_lines() {
-  std::lock_guard lock(old_mutex);
-  std::vector<OldLine>& left = old_lines[index_];
-  left.clear();
-  for (const auto& [address, line] : lines_)
-    if (line.memory->window()) left.push_back({address, line});
-}
-
-void Core::find_old_lines() {
-  std::lock_guard lock(old_mutex);
-  for (const OldLine& old : old_lines[index_]) {
-    Memory* memory = launch_.find(old.address);
-    if (memory == nullptr || !memory->window() || random() % 2) continue;
-    Line& line = lines_[old.address] = old.line;
-    line.memory = memory;
-  }
-}
 
 void Core::fill(uint8_t* address, Line* line) {
   BlockLock lock(launch_, line->memory, std::max(address, line->memory->begin()));
@@ -104,6 +78,16 @@ Line& Core::line_of(uint8_t* address, Memory* memory) {
   return found->second;
 }
 
+// Of a line of a window, bytes that were never invalidated may be those that a launch before has left in the cache.
+void Core::check_fresh(uint8_t* line, uint64_t wanted, const void* address, Memory* memory, Site at) {
+  if (!memory->window() || all_fresh_) return;
+  const auto found = fresh_.find(line);
+  if (found != fresh_.end() && (found->second & wanted) == wanted) return;
+  fail(at, S,
+       "the cache may have the line of " + memory->text(address) +
+           " as a launch before has left it: DataCacheCleanAndInvalid is missing");
+}
+
 void Core::load(const void* address, void* value, uint32_t bytes, Site at) {
   last_site_ = at;
   check_stopped();
@@ -111,6 +95,8 @@ void Core::load(const void* address, void* value, uint32_t bytes, Site at) {
   const auto* begin = static_cast<const uint8_t*>(address);
   uint8_t* line_address = line_begin(address);
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) fail(at, S, memory->text(address) + " is not aligned");
+  const uint64_t wanted = bits(begin - line_address, bytes);
+  check_fresh(line_address, wanted, address, memory, at);
   if (adversarial_) {
     note(memory, begin, bytes, S, issued_[S], clock_of(S), Kind::read, false, at);
     if (random() % 32 == 0) evict(false);
@@ -120,7 +106,6 @@ void Core::load(const void* address, void* value, uint32_t bytes, Site at) {
     line_of(line_address + kLine, memory);
   note_read(address);
   Line& line = line_of(line_address, memory);
-  const uint64_t wanted = bits(begin - line_address, bytes);
   if (memory->written && (line.dirty & wanted) != wanted &&
       std::memchr(&memory->written[begin - memory->begin()], 0, bytes))
     fail(at, S, "reads " + memory->text(address) + ", which has never been written");
@@ -136,6 +121,7 @@ void Core::store(void* address, const void* value, uint32_t bytes, Site at) {
   auto* begin = static_cast<uint8_t*>(address);
   uint8_t* line_address = line_begin(address);
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) fail(at, S, memory->text(address) + " is not aligned");
+  check_fresh(line_address, bits_of(line_address, *memory), address, memory, at);
   const uint64_t written = bits(begin - line_address, bytes);
   if (adversarial_) {
     note_line(line_address, memory, written, true, at);
@@ -162,6 +148,7 @@ void Core::note_line(uint8_t* address, Memory* memory, uint64_t written, bool di
 
 // Bytes `mask` of a line: documented is that an address within a line stands for the bytes from there on.
 void Core::clean_line(uint8_t* address, uint64_t mask, Site at) {
+  fresh_[address] |= mask;
   if (auto found = lines_.find(address); found != lines_.end()) {
     Line& line = found->second;
     Line part = line;
@@ -186,6 +173,7 @@ void Core::clean(void* address, bool all, Site at) {
   if (all) {
     while (!lines_.empty()) clean_line(lines_.begin()->first, ~0ull, at);
     while (!unclean_.empty()) clean_line(unclean_.begin()->first, ~0ull, at);
+    all_fresh_ = true;
     relax();
     return;
   }

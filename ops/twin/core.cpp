@@ -37,7 +37,6 @@ Core::Core(Launch& launch, int index)
   for (uint32_t& chance : chance_) chance = std::array{200u, 64u, 4u}[random() % 3];
   if (launch.settings.seed % 4 == 1) chance_.fill(0);
   youngest_first_ = launch.settings.seed % 2 == 1;
-  if (adversarial_) find_old_lines();
 }
 
 Core::~Core() = default;
@@ -340,7 +339,6 @@ void Core::finish() {
          "SetValue of " + memory->text(address + __builtin_ctzll(unclean.mask)) +
              " is left in the data cache: DataCacheCleanAndInvalid is missing");
   }
-  leave_lines();
 }
 
 }  // namespace twin

@@ -13,8 +13,9 @@
 //  4. SetAtomic is not delayed: it holds for what is issued after it.
 //  5. SyncAll orders cores; the hard one begins with PIPE_ALL on 2201 only. On 3510 it follows MTE3.
 //  6. Scalar accesses to global memory go through a cache of 64-byte lines, per core, written back whole. Of a window
-//     it may have lines that the program has not read: the one behind a line that it has, and those of the launch
-//     before.
+//     it may have lines that the program has not read: the one behind a line that it has, and what launches before have
+//     left, even of other windows in the same place. S reads nothing of a window that its core has not invalidated in
+//     this launch, and writes to no line of which it has not invalidated all.
 //  7. Atomics of MTE3 are not ordered among themselves, and each is atomic.
 //  8. A write to a window of a rank reads the unified buffer as an operation of MTE3 and arrives as one of the link, in
 //     aligned blocks of 512 bytes, each whole and at its own time, until an MTE3_S flag or PipeBarrier of MTE3 or ALL.
@@ -262,10 +263,9 @@ class Core {
   void fill(uint8_t* address, Line* line);
   void write_back(uint8_t* address, Line* line);
   void evict(bool must);
-  void find_old_lines();
-  void leave_lines();
   void clean_line(uint8_t* address, uint64_t mask, Site at);
   void note_line(uint8_t* address, Memory* memory, uint64_t written, bool dirty, Site at);
+  void check_fresh(uint8_t* line, uint64_t wanted, const void* address, Memory* memory, Site at);
 
   uint64_t random();
   void check_stopped();
@@ -315,6 +315,8 @@ class Core {
     Site site;
   };
   std::unordered_map<uint8_t*, Unclean> unclean_;  // what SetValue wrote and nothing has cleaned, evicted or not
+  std::unordered_map<uint8_t*, uint64_t> fresh_;   // bytes of lines that were invalidated in this launch,
+  bool all_fresh_ = false;                         // or all of them
 
   Memory* last_memory_ = nullptr;
   uint32_t idle_ = 0;

@@ -80,7 +80,7 @@ std::string make_tiling(const Work& work, const Soc& soc, Tiling* tiling) {
   const int64_t other_tiles = deep_ep::other_tiles(work);
   const int64_t smallest_tiles = work.hidden == 0 ? 0 : Tiling::kBlockBytes * (kMinBuffers + other_tiles);
   t.flags = std::clamp(divide_up(work.ranks, 2), int64_t{1}, kMaxFlags);
-  const int64_t words = Tiling::kStatusBytes * (1 + soc.vector_cores) + Tiling::kFlagBytes * t.flags +
+  const int64_t words = Tiling::kStatusBytes * (2 + soc.vector_cores) + Tiling::kFlagBytes * t.flags +
                         2 * align(4 * work.ranks, Tiling::kAlignment);
   // Two of them are for tables that are read.
   const int64_t tables = Tiling::kTables + other_tables(work) + 2;

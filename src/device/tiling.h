@@ -57,7 +57,7 @@ struct Split {
 // What a kernel gets. A row of H elements goes through `buffers` buffers of the unified buffer in `tiles` pieces of
 // tile_bytes; the last piece has last_tile_bytes.
 //
-//   unified buffer: [ flags, the status of each block | tables | what goes with a chunk of tokens |
+//   unified buffer: [ flags, a mark, the status of each block | tables | what goes with a chunk of tokens |
 //                     buffers x tile | more tiles and tables, as it says in tiling.cpp ]
 //   workspace:      [ counts of each block, twice | status of each block, twice | tables of all blocks ]
 struct Tiling {

@@ -1,7 +1,8 @@
 // What lies where in a rank's window on an NPU; device code and host share it. Every rank of a group knows the address
 // of every rank's window.
 //
-//   [ control | status | flags: 2 parities x 2 phases x R | slots of even launches | slots of odd launches ]
+//   [ control | status | flags: 2 parities x 2 phases x R | lines of own blocks | marks, even | marks, odd |
+//     slots of even launches | slots of odd launches ]
 //
 // A launch is the next epoch e of its group. Its messages carry e, and lie in the flags and slots of the parity of e. A
 // rank sends for e + 2 only after it has got the flags of e + 1 from all ranks, which they send after they have done
@@ -23,6 +24,9 @@ struct WindowMap {
   static constexpr int64_t kBlock = Tiling::kBlockBytes;
   static constexpr int64_t kLine = 64;  // of the data cache: a flag has one to itself
   static constexpr int64_t kPhases = 2;
+  static constexpr int64_t kBlocks = 128;  // of a rank's launch, at most
+  // Of each parity, int32: epochs of what has arrived for one token from one rank. Nothing else is ever written there.
+  static constexpr int64_t kMarks = int64_t{1} << 16;
   static constexpr int64_t kParities = 2;
 
   // Words of the window table before the addresses (ops/kernels.h).
@@ -39,9 +43,14 @@ struct WindowMap {
   DEEP_EP_DEVICE constexpr int64_t flag(int64_t epoch, int64_t phase, int64_t source) const {
     return kBlock + ((epoch % kParities * kPhases + phase) * ranks + source) * kLine;
   }
-  DEEP_EP_DEVICE constexpr int64_t slots_begin() const {
+  DEEP_EP_DEVICE constexpr int64_t lines_begin() const {
     return kBlock + (kParities * kPhases * ranks * kLine + kBlock - 1) / kBlock * kBlock;
   }
+  DEEP_EP_DEVICE constexpr int64_t line(int64_t block) const { return lines_begin() + block * kLine; }
+  DEEP_EP_DEVICE constexpr int64_t mark(int64_t epoch, int64_t number) const {
+    return line(kBlocks) + (epoch % kParities * kMarks + number) * 4;
+  }
+  DEEP_EP_DEVICE constexpr int64_t slots_begin() const { return line(kBlocks) + kParities * kMarks * 4; }
   // Bytes of the slots of one parity.
   DEEP_EP_DEVICE constexpr int64_t room() const { return (bytes - slots_begin()) / kParities / kBlock * kBlock; }
   DEEP_EP_DEVICE constexpr int64_t slot(int64_t epoch, int64_t source, int64_t slot_bytes) const {
@@ -83,9 +92,44 @@ struct SlotMap {
   }
 };
 
+// What low_latency_combine has in place of slots:
+//
+//   [ for each token of this rank its places, rows | for each source and token: what is asked for ]
+//
+// A token has a place for each k, or for each rank if these are fewer, and as many marks, in lines of its own.
+struct PlaceMap {
+  static constexpr int64_t kWords = WindowMap::kLine / 4;  // of a line
+
+  int64_t ranks;
+  int64_t tokens;
+  int64_t places;
+  int64_t row_stride;
+  int64_t ask_stride;
+
+  DEEP_EP_DEVICE static constexpr PlaceMap of(const Tiling& tiling) {
+    const Work& work = tiling.work;
+    return {work.ranks, work.max_tokens, work.top_k < work.ranks ? work.top_k : work.ranks, tiling.row_stride,
+            tiling.record_bytes};
+  }
+  // For what `rank` sends, with k the first of its rows.
+  DEEP_EP_DEVICE constexpr int64_t place(int64_t k, int64_t rank) const { return places < ranks ? k : rank; }
+  DEEP_EP_DEVICE static constexpr int64_t marks(int64_t places) { return (places + kWords - 1) / kWords * kWords; }
+  DEEP_EP_DEVICE constexpr int64_t mark(int64_t token, int64_t place) const { return token * marks(places) + place; }
+  DEEP_EP_DEVICE constexpr int64_t row(int64_t token, int64_t place) const {
+    return (token * places + place) * row_stride;
+  }
+  DEEP_EP_DEVICE constexpr int64_t ask(int64_t source, int64_t token) const {
+    return tokens * places * row_stride + (source * tokens + token) * ask_stride;
+  }
+  DEEP_EP_DEVICE constexpr int64_t bytes() const { return ask(ranks, 0); }
+};
+
 // The control line, int64: the epoch of the newest launch that has ended, and of the newest one that has begun. They
 // are equal between launches, unless one was aborted.
 enum ControlWord { kEnded, kBegun };
+
+// A block's line, int32: the epoch in which it has posted, and whether it has failed.
+enum LineWord { kPosted, kPostFailed };
 
 // Why a launch has failed: the first word of the status.
 enum class Failure : int32_t {

@@ -52,7 +52,16 @@ _LEFT_OUT = {
     r"refresh\(\w+\)": "(void)0",
     r"SetAtomic(?:Add<int32_t>|None)\(\)": "(void)0",
     r"raise\(phase, at, [^;]*\)": "(void)0",
-    r"exchange_\.(?:begin|finish)\(\)": "(void)0",
+    r"exchange_\.(?:begin|finish|post|tell|close)\(\)": "(void)0",
+    r"exchange_\.begin\(places_of_\.bytes\(\)\)": "(void)0",
+    r"exchange_\.hear\(gatherers_\)": "(void)0",
+    r"exchange_\.raise_some\([^;]*\)": "(void)0",
+    r"exchange_\.have_raised\(0, GetBlockIdx\(\), gatherers_\)": "true",
+    r"exchange_\.has_raised\(0, source\)": "true",
+    r"exchange_\.is_marked\([^;]*k\)\)": "true",
+    r"line\.SetValue\(kPost\w+, [^;]*\)": "(void)0",
+    r"line\.GetValue\(kPosted\) != static_cast<int32_t>\(epoch_\)": "false",
+    r"\(got = mark\.GetValue\(0\)\) != expected": "(got = mark.GetValue(0)) == 0",
     r"exchange_\.raise_all\([^;]*\)\)": "(void)0",
     r"control\.SetValue\(\w+, epoch_\)": "(void)0",
     r"control\.GetValue\(kEnded\)": "(int64_t)0",
@@ -79,7 +88,7 @@ _DEFINITION = re.compile(r"__aicore__ (inline )?(?!GM_ADDR round)[\w<>:]+ \w+\(|
 # What an index is multiplied with, in the offset of a slot, row, record or the like.
 _STRIDE = (
     r"(?:tiling_?(?:->|\.)(?:row_stride|row_bytes|record_bytes|count_stride|tile_bytes|work\.top_k)|stride_|top_k_"
-    r"|kWords|words_|words|kFlagWords|kStatusBytes|kStatusWords|kKnownWords|kSourceBytes|kLine|kLane|answer_words_|room\(\)|slot_bytes|work\.ranks"
+    r"|kWords|words_|words|kFlagWords|id_stride_|word_stride_|ask_stride_|of_unit_|parts_|pushers_|gatherers_|local_experts_|kEntryWords|kStatusBytes|kStatusWords|kKnownWords|kSourceBytes|kLine|kLane|answer_words_|room\(\)|slot_bytes|work\.ranks"
     r"|exchange_\.ranks\(\)|sizeof\(int32_t\)|sizeof\(T\)|3|L|R)"
 )
 _CALL = r"(?:\([\w, ]*\))?"
@@ -87,7 +96,7 @@ _INDEX = rf"(?:\w+(?:\+\+)? % \w+|\([^()]*(?:\([^()]*\)[^()]*)*\)|[A-Za-z_][\w.]
 _PRODUCT = re.compile(rf"(?<![\w>])({_INDEX}) \* ({_STRIDE})(?!\w)")
 # Sizes, not offsets.
 _SIZE = re.compile(
-    r"count\(\)$|chunk_tokens|^count$|^kWords$|^words$|GetBlockNum|^size$|^places$|^tokens$|local_experts_$|^kParities|^kPhases"
+    r"count\(\)$|chunk_tokens|^count$|^kWords$|^words$|GetBlockNum|^size$|^places$|^tokens$|^ranks$|^work\.ranks$|^work\.top_k$|local_experts_$|^kParities|^kPhases"
 )
 # Whose window, slot or flag: the next rank's, or the other phase's.
 _ARGUMENT = r"((?:[^(),]|\([^()]*\))+)"
@@ -189,7 +198,9 @@ def make(folder: Path) -> list[Mutant]:
         file = str(path.relative_to(native.root()))
         text, added = mutate(path.read_text(), file, len(mutants))
         if path.name == "window_map.h":
-            text = re.sub(r"constexpr (int64_t (?:flag|slots_begin|room|slot)\()", r"\1", text)
+            text = re.sub(
+                r"constexpr (int64_t (?:flag|lines_begin|line|mark|slots_begin|room|slot|row|ask|bytes)\()", r"\1", text
+            )
         written[place] = re.sub(r"exchange_\.(ranks|has_failed)\(", _own_exchange(path), text)
         mutants += added
     for place, text in written.items():

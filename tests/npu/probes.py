@@ -46,6 +46,8 @@ class Expected(NamedTuple):
     """The same from the other side."""
     quantised: list[tuple[Tensor, Tensor]]
     """Data and scales of the same tokens, some of whose rows are of note."""
+    asks: list[int]
+    """Bytes that a rank sends to others to ask for sums."""
     ys: list[Tensor]
     combined: list[Tensor]
     tolerances: list[Tensor]
@@ -66,7 +68,14 @@ def expect(case: Case, M: int) -> Expected:
     sent, arrived = pairs.sum(1).tolist(), pairs.sum(0).tolist()
     sources = [quantization.quantize(with_rows_of_note(x), "int8", low_latency=True) for x in xs]
     quantised = [_rows_of(sources, d.recv_src_idx) for d in received]
-    return Expected(xs, ids, weights, dispatched, num_rows, sent, arrived, quantised, ys, combined, tolerances)
+    asks = [_asks(case, i, r) for r, i in enumerate(ids)]
+    return Expected(xs, ids, weights, dispatched, num_rows, sent, arrived, quantised, asks, ys, combined, tolerances)
+
+
+def _asks(case: Case, ids: Tensor, rank: int) -> int:
+    """Of tokens with several experts of another rank: two words, and two for each of these."""
+    at = torch.stack([((ids >= 0) & (ids // case.local_experts == r)).sum(1) for r in range(case.R) if r != rank])
+    return 8 * int((at[at > 1] + 1).sum())
 
 
 def _pairs(case: Case, ids: list[Tensor]) -> Tensor:
@@ -118,9 +127,9 @@ def sizes_of(case: Case) -> model.Sizes:
     return model.Sizes(case.R, max(case.tokens), case.H, case.K, case.E, case.dtype.itemsize)
 
 
-def window_bytes(case: Case, M: int) -> int:
-    """What the slots of low latency need, to the byte."""
-    return model.window_bytes("low_latency_dispatch", sizes_of(case), M)
+def window_bytes(case: Case, M: int, op: str = "low_latency_dispatch") -> int:
+    """What low latency needs, to the byte."""
+    return model.window_bytes(op, sizes_of(case), M)
 
 
 def check_round(group: Group, case: Case, M: int, rank: int) -> None:
@@ -161,8 +170,7 @@ def check_round(group: Group, case: Case, M: int, rank: int) -> None:
     for name, actual, wanted in zip(NAMES[1:], handle, expected.dispatched[rank][1:], strict=True):
         assert_same(f"{name} of int8 rows", actual, wanted)
     combined = group.low_latency_combine(expected.ys[rank], ids, expected.weights[rank], out[2:], case.E)
-    per_token += 4 * case.K  # the weights
-    check_link(peers * 2 * flag + expected.sent[rank] * per_token + expected.received[rank] * row)
+    check_link(peers * flag + expected.asks[rank] + expected.received[rank] * (row + 4))  # each has a mark
     assert_close("combined_x", combined, expected.combined[rank], expected.tolerances[rank])
     assert group.status() == [0] * 8, f"status {group.status()}"
 
@@ -493,8 +501,10 @@ def bad_row(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
                 group.dispatch_backward(y, torch.ones(N, CASE.K), ids, handle, E)
             else:
                 group.combine_backward(x, y, ids, weights, handle, E)
+            # The token's rank sees it in low latency, else the row's.
+            place = (0, 0) if op == LOW_LATENCY_COMBINE else (peer, 1)
             own = [BAD_ROW, 5, 0, 0, N, N + 5, op]
-            check_status(group, own if r == peer else [REFUSED, 5, peer, 1, op, -1, op])
+            check_status(group, own if r == place[0] else [REFUSED, 5, place[0], place[1], op, -1, op])
             _check_stays(group, r)
 
 
@@ -524,6 +534,18 @@ def slow(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
                     pass
             assert group.notify_dispatch(expected.ids[r], CASE.E).item() == expected.num_rows[r]
             assert group.status() == [0] * 8, f"status {group.status()}"
+
+
+def unsent(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
+    """Rank 1 takes its low-latency handle for one without rows."""
+    twin.configure(setup)
+    expected, r = expect(CASE, M), ctx.rank
+    src_idx, layout_range, send_head = expected.dispatched[r][2:]
+    handle = src_idx, layout_range * (r != 1), send_head
+    with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=DAY) as group:
+        group.low_latency_combine(expected.ys[r], expected.ids[r], expected.weights[r], handle, CASE.E)
+        waits = (expected.ids[r] // CASE.local_experts == 1).any()
+        check_status(group, [LATE, 1, 1, 1, 1, 0, LOW_LATENCY_COMBINE] if waits else [0] * 8)
 
 
 def lost(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
@@ -571,16 +593,19 @@ def too_small(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     """The windows lack 1024 bytes, a block of both parities."""
     twin.configure(setup)
     expected, r = expect(CASE, M), ctx.rank
+    places = M * (CASE.K * 512 + CASE.R * 32)  # rows of 96 bytes, and asks
     for case, op in ((CASE, LOW_LATENCY_DISPATCH), (CASE, LOW_LATENCY_COMBINE)):
-        size = window_bytes(case, M) - 1024
+        name = "low_latency_dispatch" if op == LOW_LATENCY_DISPATCH else "low_latency_combine"
+        size = window_bytes(case, M, name) - 1024
         with Group(twin, f"{key}-{op}", r, ctx.size, size, timeout_ms=DAY) as group:
             if op == LOW_LATENCY_DISPATCH:
                 group.low_latency_dispatch(expected.xs[r], expected.ids[r], M, case.E)
             else:
                 handle = expected.dispatched[r][2:]
                 group.low_latency_combine(expected.ys[r], expected.ids[r], expected.weights[r], handle, case.E)
-            slots = (window_bytes(case, M) - 512 - 1024) // 2
-            check_status(group, [TOO_SMALL, 1, r, 0, slots, slots - 512, op])
+            room = (size - model.slots_begin(sizes_of(case))) // 2
+            wanted = room + 512 if op == LOW_LATENCY_DISPATCH else places
+            check_status(group, [TOO_SMALL, 1, r, 0, wanted, room, op])
             _check_stays(group, r)
 
 
@@ -632,17 +657,21 @@ def probes(seeds: range = range(6)) -> list[Probe]:
 
     fast: list[Probe] = [(layout, (Setup(arch, 3),)) for arch in ARCHS]
     fast += [(rounds, (_CASES, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]
+    # A quarter of the cores gathers in low-latency combine.
+    fast += [(rounds, (_CASES, Setup(arch, 8))) for arch in ARCHS] + [(bad_row, (Setup(A2, 8),))]
     fast += [(normal, (_NORMAL, 4, Setup(arch, 3, None, ub))) for arch in ARCHS for ub in (0, _SMALL)]
     fast += [(exact, (EXACT, 5, Setup(arch, 2))) for arch in ARCHS]
     fast += [(many_ranks, (Setup(cores=1, seed=seed),)) for seed in (None, 0)]
     fast += [(different, (what,)) for what in ("op", "hidden", "top_k", "experts", "max_tokens", "element_bytes")]
-    fast += [(probe, (Setup(A2, 2),)) for probe in (bad_id, bad_row, late, lost, wrapped, aborted, too_small, begun)]
+    fast += [
+        (probe, (Setup(A2, 2),)) for probe in (bad_id, bad_row, late, unsent, lost, wrapped, aborted, too_small, begun)
+    ]
     slow: list[Probe] = []
     for seed in seeds:
         for arch in ARCHS:
             slow.append((layout, (Setup(arch, 4, seed, _SMALL if seed % 2 else 0),)))
             slow.append((normal, (_NORMAL, 3, Setup(arch, 2 + seed % 3, seed, 0 if seed % 2 else _SMALL))))
-            slow.append((rounds, (_CASES, Setup(arch, 2 + seed % 3, seed, 0 if seed % 2 else _SMALL))))
+            slow.append((rounds, (_CASES, Setup(arch, (2, 3, 8)[seed % 3], seed, 0 if seed % 2 else _SMALL))))
         slow += [(probe, (Setup(A5 if seed % 2 else A2, 2, seed),)) for probe in (bad_id, bad_row, aborted, begun)]
     return fast + slow
 

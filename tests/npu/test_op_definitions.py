@@ -522,8 +522,8 @@ def align(size: int, unit: int = 32) -> int:
 
 
 def bytes_of_exchange(t: Tiling) -> int:
-    """A status, the status of each block, some flags, and two words of each rank."""
-    return 32 * (1 + t.blocks) + 64 * t.flags + 2 * align(4 * t.work.ranks)
+    """A mark, a status, the status of each block, some flags, and two words of each rank."""
+    return 32 * (2 + t.blocks) + 64 * t.flags + 2 * align(4 * t.work.ranks)
 
 
 def bytes_of_chunk(t: Tiling) -> int:
@@ -702,7 +702,7 @@ def test_more_experts_than_fit(capfd: pytest.CaptureFixture[str]) -> None:
     """A2: six tables of int32 [E] and [R] have to fit the unified buffer, with eight tiles and a token at least."""
     soc = SOCS["ascend910b"]
     per_token = 32 + 4 * 32 + 32 + 32 + 64 + 3 * 64
-    free = soc.unified_buffer_bytes - 32 * (1 + 48) - 64 - 2 * 32 - 8 * 512 - per_token
+    free = soc.unified_buffer_bytes - 32 * (2 + 48) - 64 - 2 * 32 - 8 * 512 - per_token
     most = free // 6 // 32 * 32 // 8  # with one rank, a table has 8 bytes per expert
     s = Sizes(T=7, H=4096, K=2, L=most, R=1, N=9, S=1, M=7)
     assert launch("DeepEpCombine", s, "bfloat16", soc).tiling.tile_bytes >= 512

@@ -85,8 +85,18 @@ def routings(case: Case) -> list[model.Routing]:
     sent, arrived, arrived_rows = pairs.sum(1), pairs.sum(0), rows.sum(0)
     own, own_rows = pairs.diagonal(), rows.diagonal()
     far = sent - own, arrived - own, arrived_rows - own_rows
-    lists = (values.tolist() for values in (sent, far[0], arrived, far[1], arrived_rows, far[2]))
+    at = torch.stack([_experts_at(i, case) for i in ids])  # [source, token, rank]
+    asked_rows = at.where(at > 1, 0).sum(1)
+    asked = (at > 1).sum(1)
+    asks = [(kind.sum(1), kind.sum(1) - kind.diagonal()) for kind in (asked, asked_rows)]
+    some = sent, far[0], arrived, far[1], arrived_rows, far[2]
+    lists = (values.tolist() for values in (*some, *asks[0], *asks[1], asked.sum(0)))
     return [model.Routing(*numbers) for numbers in zip(*lists, strict=True)]
+
+
+def _experts_at(ids: Tensor, case: Case) -> Tensor:
+    """[T, R]: experts of each token at each rank."""
+    return torch.stack([((ids >= 0) & (ids // case.local_experts == r)).sum(1) for r in range(case.R)], 1)
 
 
 def check(ranks: RankPool, case: Case, arch: int, ops: list[str], num_bytes: int, zero_unused: bool = False) -> None:

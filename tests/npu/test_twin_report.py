@@ -147,8 +147,9 @@ def check_links(options: Options, tiles: int = 1) -> None:
     for (op, rank), launch in launches.items():
         # Blocks agree on what they send and on the flags, and meet before flags are raised; those of a dispatch agree
         # on where rows go.
-        phases = 1 if op in ("notify_dispatch", *DISPATCHES) else 2
-        syncs = 1 if op == "get_dispatch_layout" else 3 * phases + (op in DISPATCHES)
+        phases = 1 if op in ("notify_dispatch", *DISPATCHES, "low_latency_combine") else 2
+        meets_once = op in ("get_dispatch_layout", "low_latency_combine")
+        syncs = 1 if meets_once else 3 * phases + (op in DISPATCHES)
         assert {core["syncs"] for core in launch["cores"]} == {syncs}
         assert launch["completed"]
         others = [peer for peer in range(R) if peer != rank and op != "get_dispatch_layout"]
@@ -161,7 +162,7 @@ def check_links(options: Options, tiles: int = 1) -> None:
                 "notify_dispatch": [4 * E],
                 "low_latency_dispatch": [4 * E] + len(to) * [row_only, row],
                 "low_latency_dispatch_int8": [4 * E] + len(to) * [row_only + 4, options.hidden],
-                "low_latency_combine": len(to) * [record] + len(back) * [row],
+                "low_latency_combine": [8 * (1 + n) for n in to if n > 1] + len(back) * [row, 4],
                 "dispatch": [4 * E] + len(to) * [record, row],
                 "dispatch_int8": [4 * E] + len(to) * [record + 4, options.hidden],
                 "combine": len(to) * [record] + len(back) * [row],
@@ -170,7 +171,8 @@ def check_links(options: Options, tiles: int = 1) -> None:
             }[op] + phases * [flag]
             assert link["read"] == NOTHING
             assert link["written"] == Moved(bytes=sum(sizes), transfers=len(sizes)), f"{op}, rank {rank}: {link}"
-            assert link["flags"] == Moved(bytes=phases * flag, transfers=phases)
+            marks = len(back) if op == "low_latency_combine" else 0
+            assert link["flags"] == Moved(bytes=phases * flag + 4 * marks, transfers=phases + marks)
 
 
 def test_skewed_routing_gives_one_expert_half_of_the_tokens() -> None:

@@ -17,6 +17,7 @@ FLAG, SAID, STATUS = 64, 32, 32  # bytes of a flag, of what it says of its rank,
 MOST_FLAGS = 32  # that are raised at a time; twice as many are read
 MOST_ROWS = 4095  # of a transfer
 LINE = 512  # bytes that slots are aligned to
+LINES, MARKS = 128 * 64, 2 * 4 * (1 << 16)  # bytes of blocks' lines and of marks
 
 
 def align(size: int, unit: int) -> int:
@@ -35,6 +36,11 @@ class Routing(NamedTuple):
     arrived_far: float
     rows: float  # (token, k) that have arrived
     rows_far: float
+    asked: float = 0  # of those sent, with several experts
+    asked_far: float = 0
+    asked_rows: float = 0  # and these
+    asked_rows_far: float = 0
+    answered: float = 0  # of those arrived
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,11 @@ class Sizes:
         hit = 1 - math.comb(self.E - self.L, self.K) / math.comb(self.E, self.K)
         to_all, far = self.T * self.R * hit, self.T * (self.R - 1) * hit
         rows = self.T * self.K
-        return Routing(to_all, far, to_all, far, rows, rows * (self.R - 1) / self.R)
+        one = self.L * math.comb(self.E - self.L, self.K - 1) / math.comb(self.E, self.K)
+        asked, asked_rows = self.T * self.R * (hit - one), rows - self.T * self.R * one
+        away = (self.R - 1) / self.R
+        asks = asked, asked * away, asked_rows, asked_rows * away, asked
+        return Routing(to_all, far, to_all, far, rows, rows * away, *asks)
 
 
 class Rows(NamedTuple):
@@ -128,7 +138,7 @@ class Pieces(NamedTuple):
         table = s.table_bytes
         per_token = align(8 * s.K, 32) + 4 * align(4 * s.K, 32) + s.record(rows)
         per_token += 32 + align(8 * (1 + 2 * s.K), 32) + 3 * 32 * s.K
-        flags = STATUS * (1 + s.cores) + FLAG * s.flags + 2 * align(4 * s.R, 32)
+        flags = STATUS * (2 + s.cores) + FLAG * s.flags + 2 * align(4 * s.R, 32)
         free = s.unified_buffer - flags - tables * table - LINE * (2 + tiles)
         batch = 1 + min((free - per_token) // (16 if rows.arithmetic else 4) // (2 * table), max(s.R, s.blocks) - 1)
         free -= 2 * (batch - 1) * table
@@ -149,10 +159,16 @@ class Stage:
     """What is split over the blocks; 0: all blocks do the same."""
     serial: bool = False
     """A block's loads and stores do not overlap."""
+    blocks: int = 0
+    """That do it; 0: all."""
     meetings: int = 0
     """Of all blocks."""
     waits: int = 0
     """For the flags of all ranks."""
+
+
+Step = Stage | tuple[Stage, ...]
+"""Stages in a tuple are of different blocks, which do them at the same time."""
 
 
 def _agree(s: Sizes, times: int = 1) -> Stage:
@@ -305,15 +321,62 @@ def _round_trip(s: Sizes, rows: Rows, r: Routing) -> list[Stage]:
     ]
 
 
+def _low_latency_combine(s: Sizes, rows: Rows, r: Routing) -> list[Step]:
+    """Some blocks push what they have, the others ask for sums and gather, token by token."""
+    pieces, B, K = Pieces.of(s, rows), s.blocks, s.K
+    G = max(1, B // 4)
+    P = max(1, B - G)
+    parts = P // math.gcd(P, s.R)  # of a source's tokens
+    units = s.R * parts // P  # of a block: a part of one source's
+    words = (3 + 2 * pieces.tables) * s.table_bytes // 4
+    all_of_unit = math.ceil((s.M or s.T) / parts)
+    of_unit = min(all_of_unit, words // 2 // units)
+    passes = math.ceil(all_of_unit / of_unit)
+    staged = pieces.tokens * K * 24  # words; each (source, expert) begins on an alignment
+    batches = math.ceil((3 * parts * r.rows / P + 4 * units * s.L) / staged)
+    own = math.ceil(s.T / G)
+    chunks, of_rank = math.ceil(own / pieces.tokens), math.ceil(s.R / G)
+    last = min(s.T, G)  # tokens
+    last_rows = round(r.sent * last / max(1, s.T))
+    ask, routing = 8 * (r.asked + r.asked_rows), 2 * 16 * K * s.T
+    rows_stored = r.arrived * (s.row + 4)
+    push = Stage(
+        "push",
+        r.rows * s.row + r.answered * 8 * (1 + K),
+        rows_stored,
+        r.arrived_far * (s.row + 4),
+        # A mark follows each row.
+        stalls=math.ceil(r.arrived / P) + 2 * math.ceil(math.ceil(r.answered / P) / pieces.tokens),
+        items=r.arrived,
+        blocks=P,
+    )
+    gather = Stage(
+        "gather",
+        routing + (r.sent - last_rows) * s.row,
+        ask + FLAG * s.R + (s.T - last) * s.row,
+        8 * (r.asked_far + r.asked_rows_far) + FLAG * (s.R - 1),
+        # Ids, twice, what it asks for, and what it has made; lines and flags; of each token a mark and the first row.
+        stalls=4 * chunks + G + math.ceil(of_rank / s.flags) + of_rank + 2 * own,
+        items=s.T,
+        blocks=G,
+    )
+    return [
+        Stage("find", 4 * s.E * P + 12 * passes * parts * r.rows, stalls=2 + passes * batches, blocks=P),
+        (push, gather),
+        Stage("last token", last_rows * s.row, last * s.row, stalls=3, waits=1, blocks=G),
+        Stage("end", meetings=1),
+    ]
+
+
 class Op(NamedTuple):
     rows: Rows
-    stages: Callable[[Sizes, Rows, Routing], list[Stage]]
+    stages: Callable[[Sizes, Rows, Routing], Sequence[Step]]
 
 
 OPS = {
     "low_latency_dispatch": Op(Rows(copied=True), _low_latency_dispatch),
     "low_latency_dispatch_int8": Op(Rows(sent_bytes=1), _low_latency_dispatch),
-    "low_latency_combine": Op(Rows(arithmetic=True), _round_trip),
+    "low_latency_combine": Op(Rows(arithmetic=True), _low_latency_combine),
     "dispatch": Op(Rows(copied=True), _normal_dispatch),
     "dispatch_int8": Op(Rows(sent_bytes=1), _normal_dispatch),
     "combine": Op(Rows(arithmetic=True), _round_trip),
@@ -322,8 +385,8 @@ OPS = {
 }
 
 
-def stages(op: str, s: Sizes, r: Routing) -> list[Stage]:
-    return OPS[op].stages(s, OPS[op].rows, r)
+def steps(op: str, s: Sizes, r: Routing) -> list[tuple[Stage, ...]]:
+    return [(step,) if isinstance(step, Stage) else step for step in OPS[op].stages(s, OPS[op].rows, r)]
 
 
 class Counters(NamedTuple):
@@ -334,7 +397,7 @@ class Counters(NamedTuple):
 
 def counters(op: str, s: Sizes, r: Routing) -> Counters:
     """What the twin counts of a launch: bytes over links, and through the unified buffers of all cores."""
-    found = stages(op, s, r)
+    found = [stage for step in steps(op, s, r) for stage in step]
     return Counters(*(sum(getattr(stage, name) for stage in found) for name in Counters._fields))
 
 
@@ -346,13 +409,21 @@ def _row_stride(op: str, s: Sizes) -> int:
 
 def window_bytes(op: str, s: Sizes, tokens: int) -> int:
     """Bytes of a window with slots of so many tokens: src/device/window_map.h. Normal mode: a LINE more."""
-    slot = align(4 * s.E, LINE) + align(tokens * s.record(OPS[op].rows), LINE) + tokens * _row_stride(op, s)
-    return LINE + align(4 * s.R * FLAG, LINE) + 2 * s.R * slot
+    record = s.record(OPS[op].rows)
+    slot = align(4 * s.E, LINE) + align(tokens * record, LINE) + tokens * _row_stride(op, s)
+    if op == "low_latency_combine":
+        return slots_begin(s) + 2 * align(tokens * (min(s.K, s.R) * _row_stride(op, s) + s.R * record), LINE)
+    return slots_begin(s) + 2 * s.R * slot
+
+
+def slots_begin(s: Sizes) -> int:
+    """Where the slots of a window begin."""
+    return LINE + align(4 * s.R * FLAG, LINE) + LINES + MARKS
 
 
 def slot_tokens(op: str, s: Sizes, window_bytes: int) -> int:
     """Tokens of a round in normal mode: src/device/window_map.h."""
-    room = (window_bytes - LINE - align(4 * s.R * FLAG, LINE)) // 2 // LINE * LINE // s.R // LINE * LINE
+    room = (window_bytes - slots_begin(s)) // 2 // LINE * LINE // s.R // LINE * LINE
     return max(1, (room - align(4 * s.E, LINE) - LINE) // (s.record(OPS[op].rows) + _row_stride(op, s)))
 
 
@@ -541,17 +612,24 @@ def latency(soc: Soc, R: int) -> float:
     return next(seconds for ranks, seconds in soc.latencies if ranks >= R)
 
 
-def stage_time(stage: Stage, soc: Soc, s: Sizes, p: Parameters) -> float:
-    """The slowest of: a block, memory, and the links. Then what blocks wait for."""
-    share = math.ceil(stage.items / s.blocks) / stage.items if stage.items > 0 else 1 / s.blocks
+def _block_time(stage: Stage, soc: Soc, s: Sizes, p: Parameters) -> float:
+    blocks = stage.blocks or s.blocks
+    share = math.ceil(stage.items / blocks) / stage.items if stage.items > 0 else 1 / blocks
     both = stage.load, stage.store
-    block = (sum(both) if stage.serial else max(both)) * share / soc.core_bandwidth + stage.stalls * p.stall
-    times = block, sum(both) / soc.memory_bandwidth, link_time(soc, s.R, stage.link, p.efficiency)
-    return max(times) + stage.meetings * MEETING + stage.waits * latency(soc, s.R)
+    return (sum(both) if stage.serial else max(both)) * share / soc.core_bandwidth + stage.stalls * p.stall
+
+
+def step_time(step: Sequence[Stage], soc: Soc, s: Sizes, p: Parameters) -> float:
+    """The slowest of: a block, memory, and the links. Then what blocks wait for."""
+    moved = sum(stage.load + stage.store for stage in step)
+    blocks = max(_block_time(stage, soc, s, p) for stage in step)
+    links = link_time(soc, s.R, sum(stage.link for stage in step), p.efficiency)
+    waited = sum(stage.meetings * MEETING + stage.waits * latency(soc, s.R) for stage in step)
+    return max(blocks, moved / soc.memory_bandwidth, links) + waited
 
 
 def op_time(op: str, soc: Soc, s: Sizes, p: Parameters) -> float:
-    return soc.launch + sum(stage_time(stage, soc, s, p) for stage in stages(op, s, s.uniform()))
+    return soc.launch + sum(step_time(step, soc, s, p) for step in steps(op, s, s.uniform()))
 
 
 def roof(op: str, soc: Soc, s: Sizes) -> float:
@@ -563,7 +641,7 @@ def roof(op: str, soc: Soc, s: Sizes) -> float:
 def peer_time(point: Point, p: Parameters) -> float:
     soc, peer = SOCS[point.soc], PEER[point.op]
     s = Sizes(point.R, point.T, H, K, experts_of(point.R), cores=soc.cores)
-    seconds = sum(stage_time(stage, soc, s, p) for stage in peer.stages(s, point.is_int8))
+    seconds = sum(step_time([stage], soc, s, p) for stage in peer.stages(s, point.is_int8))
     seconds += peer.launches * soc.launch + peer.scans * p.scan * s.T * s.K
     return seconds + (p.host * s.R if peer.host and point.has_host else 0)
 
@@ -700,6 +778,32 @@ def rounds() -> str:
     return _table(("A3, 256 MiB", *(f"EP{R}" for R in EPS)), rows)
 
 
+LEVERS = {
+    "low_latency_dispatch_int8": [
+        ("before", (105, 158, 248, 265, 284, 326, 471)),
+        ("rows that hold nothing stay as they are", (74, 90, 107, 123, 142, 184, 256)),
+        ("counts split over blocks; flags, and records of several sources, many at a time", None),
+    ],
+    "low_latency_combine": [
+        ("before", (112, 145, 176, 192, 204, 221, 235)),
+        ("flags many at a time", (112, 145, 176, 190, 199, 210, 219)),
+        ("rows go unasked, and are added up while others are on their way", None),
+    ],
+}
+"""What changes of the kernels have made of the predictions for A3, in µs, as this page had them then; None: now."""
+
+
+def levers() -> str:
+    rows, soc = [], SOCS["A3"]
+    for op, changes in LEVERS.items():
+        for i, (what, times) in enumerate(changes):
+            now = [op_time(op, soc, sizes(op, soc, R), fit()) / US for R in EPS] if times is None else times
+            rows.append((f"`{op}`" if i == 0 else "", what, *(f"{us:.0f}" for us in now)))
+        peers = [" / ".join(f"{us:.0f}" for us in published(op, "A3", R)) for R in EPS]
+        rows.append(("", "published", *peers))
+    return _table(("A3, µs", "", *(f"EP{R}" for R in EPS)), rows)
+
+
 def parts() -> str:
     """Where the time of some launches goes, and what it would be with other parameters."""
     rows = []
@@ -708,8 +812,8 @@ def parts() -> str:
         for R in (8, 128, 384):
             s = sizes(op, soc, R)
             times: dict[str, float] = {"launch": soc.launch}
-            for stage in stages(op, s, s.uniform()):
-                times[stage.name] = times.get(stage.name, 0) + stage_time(stage, soc, s, p)
+            for step in steps(op, s, s.uniform()):
+                times[step[0].name] = times.get(step[0].name, 0) + step_time(step, soc, s, p)
             largest = sorted(times.items(), key=lambda item: -item[1])[:5]
             others = p._replace(stall=p.stall / 2), p._replace(efficiency=0.7)
             row = [f"`{op}`", R, f"{op_time(op, soc, s, p) / US:.0f}"]
@@ -725,6 +829,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "held out": lambda: check(HELD_OUT),
     "low latency": lambda: predictions(LOW_LATENCY),
     "normal": lambda: predictions(NORMAL),
+    "levers": levers,
     "rounds": rounds,
     "parts": parts,
 }

@@ -45,6 +45,11 @@ class Exchange {
 
   __aicore__ int64_t slot_bytes() const { return slots_.bytes; }
 
+  // What lies in place of the slots of rank `at`, and a mark there, which becomes this epoch.
+  __aicore__ GM_ADDR place(int64_t at, int64_t offset) { return window(at) + map_.slot(epoch_, 0, 0) + offset; }
+  __aicore__ GM_ADDR mark(int64_t at, int64_t number) { return window(at) + map_.mark(epoch_, number); }
+  __aicore__ int32_t mark() const { return static_cast<int32_t>(epoch_); }
+
   // This block's tokens of the launch, and of the round.
   __aicore__ Chunk all_tokens() const { return deep_ep::own_tokens(*tiling_, 0, tiling_->tokens); }
   __aicore__ Chunk own_tokens() const {
@@ -67,7 +72,7 @@ class Exchange {
   // Whether a launch before has failed, after which this one must not run.
   __aicore__ bool has_failed_before() {
     GlobalTensor<int32_t> status = this->status();
-    return status.GetValue(kFailure) != 0;
+    return status.GetValue(kFailure) != 0 && status.GetValue(kLaunch) != mark();
   }
 
   // Something is wrong, as far as this block can see; the first failure counts. The others hear of it by `agree`.
@@ -97,8 +102,10 @@ class Exchange {
     return !has_failed();
   }
 
-  // The launch begins. What is wrong with it so far, the others hear of by `agree`.
-  __aicore__ void begin() {
+  // The launch begins. What is wrong with it so far, the others hear of by `agree`, or by `post`.
+  __aicore__ void begin() { begin(map_.ranks * slots_.bytes); }
+  // With so many bytes in each window.
+  __aicore__ void begin(int64_t bytes) {
     if (GetBlockIdx() == 0) {
       GlobalTensor<int64_t> control = this->control();
       const int64_t begun = control.GetValue(kBegun);
@@ -106,7 +113,6 @@ class Exchange {
       control.SetValue(kBegun, epoch_);
       refresh(control);
     }
-    const int64_t bytes = map_.ranks * slots_.bytes;
     if (bytes > map_.room()) fail(Failure::too_small, rank_, 0, bytes, map_.room());
   }
 
@@ -132,14 +138,78 @@ class Exchange {
   // many entries as it has tokens for them, or that this rank has failed.
   __aicore__ void raise_all(int64_t phase, Numbers& numbers) {
     all_blocks();
-    for (int64_t to = GetBlockIdx(); to < map_.ranks;) {
+    raise_some(phase, GetBlockIdx(), GetBlockNum(), &numbers);
+  }
+
+  // Tells every so many-th rank, from `to` on. Without numbers of how many entries is not said.
+  __aicore__ void raise_some(int64_t phase, int64_t to, int64_t step, Numbers* numbers) {
+    while (to < map_.ranks) {
       const int64_t first = to;
-      for (int64_t i = 0; i < tiling_->flags && to < map_.ranks; ++i, to += GetBlockNum())
-        make_flag(i * kFlagWords, numbers.tokens_for(to));
+      for (int64_t i = 0; i < tiling_->flags && to < map_.ranks; ++i, to += step)
+        make_flag(i * kFlagWords, numbers != nullptr ? numbers->tokens_for(to) : 0);
       order<HardEvent::S_MTE3>();
-      for (int64_t i = 0, at = first; at < to; ++i, at += GetBlockNum()) raise(phase, at, i * kFlagWords);
+      for (int64_t i = 0, at = first; at < to; ++i, at += step) raise(phase, at, i * kFlagWords);
       order<HardEvent::MTE3_S>();  // the next flags are made in their place
     }
+  }
+
+  // Blocks that do not meet say in lines of their rank's window what the rank's first flags have to wait for.
+
+  // This block has come so far, with all that it has sent, or has failed.
+  __aicore__ void post() {
+    tell();
+    GlobalTensor<int32_t> line = own_lines<int32_t>(map_.line(GetBlockIdx()));
+    line.SetValue(kPostFailed, has_failed());
+    line.SetValue(kPosted, static_cast<int32_t>(epoch_));
+    refresh(line);
+  }
+  // Waits for the first blocks. If one has failed, this rank refuses the launch.
+  __aicore__ void hear(int64_t blocks) {
+    const int64_t deadline = table_.GetValue(WindowMap::kDeadline);
+    for (int64_t block = 0; block < blocks; ++block) {
+      GlobalTensor<int32_t> line = own_lines<int32_t>(map_.line(block));
+      const int32_t expected = static_cast<int32_t>(epoch_);
+      int32_t got = 0;
+      for (; (got = line.GetValue(kPosted)) != expected; refresh(line)) {
+        if (GetSystemCycle() - begin_ <= deadline) continue;
+        fail(Failure::late, rank_, 0, expected, got);
+        refuses_ = true;
+        return;
+      }
+      refuses_ = refuses_ || line.GetValue(kPostFailed) != 0;
+    }
+  }
+  // Waits until a rank has raised its flag. False: the launch has failed.
+  __aicore__ bool has_raised(int64_t phase, int64_t source) { return wait(phase, source); }
+  // The same for every so many-th rank.
+  __aicore__ bool have_raised(int64_t phase, int64_t source, int64_t step) {
+    for (; source < map_.ranks && !refuses_; source += step)
+      if (!wait(phase, source)) break;
+    return !has_failed() && !refuses_;
+  }
+  // The marks of one token, from the first of them on, as they are now.
+  __aicore__ GlobalTensor<int32_t> marks(int64_t first, int64_t count) {
+    return own_lines<int32_t>(map_.mark(epoch_, first), count * sizeof(int32_t));
+  }
+  // Waits until `rank` has sent what it marks so. False: the launch has failed, in this block or in another.
+  __aicore__ bool is_marked(GlobalTensor<int32_t> mark, int64_t rank) {
+    const int32_t expected = this->mark();
+    const int64_t deadline = table_.GetValue(WindowMap::kDeadline);
+    int32_t got = 0;
+    for (; (got = mark.GetValue(0)) != expected; refresh(mark)) {
+      if (is_told()) return false;
+      if (GetSystemCycle() - begin_ <= deadline) continue;
+      fail(Failure::late, rank, 1, expected, got);
+      return false;
+    }
+    return true;
+  }
+  // What is wrong in this block is the status of the rank, which the others look at while they wait.
+  __aicore__ void tell() {
+    if (!has_failed() || is_told()) return;
+    order<HardEvent::S_MTE3>();
+    store(window(rank_) + WindowMap::status(), failure_.tensor(), kStatusWords);
+    order<HardEvent::MTE3_S>();
   }
 
   // The launch has come to its end, about which all blocks agree.
@@ -150,6 +220,10 @@ class Exchange {
       for (int32_t i = 0; i < kStatusWords; ++i) status.SetValue(i, failure_.get(i));
       refresh(status);
     }
+    close();
+  }
+  __aicore__ void close() {
+    if (GetBlockIdx() != 0) return;
     GlobalTensor<int64_t> control = this->control();
     control.SetValue(kEnded, epoch_);
     control.SetValue(kBegun, epoch_);  // of the last round
@@ -173,7 +247,7 @@ class Exchange {
     for (int64_t i = 0; i < kFlagWords; ++i) flags_.set(at + i, 0);
     flags_.set(at + kEpoch, static_cast<int32_t>(epoch_));
     flags_.set(at + kEntries, static_cast<int32_t>(entries));
-    flags_.set(at + kFlagOp, has_failed() ? kRefused : op_);
+    flags_.set(at + kFlagOp, has_failed() || refuses_ ? kRefused : op_);
     flags_.set(at + kHidden, static_cast<int32_t>(work.hidden));
     flags_.set(at + kTopK, static_cast<int32_t>(work.top_k));
     flags_.set(at + kExperts, static_cast<int32_t>(work.experts));
@@ -204,20 +278,24 @@ class Exchange {
     }
   }
 
-  __aicore__ GlobalTensor<int32_t> own_flag(int64_t phase, int64_t source) {
-    return global<int32_t>(window(rank_) + map_.flag(epoch_, phase, source));
+  __aicore__ bool is_told() {
+    GlobalTensor<int32_t> status = this->status();
+    return status.GetValue(kFailure) != 0;
   }
 
-  __aicore__ GlobalTensor<int64_t> control() {
-    GlobalTensor<int64_t> control = global<int64_t>(window(rank_) + WindowMap::control());
-    refresh(control);
-    return control;
-  }
+  __aicore__ GlobalTensor<int64_t> control() { return own_lines<int64_t>(WindowMap::control()); }
+  __aicore__ GlobalTensor<int32_t> status() { return own_lines<int32_t>(WindowMap::status()); }
 
-  __aicore__ GlobalTensor<int32_t> status() {
-    GlobalTensor<int32_t> status = global<int32_t>(window(rank_) + WindowMap::status());
-    refresh(status);
-    return status;
+  // What the scalar unit reads or writes in this rank's window, as it is now. The cache may have it from a launch
+  // before, and from other windows in the same place, whose epochs were the same.
+  template <typename T>
+  __aicore__ GlobalTensor<T> own_lines(int64_t offset, int64_t bytes = WindowMap::kLine) {
+    GM_ADDR begin = window(rank_) + offset;
+    for (int64_t line = 0; line < bytes; line += WindowMap::kLine) {
+      GlobalTensor<T> part = global<T>(begin + line);
+      refresh(part);
+    }
+    return global<T>(begin);
   }
 
   // Writes back what the scalar unit has written to a line, and lets it read the line anew.
@@ -229,9 +307,9 @@ class Exchange {
   __aicore__ bool wait(int64_t phase, int64_t source) {
     const int32_t expected = static_cast<int32_t>(epoch_);
     const int64_t deadline = table_.GetValue(WindowMap::kDeadline);
-    GlobalTensor<int32_t> flag = own_flag(phase, source);
+    GlobalTensor<int32_t> flag = own_lines<int32_t>(map_.flag(epoch_, phase, source));
     int32_t got = 0;
-    for (refresh(flag); (got = flag.GetValue(kEpoch)) != expected; refresh(flag)) {
+    for (; (got = flag.GetValue(kEpoch)) != expected; refresh(flag)) {
       // Epochs wrap around in a flag.
       const bool is_ahead = static_cast<int32_t>(static_cast<uint32_t>(got) - static_cast<uint32_t>(expected)) > 0;
       if (!is_ahead && GetSystemCycle() - begin_ <= deadline) continue;
@@ -261,7 +339,7 @@ class Exchange {
   int64_t begin_ = 0;  // of the launch, in cycles
   int64_t rank_ = 0, epoch_ = 0, rounds_ = 0;
   int32_t op_ = 0;
-  bool must_fit_ = false, any_has_more_ = false;
+  bool must_fit_ = false, any_has_more_ = false, refuses_ = false;
   GM_ADDR failures_ = nullptr;  // of all blocks
   Array<int32_t> failure_, all_failures_;
   Array<int32_t> flags_;            // some at a time

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "definition.h"
+#include "device/window_map.h"
 
 namespace ops {
 
@@ -18,6 +19,7 @@ class DeepEpLowLatencyCombine : public Operator<DeepEpLowLatencyCombine> {
                        {{"combined_x", Elements::rows, "TH"}},
                        {}});
     signature.max_tokens = max_tokens;
+    signature.require = require;
     return signature;
   }
 
@@ -25,6 +27,12 @@ class DeepEpLowLatencyCombine : public Operator<DeepEpLowLatencyCombine> {
   // M, of which low_latency_dispatch makes N.
   static int64_t max_tokens(const Sizes& sizes) {
     return sizes['N'] / sizes['R'] / std::max(std::min(sizes['K'], sizes['L']), int64_t{1});
+  }
+
+  static void require(Sizes& sizes) {
+    if (sizes['N'] < 0 || sizes['K'] < 0) return;
+    const int64_t marks = PlaceMap::marks(std::min(sizes['K'], sizes['R']));
+    sizes.require(max_tokens(sizes) <= WindowMap::kMarks / marks, "x", "has rows of more tokens than can be marked");
   }
 };
 

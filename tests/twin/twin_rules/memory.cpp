@@ -137,6 +137,7 @@ RULE(rule6_shared_line_breaks, .breaks = {"writes work+0x", "and has not cleaned
 // whether what core 1 wrote is lost.
 bool write_both_halves(World& w, const GlobalTensor<float>& line) {
   Tensors t;
+  if (GetBlockIdx() == 0) clean(line);
   if (GetBlockIdx() == 0) OTHER(line.SetValue(0, 1.0f));
   SyncAll();
   if (GetBlockIdx() == 1) CAUGHT(DataCopy(line[8], t.a, 8));
@@ -188,9 +189,15 @@ RULE(rule6_invalidated_is_fresh, .cores = 2) {
   clean(w.workspace());
   if (w.workspace().GetValue(0) == 0) w.seen = true;
 }
+// And perhaps the second one.
+void read_first_line(World& w) {
+  clean(w.window(0)[16]);
+  clean(w.window(0));
+  w.window(0).GetValue(0);
+}
 RULE(rule6_line_that_came_unasked_is_stale, .cores = 2, .seen = Case::kSometimes) {
   Tensors t;
-  if (GetBlockIdx() == 1) w.window(0).GetValue(0);
+  if (GetBlockIdx() == 1) read_first_line(w);
   SyncAll();
   if (GetBlockIdx() == 0) DataCopy(w.window(0)[16], t.a, 8);
   if (GetBlockIdx() == 0) PipeBarrier<PIPE_ALL>();
@@ -199,7 +206,7 @@ RULE(rule6_line_that_came_unasked_is_stale, .cores = 2, .seen = Case::kSometimes
 }
 RULE(rule6_line_that_came_unasked_is_invalidated, .cores = 2) {
   Tensors t;
-  if (GetBlockIdx() == 1) w.window(0).GetValue(0);
+  if (GetBlockIdx() == 1) read_first_line(w);
   SyncAll();
   if (GetBlockIdx() == 0) DataCopy(w.window(0)[16], t.a, 8);
   if (GetBlockIdx() == 0) PipeBarrier<PIPE_ALL>();
@@ -208,16 +215,31 @@ RULE(rule6_line_that_came_unasked_is_invalidated, .cores = 2) {
   clean(w.window(0)[16]);
   if (w.window(0).GetValue(16) == 0) w.seen = true;
 }
-RULE(rule6_line_of_the_launch_before_is_stale, .launches = 2, .seen = Case::kSometimes) {
-  w.windows[0][0] = static_cast<float>(w.launch);  // by a peer
-  if (w.window(0).GetValue(0) != static_cast<float>(w.launch)) w.seen = true;
+// What the launch before has read there, of other windows perhaps.
+RULE(rule6_line_of_the_launch_before_breaks,
+     .breaks = {", S: the cache may have the line of window of rank 0+0x40 as a launch before has left it"},
+     .fast = true) {
+  CAUGHT(w.window(0).GetValue(16));
+}
+RULE(rule6_word_before_what_was_invalidated_breaks, .breaks = {", S: the cache may have the line of", "+0x1c"},
+     .fast = true) {
+  clean(w.window(0)[8]);
+  w.window(0).GetValue(8);
+  CAUGHT(w.window(0).GetValue(7));
+}
+// Eviction would write back the words before, as they were once.
+RULE(rule6_write_to_part_of_an_old_line_breaks, .breaks = {", S: the cache may have the line of", "+0x20"},
+     .fast = true) {
+  clean(w.window(0)[8]);
+  CAUGHT(w.window(0).SetValue(8, 1.0f));
 }
 RULE(rule6_line_of_the_launch_before_is_invalidated, .launches = 2) {
-  w.windows[0][0] = static_cast<float>(w.launch);
+  w.windows[0][0] = static_cast<float>(w.launch);  // by a peer
   clean(w.window(0));
   if (w.window(0).GetValue(0) != static_cast<float>(w.launch)) w.seen = true;
 }
 RULE(rule6_evicted_line_is_written_back, .cores = 2, .seen = Case::kSometimes) {
+  DataCacheCleanAndInvalid<float, CacheLine::ENTIRE_DATA_CACHE, DcciDst::CACHELINE_OUT>(w.window(0));
   if (GetBlockIdx() == 0) {
     w.window(0).SetValue(0, 1.0f);
     for (int i = 0; i < 200; ++i) w.window(0).GetValue(1024 + i * 16);
@@ -340,6 +362,7 @@ RULE(rule8_scalar_flag_overtakes_data, .cores = 2, .seen = Case::kSometimes) {
   if (GetBlockIdx() == 1) return receive(w);
   Tensors t;
   for (int i = 0; i < 4; ++i) DataCopy(w.window(1)[i * t.kCount], t.a, t.kCount);
+  clean(w.window(1)[kFlag]);
   w.window(1).SetValue(kFlag, 1.0f);
   clean(w.window(1)[kFlag]);
 }
@@ -348,6 +371,7 @@ RULE(rule8_scalar_flag_after_wait_keeps, .cores = 2) {
   Tensors t;
   for (int i = 0; i < 4; ++i) DataCopy(w.window(1)[i * t.kCount], t.a, t.kCount);
   order<HardEvent::MTE3_S>();
+  clean(w.window(1)[kFlag]);
   w.window(1).SetValue(kFlag, 1.0f);
   clean(w.window(1)[kFlag]);
 }
@@ -367,6 +391,7 @@ RULE(rule8_sync_is_not_enough, .arch = 3510, .cores = 2, .seen = Case::kSometime
   if (GetBlockIdx() == 0) DataCopy(w.window(1), t.a, t.kCount);
   SyncAll();
   if (GetBlockIdx() == 0) return;
+  clean(w.window(1));
   if (w.window(1).GetValue(0) == 0) w.seen = true;
 }
 RULE(rule8_barrier_and_sync_keep, .cores = 2) {
@@ -375,6 +400,7 @@ RULE(rule8_barrier_and_sync_keep, .cores = 2) {
   PipeBarrier<PIPE_ALL>();
   SyncAll();
   if (GetBlockIdx() == 0) return;
+  clean(w.window(1));
   if (w.window(1).GetValue(0) == 0) w.seen = true;
 }
 

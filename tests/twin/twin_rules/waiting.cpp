@@ -69,6 +69,7 @@ RULE(waiting_in_a_row_keeps, .cores = 4) {
   const auto index = static_cast<uint32_t>(GetBlockIdx());
   if (index == 0) return work(w);
   if (!comes(w, 0, index == 1 ? 0 : index * kAnswer - kAnswer)) w.seen = true;
+  clean(w.window(1)[index * kAnswer]);
   w.window(1).SetValue(index * kAnswer, 1.0f);
   clean(w.window(1)[index * kAnswer]);
 }
@@ -76,6 +77,7 @@ RULE(waiting_in_a_row_keeps, .cores = 4) {
 RULE(waiting_for_each_other_keeps, .cores = 2) {
   const auto own = static_cast<uint32_t>(GetBlockIdx()) * kAnswer, other = kAnswer - own;
   GlobalTensor<float> window = w.window(1);
+  clean(window[own]);
   for (int i = 1; i <= 200; ++i) {
     window.SetValue(own, static_cast<float>(i));
     clean(window[own]);
