@@ -80,17 +80,17 @@ def _target(descriptor: str) -> str:
 class Entries:
     """Waits for peers to enter an op under `default`, from a rank that has not.
 
-    A window begins with a counter of how often its owner was rung, and whether the owner sleeps. Whoever enters an op
-    rings those who sleep; this rank says that it does.
+    A window begins with what it is, in 64 bytes, a counter of how often its owner was rung, and whether the owner
+    sleeps. Whoever enters an op rings those who sleep; this rank says that it does.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         own = os.fstat(library.deep_ep_group_fd(groups._parts[group.group_name]["cpu"]._handle)).st_ino
         with open("/proc/self/maps") as maps:
             (first,) = (int(line.split("-")[0], 16) for line in maps if line.split()[4] == str(own))
-        self._rings = ctypes.c_uint32.from_address(first)
+        self._rings = ctypes.c_uint32.from_address(first + 64)
         self._before = self._rings.value
-        ctypes.c_uint32.from_address(first + 4).value = 1
+        ctypes.c_uint32.from_address(first + 68).value = 1
 
     def wait_for(self, peers: int) -> None:
         while self._rings.value - self._before < peers:
