@@ -732,8 +732,9 @@ def test_window_table(wheel: Callable[[Build], Wheel], monkeypatch: pytest.Monke
         assert opened(b"own", SIZE, 1 << 20, 1_800_000) == ""
         assert table[4] == patience * cycles
     cann.fake_cann_cleared.restype = ctypes.POINTER(ctypes.c_uint64)
-    flags = 512 + 2 * 2 * SIZE * 64
-    assert cann.fake_cann_cleared()[:3] == [(RANK + 1) << 32, 0, flags]
+    lines, marks = 128 * 64, 2 * (1 << 16) * 4
+    before_slots = 512 + 2 * 2 * SIZE * 64 + lines + marks
+    assert cann.fake_cann_cleared()[:3] == [(RANK + 1) << 32, 0, before_slots]
     said = opened(b"own", SIZE, WINDOW_BYTES + 1)
     assert said == (
         f"HCCL's buffer has {WINDOW_BYTES} bytes on rank 0, and {WINDOW_BYTES + 1} are needed: "
