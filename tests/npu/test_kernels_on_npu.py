@@ -12,6 +12,7 @@ from typing import Any
 
 import kernel_route
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 import torch_npu  # noqa: F401
@@ -22,7 +23,7 @@ from ranks import RankContext, RankPool
 from torch import Tensor
 
 import deep_ep
-from deep_ep import env, quantization, reference
+from deep_ep import env, quantization
 from deep_ep.ops import dispatch_int8
 from tools.twin import kernels as twin_kernels
 from tools.twin.kernels import A5, Setup, Twin
