@@ -181,7 +181,7 @@ def sources() -> Iterator[tuple[Path, str]]:
     for name in KERNELS:
         path = next(OPS.glob(f"*/op_kernel/{name}.cpp"))
         yield path, str(path.relative_to(OPS))
-    yield native.root() / "src" / "window_map.h", "common/op_kernel/window_map.h"
+    yield native.root() / "src" / "device" / "window_map.h", "common/op_kernel/window_map.h"
 
 
 def make(folder: Path) -> list[Mutant]:

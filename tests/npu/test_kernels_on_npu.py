@@ -26,9 +26,12 @@ import deep_ep
 from deep_ep import env, quantization
 from deep_ep.ops import dispatch_int8
 from tools.twin import kernels as twin_kernels
+from tools.twin import model
 from tools.twin.kernels import A5, Setup, Twin
 
 SIZE = 2
+# A window with so little room for slots makes rounds.
+SMALL = (1 << 16) + model.LINES + model.MARKS
 CASE, M = Case((5, 3), H=256, K=2, local_experts=4, dtype=torch.bfloat16, ids="distinct", absent=0.1), 7
 E = CASE.E
 NORMAL = Case((40, 23), H=1024, K=2, local_experts=4, dtype=torch.bfloat16, absent=0.1)
@@ -115,7 +118,7 @@ def step(device: str, group: str, rank: int, worst: int) -> list[Tensor]:
 
 def check_normal(ctx: RankContext, worst: int) -> None:
     """Launches of normal mode, several of them under way, in the rounds that small windows make of them."""
-    group = make_group(ctx, num_bytes=1 << 16)
+    group = make_group(ctx, num_bytes=SMALL)
     stand_in.clear_log()
     on_npu = [step("npu", group.group_name, ctx.rank, worst) for _ in range(3)]
     launched = {line.text for line in stand_in.log("launch") if line.text.startswith("deep_ep.")}
@@ -193,7 +196,7 @@ def check_int8(ctx: RankContext, worst: int) -> None:
     """Buffer.dispatch makes int8 of rows in the kernel, in every form that asks for it, as it does around the op on the
     CPU; in the rounds that small windows make of it.
     """
-    group = make_group(ctx, num_bytes=1 << 16)
+    group = make_group(ctx, num_bytes=SMALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEEP_NORMAL_MODE_USE_INT8_QUANT", "1")
         buffer = deep_ep.Buffer(group)
@@ -270,7 +273,7 @@ def test_int8_rows_have_gradients_of_weights(npus: RankPool) -> None:
 
 
 def check_int8_captured(ctx: RankContext) -> None:
-    group, given = make_group(ctx, num_bytes=1 << 16), make_inputs(NORMAL)
+    group, given = make_group(ctx, num_bytes=SMALL), make_inputs(NORMAL)
     first = of_note(ctx.rank)
     x, ids, weights = first.npu(), given.topk_idxs[ctx.rank].npu(), given.topk_weights[ctx.rank].npu()
 
