@@ -94,9 +94,9 @@ _STRIDE = (
 _CALL = r"(?:\([\w, ]*\))?"
 _INDEX = rf"(?:\w+(?:\+\+)? % \w+|\([^()]*(?:\([^()]*\)[^()]*)*\)|[A-Za-z_][\w.]*{_CALL}(?:\.\w+{_CALL})*)"
 _PRODUCT = re.compile(rf"(?<![\w>])({_INDEX}) \* ({_STRIDE})(?!\w)")
-# Sizes, not offsets.
+# Sizes, not offsets; and where all flags lie.
 _SIZE = re.compile(
-    r"count\(\)$|chunk_tokens|^count$|^kWords$|^words$|GetBlockNum|^size$|^places$|^tokens$|^ranks$|^work\.ranks$|^work\.top_k$|local_experts_$|^kParities|^kPhases"
+    r"phase\)\s\*\sranks\s\+\ssource\)$|count\(\)$|chunk_tokens|^count$|^kWords$|^words$|GetBlockNum|^size$|^places$|^tokens$|^ranks$|^work\.ranks$|^work\.top_k$|local_experts_$|^kParities|^kPhases"
 )
 # Whose window, slot or flag: the next rank's, or the other phase's.
 _ARGUMENT = r"((?:[^(),]|\([^()]*\))+)"

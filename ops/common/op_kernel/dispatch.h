@@ -48,7 +48,6 @@ class Dispatch {
     delivered_to_.init(pipe_, words);
     rows_.init(pipe_, tiling);
     local_experts_ = tiling.work.experts / tiling.work.ranks;
-    first_expert_ = exchange_.rank() * local_experts_;
   }
 
   __aicore__ void process() {
@@ -353,7 +352,7 @@ class Dispatch {
   GM_ADDR shared_ = nullptr;  // tables of all blocks
   DispatchOutputs out_{};
   int64_t recv_row_bytes_ = 0;
-  int64_t local_experts_ = 1, first_expert_ = 0, delivered_ = 0;
+  int64_t local_experts_ = 1, delivered_ = 0;
   TPipe pipe_;
   Exchange exchange_;
   Counts counts_;
