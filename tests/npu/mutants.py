@@ -60,7 +60,7 @@ _LEFT_OUT = {
     r"exchange_\.has_raised\(0, source\)": "true",
     r"exchange_\.is_marked\([^;]*k\)\)": "true",
     r"line\.SetValue\(kPost\w+, [^;]*\)": "(void)0",
-    r"line\.GetValue\(kPosted\) != static_cast<int32_t>\(epoch_\)": "false",
+    r"\(got = line\.GetValue\(kPosted\)\) != expected": "(got = line.GetValue(kPosted)) == 0",
     r"\(got = mark\.GetValue\(0\)\) != expected": "(got = mark.GetValue(0)) == 0",
     r"exchange_\.raise_all\([^;]*\)\)": "(void)0",
     r"control\.SetValue\(\w+, epoch_\)": "(void)0",
@@ -105,6 +105,11 @@ _PLACES = {
     rf"map_\.flag\(epoch_, {_ARGUMENT}, {_ARGUMENT}\)": ("WindowMap::kPhases", "map_.ranks"),
     r"window\((to|rank_)\)": ("map_.ranks",),
 }
+
+
+def patterns() -> Iterator[str]:
+    """All that is left out or elsewhere."""
+    yield from (*_LEFT_OUT, *_PLACES)
 
 
 def mutate(text: str, file: str, first: int) -> tuple[str, list[Mutant]]:

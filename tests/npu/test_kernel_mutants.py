@@ -30,6 +30,13 @@ def test_a_sample_is_caught() -> None:
     assert len(survivors) <= 0.05 * len(sample), "\n".join(map(str, survivors))
 
 
+def test_every_pattern_is_in_the_sources() -> None:
+    """A statement that is written in another way must not lose its mutants unseen."""
+    texts = [path.read_text() for path, _ in mutants.sources()]
+    for pattern in mutants.patterns():
+        assert any(re.search(rf"(?<![\w.:]){pattern}(?!\w)", text) for text in texts), pattern
+
+
 def test_no_statement_that_synchronises_is_forgotten() -> None:
     """Each call of AscendC's that orders something has its mutant."""
     synchronising = re.compile(
