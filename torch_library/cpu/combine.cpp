@@ -1,16 +1,12 @@
 #include "send_back.h"
-#include "shm/groups.h"
 
 namespace deep_ep {
 namespace {
 
 CombineCall combine(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_idx, Tensor send_head,
                     int64_t num_experts, int64_t num_ranks, GroupName group) {
-  Turn turn = groups::get("combine", group.value);
-  Checks checks = check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, turn.group().size());
-  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, topk_idx.sizes());
-  return {Op::combine,  std::move(turn), std::move(checks), x,           topk_idx,
-          topk_weights, recv_src_idx,    send_head,         num_experts, num_ranks};
+  return combine_call(Op::combine, check_handle, group, x, topk_idx, topk_weights, recv_src_idx, send_head, num_experts,
+                      num_ranks);
 }
 
 }  // namespace

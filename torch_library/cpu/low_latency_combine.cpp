@@ -1,5 +1,4 @@
 #include "send_back.h"
-#include "shm/groups.h"
 
 namespace deep_ep {
 namespace {
@@ -8,21 +7,8 @@ namespace {
 CombineCall low_latency_combine(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor recv_src_idx,
                                 Tensor layout_range, Tensor send_head, int64_t num_experts, int64_t num_ranks,
                                 GroupName group, GroupName /* comm_alg */) {
-  Turn turn = groups::get("low_latency_combine", group.value);
-  Checks checks = check_handle("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, turn.group().size());
-  checks.tensor("layout_range", layout_range, {ScalarType::Int}, {num_experts});
-  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, topk_idx.sizes());
-  return {Op::low_latency_combine,
-          std::move(turn),
-          std::move(checks),
-          x,
-          topk_idx,
-          topk_weights,
-          recv_src_idx,
-          send_head,
-          num_experts,
-          num_ranks,
-          layout_range};
+  return combine_call(Op::low_latency_combine, check_handle, group, x, topk_idx, topk_weights, recv_src_idx, send_head,
+                      num_experts, num_ranks, layout_range);
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "shm/groups.h"
+
 namespace deep_ep {
 
 void SendBack::attach_to(Contribution& mine) const {
@@ -144,6 +146,18 @@ std::vector<int64_t> places_in_blocks(const Handle& handle, int64_t block, std::
 }
 
 }  // namespace
+
+CombineCall combine_call(Op op, decltype(&check_handle) check, const GroupName& group, const Tensor& x,
+                         const Tensor& topk_idx, const Tensor& topk_weights, const Tensor& recv_src_idx,
+                         const Tensor& send_head, int64_t num_experts, int64_t num_ranks,
+                         const std::optional<Tensor>& layout_range) {
+  Turn turn = groups::get(name_of(op), group.value);
+  Checks checks = check("x", x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks, turn.group().size());
+  if (layout_range) checks.tensor("layout_range", *layout_range, {ScalarType::Int}, {num_experts});
+  checks.tensor("topk_weights", topk_weights, {ScalarType::Float}, topk_idx.sizes());
+  return {op,           std::move(turn), std::move(checks), x,         topk_idx,    topk_weights,
+          recv_src_idx, send_head,       num_experts,       num_ranks, layout_range};
+}
 
 std::optional<Tensor> CombineCall::make_early(const Group&) {
   return deep_ep::make_early(checks, [&] { return empty_tensor(x, {topk_idx.size(0), x.size(x.dim() - 1)}); });

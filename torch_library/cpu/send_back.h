@@ -78,4 +78,10 @@ struct CombineCall {
   Results run(Turn turn, std::optional<Tensor> early);
 };
 
+// Made of the op's arguments. `check`: check_handle, or check_padded_handle.
+CombineCall combine_call(Op op, decltype(&check_handle) check, const GroupName& group, const Tensor& x,
+                         const Tensor& topk_idx, const Tensor& topk_weights, const Tensor& recv_src_idx,
+                         const Tensor& send_head, int64_t num_experts, int64_t num_ranks,
+                         const std::optional<Tensor>& layout_range = {});
+
 }  // namespace deep_ep
