@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 enum {
-  DEEP_EP_KERNELS_VERSION = 1,
+  DEEP_EP_KERNELS_VERSION = 2,
   DEEP_EP_MAX_DIMS = 2,
   DEEP_EP_TEXT_BYTES = 512,
   /* The window table, int64: DEEP_EP_TABLE_HEADER words, of which the first are this version, the own rank, the number
@@ -69,6 +69,9 @@ typedef struct DeepEpKernels {
 
   /* Puts the planned call on the stream (aclrtStream) and returns without waiting for it. Uses up the plan. */
   int (*launch)(void* plan, void* workspace, void* stream, char* error) DEEP_EP_NOEXCEPT;
+
+  /* Uses up a plan that is not launched. */
+  void (*discard)(void* plan) DEEP_EP_NOEXCEPT;
 } DeepEpKernels;
 
 const DeepEpKernels* deep_ep_kernels(void) DEEP_EP_NOEXCEPT;

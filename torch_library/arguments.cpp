@@ -88,8 +88,10 @@ Tensor empty_tensor(const Tensor& like, Shape shape, ScalarType dtype) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), shape.data(), strides.data(), type,
-                                                         device_type, device_index, &made));
+  // Torch's own reason is not to be had before 2.12.
+  if (aoti_torch_empty_strided(static_cast<int64_t>(dims), shape.data(), strides.data(), type, device_type,
+                               device_index, &made) != AOTI_TORCH_SUCCESS)
+    throw Error(str("deep_ep: cannot allocate ", bytes, " bytes of memory on the device of the inputs"));
   return Tensor(made);
 }
 

@@ -217,12 +217,20 @@ int launch(void* planned, void* workspace, void* stream, char* error) noexcept {
   });
 }
 
+void discard(void* planned) noexcept { delete static_cast<Plan*>(planned); }
+
 }  // namespace
 }  // namespace deep_ep::aclnn
 
 DEEP_EP_API const DeepEpKernels* deep_ep_kernels(void) noexcept {
   using namespace deep_ep::aclnn;
-  static const DeepEpKernels kernels = {
-      DEEP_EP_KERNELS_VERSION, "AscendC " DEEP_EP_SOC, open_windows, close_windows, read_status, prepare, launch};
+  static const DeepEpKernels kernels = {DEEP_EP_KERNELS_VERSION,
+                                        "AscendC " DEEP_EP_SOC,
+                                        open_windows,
+                                        close_windows,
+                                        read_status,
+                                        prepare,
+                                        launch,
+                                        discard};
   return &kernels;
 }

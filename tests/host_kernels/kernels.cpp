@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -131,7 +132,8 @@ int prepare(const DeepEpCall* call, void** plan, uint64_t* workspace_bytes, char
                    {call->inputs, call->inputs + call->num_inputs},
                    {call->outputs, call->outputs + call->num_outputs},
                    {call->integers, call->integers + call->num_integers}};
-  *workspace_bytes = kWorkspaceBytes;
+  const char* const other = std::getenv("HOST_KERNELS_WORKSPACE_BYTES");
+  *workspace_bytes = other != nullptr ? std::strtoull(other, nullptr, 10) : kWorkspaceBytes;
   return 0;
 }
 
@@ -147,10 +149,26 @@ int launch(void* plan, void* workspace, void* stream, char* error) noexcept {
   return status;
 }
 
+int64_t discarded = 0;  // plans
+
+void discard(void* plan) noexcept {
+  delete static_cast<Plan*>(plan);
+  ++discarded;
+}
+
 }  // namespace
 
+// For tests: how many plans have been discarded.
+extern "C" __attribute__((visibility("default"))) int64_t host_kernels_discarded() noexcept { return discarded; }
+
 extern "C" __attribute__((visibility("default"))) const DeepEpKernels* deep_ep_kernels(void) noexcept {
-  static const DeepEpKernels kernels = {
-      DEEP_EP_KERNELS_VERSION, "host kernels for tests", open_windows, close_windows, read_status, prepare, launch};
+  static const DeepEpKernels kernels = {DEEP_EP_KERNELS_VERSION,
+                                        "host kernels for tests",
+                                        open_windows,
+                                        close_windows,
+                                        read_status,
+                                        prepare,
+                                        launch,
+                                        discard};
   return &kernels;
 }

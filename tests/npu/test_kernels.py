@@ -6,6 +6,7 @@ N = R·M·min(K, L) packed rows.
 
 import os
 import signal
+import threading
 import uuid
 from dataclasses import replace
 from typing import Any
@@ -342,6 +343,24 @@ def test_an_op_without_a_kernel() -> None:
 def test_windows_that_a_rank_does_not_open() -> None:
     with pytest.raises(twin_kernels.Failed, match="only 1 of 2 ranks have opened windows in 50 ms"):
         Group(Twin(twin_kernels.build()), uuid.uuid4().hex, 0, 2, 4096, timeout_ms=50)
+
+
+def test_windows_of_other_sizes() -> None:
+    """Ranks that would not find each other's flags: whoever comes second is told."""
+    key, errors = uuid.uuid4().hex, []
+
+    def opened(num_bytes: int) -> None:
+        with pytest.raises(twin_kernels.Failed) as failed:
+            Group(Twin(twin_kernels.build()), key, 0, 2, num_bytes, timeout_ms=2000)
+        errors.append(str(failed.value))
+
+    ranks = [threading.Thread(target=opened, args=(num_bytes,)) for num_bytes in (4096, 8192)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert "of another size or number, or with another version of the twin" in errors[0]
+    assert "only 1 of 2 ranks have opened windows" in errors[1]
 
 
 def test_less_unified_buffer_than_a_kernel_needs(capfd: pytest.CaptureFixture[str]) -> None:

@@ -358,6 +358,21 @@ def test_without_kernels_the_error_says_how_to_get_them() -> None:
     assert "bash build.sh -a deepep" in message
 
 
+def test_a_launch_without_memory_leaves_no_plan() -> None:
+    """The workspace, which is asked for when the launch has been planned, is more than any device has."""
+    code = """
+import ctypes, deep_ep, os, torch, torch_npu
+deep_ep.npu.load_kernels()
+ids = torch.zeros(2, 2, dtype=torch.int64).npu()
+try:
+    torch.ops.deep_ep.get_dispatch_layout(ids, 4, 2, 1)
+except RuntimeError as error:
+    refused = "memory" in str(error)
+print(refused, ctypes.CDLL(os.environ["DEEP_EP_KERNELS"]).host_kernels_discarded())
+"""
+    assert python(code, HOST_KERNELS_WORKSPACE_BYTES=str(1 << 50)) == "True 1"
+
+
 def test_a_library_that_is_none_is_named() -> None:
     code = """
 import deep_ep

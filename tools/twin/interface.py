@@ -55,6 +55,7 @@ class DeepEpKernels(ctypes.Structure):
         ("read_status", _function(P, P, P)),
         ("prepare", _function(ctypes.POINTER(DeepEpCall), ctypes.POINTER(P), ctypes.POINTER(ctypes.c_uint64), P)),
         ("launch", _function(P, P, P, P)),
+        ("discard", ctypes.CFUNCTYPE(None, P)),
     )
 
 

@@ -220,11 +220,12 @@ void run(const char* op, const std::string& group, std::initializer_list<Tensor>
   uint64_t workspace_bytes = 0;
   char error[DEEP_EP_TEXT_BYTES] = "";
   if (kernels.prepare(&call, &plan, &workspace_bytes, error) != 0) throw Error(str("deep_ep.", op, ": ", error));
+  std::unique_ptr<void, decltype(kernels.discard)> unused(plan, kernels.discard);
   // Given back before the kernel has run, but on this stream: the allocator gives it to work that comes later.
   const Tensor workspace = empty_tensor(like, {static_cast<int64_t>(workspace_bytes)}, ScalarType::Byte);
   void* const memory = workspace.mutable_data_ptr();
   void* const stream = current_stream(like);
-  enqueue(str("deep_ep.", op), [&kernels, plan, memory, stream, op] {
+  enqueue(str("deep_ep.", op), [&kernels, plan = unused.release(), memory, stream, op] {
     char error[DEEP_EP_TEXT_BYTES] = "";
     const int status = kernels.launch(plan, memory, stream, error);
     if (status != 0) std::fprintf(stderr, "deep_ep.%s: %s\n", op, error);

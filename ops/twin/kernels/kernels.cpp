@@ -262,6 +262,8 @@ int launch(void* planned, void* workspace, void* stream, char* error) noexcept {
   });
 }
 
+void discard(void* planned) noexcept { delete static_cast<Plan*>(planned); }
+
 }  // namespace
 }  // namespace twin::kernels
 
@@ -269,7 +271,7 @@ using namespace twin::kernels;
 
 DEEP_EP_API const DeepEpKernels* deep_ep_kernels(void) noexcept {
   static const DeepEpKernels kernels = {
-      DEEP_EP_KERNELS_VERSION, "AscendC twin", open_windows, close_windows, read_status, prepare, launch};
+      DEEP_EP_KERNELS_VERSION, "AscendC twin", open_windows, close_windows, read_status, prepare, launch, discard};
   return &kernels;
 }
 

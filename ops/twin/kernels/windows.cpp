@@ -23,12 +23,15 @@ constexpr uint64_t kPage = 4096;
 
 constexpr timespec kMillisecond{0, 1'000'000};
 
+constexpr int kVersion = 1;  // of what ranks share
+
 constexpr uint64_t pages(uint64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
 }  // namespace
 
 // And a Presence for every rank behind it.
 struct Windows::Header {
+  std::atomic<uint64_t> mark;  // 0 until the first rank has come
   Shared shared;
   std::atomic<int32_t> arrived;
 };
@@ -50,6 +53,13 @@ Windows::Windows(const std::string& communicator, int rank, int size, uint64_t b
   if (base == MAP_FAILED) throw wrong("map");
   base_ = base;
 
+  uint64_t mark = 0;
+  const uint64_t own_mark = std::hash<std::string>{}(deep_ep::str("twin ", kVersion, " ", size, " ", bytes));
+  if (!static_cast<Header*>(base_)->mark.compare_exchange_strong(mark, own_mark) && mark != own_mark) {
+    munmap(base_, mapped_bytes_);
+    throw std::runtime_error(deep_ep::str("a rank has opened windows for the communicator ", communicator,
+                                          " of another size or number, or with another version of the twin"));
+  }
   enter(group());
   std::atomic<int32_t>& arrived = static_cast<Header*>(base_)->arrived;
   bool is_last = arrived.fetch_add(1) + 1 == size;
