@@ -19,7 +19,7 @@ def readable_by_name(handle: type[T]) -> type[T]:
 
 def _item(handle: Any, key: Any) -> Any:
     if not isinstance(key, str):
-        return tuple.__getitem__(handle, key)
+        return tuple(handle)[key]
     if key not in handle._fields:
         raise KeyError(f"a {type(handle).__name__} has no {key!r}; it has {', '.join(handle._fields)}")
     return getattr(handle, key)

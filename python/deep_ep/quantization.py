@@ -245,7 +245,9 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mode: str, low_latency: bool, round_scale: bool, use_ue8m0: bool) -> Tensor:
         data, scales = quantize(x, mode, low_latency=low_latency, round_scale=round_scale, use_ue8m0=use_ue8m0)
-        return dequantize(data, scales).to(x.dtype)
+        values = dequantize(data, scales)
+        # Torch 2.11 compiles a result that `to` gives back as it is without a gradient.
+        return values if values.dtype == x.dtype else values.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
