@@ -426,7 +426,7 @@ def test_only_rows_that_have_come_are_touched(
 
 
 def touched_by_backward(ctx: RankContext, strategy: str, hooks: bool) -> list[tuple[int, int]]:
-    """By step, the pages that backward has touched of gradients and saved rows, or anywhere, and the most that may be."""
+    """The pages that backward has touched of gradients and saved rows, or anywhere, and the most that may be."""
     buffer, M, H, L, tokens = make_buffer(ctx, Settings(strategy, "rank")), 256, 4096, 8, 3
     case = Case((tokens, tokens), H=H, K=4, local_experts=L, dtype=torch.bfloat16, ids="distinct", absent=0.2)
     x, ids, *_ = (given[ctx.rank] for given in make_inputs(case))
