@@ -124,7 +124,7 @@ void fail(std::promise<Results>& promise, const Results& early, std::exception_p
 Tensor start(Op op, Turn turn, Results early, Body body, const char* name) {
   if (turn.group().spoils()) spoil(early);
   ThreadCalls& calls = ThreadCalls::mine();
-  ThreadCalls of_call{.failed = calls.failed, .form = calls.form, .gradient = std::exchange(calls.gradient, 0)};
+  ThreadCalls of_call{.failed = calls.failed, .form = calls.form, .gradient = calls.take_gradient()};
   Worker& worker = turn.group().worker();
   std::promise<Results> promise;
   Started started{name, op, nullptr, promise.get_future(), turn.weak_group(), early};
