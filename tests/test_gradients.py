@@ -5,6 +5,7 @@ gradients through recv_topk_weights as well. Every expert is a two-layer FFN. Sy
 H hidden, F hidden size of the FFN, K top-k, E experts, R ranks, L = E/R local experts, N received rows.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -275,6 +276,22 @@ def check_gradients_on_some_ranks(ctx: RankContext, strategy: str) -> list[tuple
         error_of(deep_ep.low_latency_combine, low.recv_x, ids, weights, low.handle, group=group),
     ]
 
+    # So does another grad mode: where it is off, nothing needs a gradient.
+    y = x.clone().requires_grad_()
+    for mode in (torch.no_grad, torch.inference_mode):
+
+        def in_mode(call: Callable[[], Any], mode: Any = mode) -> Any:
+            with contextlib.nullcontext() if ctx.rank == 1 else mode():
+                return call()
+
+        for call in (
+            lambda: deep_ep.dispatch(y, ids, **sizes),
+            lambda: deep_ep.wait(deep_ep.dispatch_start(y, ids, **sizes)),
+            lambda: deep_ep.combine(out.recv_x + y[:1], out.handle, group=group),
+            lambda: deep_ep.low_latency_dispatch(y, ids, 4, case.E, group=group),
+        ):
+            errors.append(error_of(in_mode, call))
+
     # Without grad mode nobody needs one; and where all do, what does not need it beside x makes no difference.
     with torch.no_grad():
         deep_ep.dispatch(needy, ids, **sizes)
@@ -292,6 +309,7 @@ def check_gradients_on_some_ranks(ctx: RankContext, strategy: str) -> list[tuple
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_on_some_ranks(pool: RankPool, strategy: str) -> None:
     ops = ("dispatch",) * 3 + ("combine", "low_latency_dispatch", "low_latency_combine")
+    ops += ("dispatch", "dispatch", "combine", "low_latency_dispatch") * 2
     for errors in pool.run(3, check_gradients_on_some_ranks, strategy):
         for op, (kind, message) in zip(ops, errors, strict=True):
             assert kind == "RuntimeError"

@@ -68,6 +68,15 @@ def the_wait(how: str, group: str, rank: int) -> Callable[[], object]:
         return lambda: buffer.low_latency_dispatch(arguments["x"], arguments["topk_idx"], 8, CASE.E, use_fp8=False)
     if how == "agree":
         return lambda: deep_ep.windows.agree("fused_deep_moe", group, None, torch.float32, (1, 1, CASE.E, 1, 0))
+    if how == "started":
+        arguments = calls(CASE).arguments("dispatch", rank, group)
+        given, sizes = (arguments["x"], arguments["topk_idx"]), {"num_experts": CASE.E, "group": group}
+
+        def in_two_steps() -> None:
+            _, last = (deep_ep.dispatch_start(*given, **sizes) for _ in range(2))
+            deep_ep.wait(last)
+
+        return in_two_steps
     step, inputs = with_gradients(group, rank, "" if how == "backward" else how)
     if how == "backward":
         return step(*inputs).backward
@@ -118,7 +127,15 @@ def interrupted(ctx: RankContext, how: str) -> tuple[str, str, float]:
 
 @pytest.mark.parametrize(
     "how",
-    ["dispatch", "low latency", "backward", "aot_eager", "agree", pytest.param("inductor", marks=pytest.mark.slow)],
+    [
+        "dispatch",
+        "started",
+        "low latency",
+        "backward",
+        "aot_eager",
+        "agree",
+        pytest.param("inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_interrupted_while_it_waits(pool: RankPool, how: str) -> None:
     (kind, message, seconds), waiting, late = pool.run(3, interrupted, how)

@@ -7,6 +7,7 @@ N = R·M·min(K, L) packed rows.
 import math
 import mmap
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -421,6 +422,53 @@ def test_only_rows_that_have_come_are_touched(
     pool: RankPool, strategy: str, mode: str, hooks: bool, tokens: int
 ) -> None:
     for found in pool.run(2, touched_pages, strategy, mode, hooks, tokens):
+        assert all(touched <= most for touched, most in found), found
+
+
+def touched_by_backward(ctx: RankContext, strategy: str, hooks: bool) -> list[tuple[int, int]]:
+    """The pages that backward has touched of gradients and saved rows, or anywhere, and the most that may be."""
+    buffer, M, H, L, tokens = make_buffer(ctx, Settings(strategy, "rank")), 256, 4096, 8, 3
+    case = Case((tokens, tokens), H=H, K=4, local_experts=L, dtype=torch.bfloat16, ids="distinct", absent=0.2)
+    x, ids, *_ = (given[ctx.rank] for given in make_inputs(case))
+    weights = torch.full(ids.shape, 0.5)
+    num_experts = (ids >= 0).sum(1, keepdim=True)
+    how, found, faults = {"return_recv_hook": hooks}, [], []
+
+    def ones(count: Tensor) -> Tensor:
+        rows = untouched((L, 2 * M, H), torch.bfloat16)
+        for l, n in enumerate(count.tolist()):
+            rows[l, :n] = 1
+        return rows
+
+    for _ in range(3):
+        leaf, leaf_weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        recv_x, count, handle, _, hook = buffer.low_latency_dispatch(leaf, ids, M, case.E, use_fp8=False, **how)
+        hook()
+        most = int(count.sum()) * (2 * H // PAGE + 2)
+        gradient, y = ones(count), ones(count).requires_grad_()
+        before = [pages(one) for one in (gradient, y)]
+        faults.append(-resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        recv_x.backward(gradient)
+        faults[-1] += resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        assert_same("gradient of x", leaf.grad, num_experts.expand(tokens, H).bfloat16())
+        out, _, hook = buffer.low_latency_combine(y, ids, leaf_weights, handle, **how)
+        hook()
+        upstream = torch.ones_like(out)
+        faults[-1] -= resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        out.backward(upstream)
+        faults[-1] += resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        assert leaf_weights.grad is not None and y.grad is not None
+        assert_same("gradient of weights", leaf_weights.grad, (ids >= 0) * float(H))
+        found += [(pages(gradient), before[0]), (pages(y), before[1]), (pages(y.grad), most)]
+        for l, n in enumerate(count.tolist()):
+            assert y.grad[l, :n].eq(0.5).all() and y.grad[l, n : n + 1].eq(0).all()
+    return [*found, (min(faults), 2 * M * 4 * 2 * H // PAGE // 2)]
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_backward_touches_only_rows_that_have_come(pool: RankPool, strategy: str, hooks: bool) -> None:
+    for found in pool.run(2, touched_by_backward, strategy, hooks):
         assert all(touched <= most for touched, most in found), found
 
 

@@ -17,9 +17,10 @@ namespace {
 struct Started {
   std::string name;  // of the op, as wait gets it
   Op op;
+  std::shared_ptr<Worker::Task> task;  // that will have its results
   std::shared_future<Results> results;
-  std::weak_ptr<Group> group;  // of the thread that will have them
-  Results early;               // of `results`, before they are there
+  std::weak_ptr<Group> group;
+  Results early;  // of `results`, before they are there
 };
 
 // Tickets hold a number, not an address: code that copies a ticket and drops it must not lead astray.
@@ -98,32 +99,62 @@ Started find(const char* caller, const Tensor& ticket, const std::string& op) {
   return *started;
 }
 
-// Waits for them. The program may be interrupted there, which gives the group up.
+// Waits for them, or has them at once where the thread of the group has not begun: to wake that takes longer than small
+// calls do. The program may be interrupted there, which gives the group up.
 const Results& results_of(const Started& started) {
+  if (started.task) started.task->run();
   while (started.results.wait_for(std::chrono::milliseconds(kHealthMilliseconds)) == std::future_status::timeout)
     if (const auto group = started.group.lock()) group->check_interrupt(started.op);
   return started.results.get();
 }
 
+// Makes values out of nothing: all bytes are 0xFF, a NaN in every format.
+void spoil(const Results& results) {
+  for (const Tensor& tensor : results)
+    if (tensor.numel() > 0) std::memset(tensor.mutable_data_ptr(), 0xFF, tensor.numel() * tensor.element_size());
+}
+
+void fail(std::promise<Results>& promise, const Results& early, std::exception_ptr error) {
+  spoil(early);
+  promise.set_exception(std::move(error));
+}
+
 }  // namespace
 
-Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> body, const char* name) {
+Tensor start(Op op, Turn turn, Results early, Body body, const char* name) {
   if (turn.group().spoils()) spoil(early);
-  Tensor ticket = ticket_for({name, op, body.get_future(), turn.weak_group(), std::move(early)});
+  ThreadCalls& calls = ThreadCalls::mine();
+  ThreadCalls of_call{.failed = calls.failed, .form = calls.form, .gradient = calls.take_gradient()};
   Worker& worker = turn.group().worker();
-  worker.run(Worker::Task([body = std::move(body), turn = std::move(turn)]() mutable { body(std::move(turn)); }));
+  std::promise<Results> promise;
+  Started started{name, op, nullptr, promise.get_future(), turn.weak_group(), early};
+  auto run = [op, early = std::move(early), of_call = std::move(of_call), promise = std::move(promise),
+              outcome = body.get_future(), body = std::move(body), turn = std::move(turn)]() mutable {
+    const ThreadCalls of_thread = std::exchange(ThreadCalls::mine(), std::move(of_call));
+    body(std::move(turn));
+    ThreadCalls::mine() = of_thread;
+    try {
+      promise.set_value(outcome.get());
+    } catch (const Interrupted&) {
+      fail(promise, early, std::make_exception_ptr(Error(str("deep_ep.", name_of(op), ": it was interrupted"))));
+      throw;  // where the signal was meant to
+    } catch (...) {
+      fail(promise, early, std::current_exception());
+    }
+  };
+  started.task = std::make_shared<Worker::Task>(std::packaged_task<void()>(std::move(run)));
+  std::shared_ptr<Worker::Task> task = started.task;
+  Tensor ticket = ticket_for(std::move(started));
+  worker.run(std::move(task));
+  ++calls.entered;
+  calls.completed = true;
   return ticket;
 }
 
 Tensor start_call(QueuedCall call, const char* name) {
   std::promise<Results> promise;
   promise.set_value(call.results);
-  return ticket_for({name, call.op, promise.get_future(), {}, std::move(call.results)});
-}
-
-void spoil(const Results& results) {
-  for (const Tensor& tensor : results)
-    if (tensor.numel() > 0) std::memset(tensor.mutable_data_ptr(), 0xFF, tensor.numel() * tensor.element_size());
+  return ticket_for({name, call.op, nullptr, promise.get_future(), {}, std::move(call.results)});
 }
 
 Results wait(Tensor ticket, GroupName op_name, std::vector<Tensor> arguments, int64_t /* num_experts */,

@@ -21,11 +21,14 @@ namespace deep_ep {
 
 using Results = std::vector<Tensor>;
 
-// Runs `body` on the thread of the group, in its turn (src/shm/group.h). It keeps the tensors that it was given alive,
-// and the caller must not write to them before the wait. `early`: the tensors that `body` returns, where they can be
-// made before the call; until it has ended, what they hold is undefined, and if it fails it stays so. `name`: what wait
-// knows the op by.
-Tensor start(Op op, Turn turn, Results early, std::packaged_task<Results(Turn)> body, const char* name);
+// What a call does, in its turn (src/shm/group.h).
+using Body = std::packaged_task<Results(Turn)>;
+
+// Runs `body` on the thread of the group, or on the one that waits for it where that comes first. It keeps the tensors
+// that it was given alive, and the caller must not write to them before the wait. `early`: the tensors that `body`
+// returns, where they can be made before the call; until it has ended, what they hold is undefined, and if it fails it
+// stays so. `name`: what wait knows the op by.
+Tensor start(Op op, Turn turn, Results early, Body body, const char* name);
 
 // What `make` gives, if the arguments are right; where there is no memory for it they are not, and no rank takes part.
 template <typename Make>
@@ -37,31 +40,6 @@ auto make_early(Checks& checks, Make&& make) -> std::optional<decltype(make())> 
     checks.require(false, error.what());
     return std::nullopt;
   }
-}
-
-// Makes values out of nothing: all bytes are 0xFF, a NaN in every format.
-void spoil(const Results& results);
-
-template <typename Body>
-Tensor start(Op op, Turn turn, Results early, Body body, const char* name) {
-  ThreadCalls& calls = ThreadCalls::mine();
-  auto of_call = [early, failed = calls.failed, form = calls.form, gradient = std::exchange(calls.gradient, 0),
-                  body = std::move(body)](Turn turn) mutable {
-    ThreadCalls::mine().failed = failed;
-    ThreadCalls::mine().form = form;
-    ThreadCalls::mine().gradient = gradient;
-    try {
-      return body(std::move(turn));
-    } catch (...) {
-      spoil(early);
-      throw;
-    }
-  };
-  Tensor ticket =
-      start(op, std::move(turn), std::move(early), std::packaged_task<Results(Turn)>(std::move(of_call)), name);
-  ++calls.entered;
-  calls.completed = true;
-  return ticket;
 }
 
 // A call of an op on the CPU, as the op's arguments make it, has
@@ -94,13 +72,13 @@ Tensor start_call(Call call, const char* name) {
     auto early = call.make_early(call.turn.group());
     Results results = early ? call.results(*early) : Results{};
     Turn turn = std::move(call.turn);
-    auto body = [call = std::move(call), early = std::move(early)](Turn turn) mutable {
+    Body body([call = std::move(call), early = std::move(early)](Turn turn) mutable {
       return call.run(std::move(turn), std::move(early));
-    };
+    });
     return start(op, std::move(turn), std::move(results), std::move(body), name);
   } else {
     Turn turn = std::move(call.turn);
-    auto body = [call = std::move(call)](Turn turn) mutable { return call.run(std::move(turn)); };
+    Body body([call = std::move(call)](Turn turn) mutable { return call.run(std::move(turn)); });
     return start(op, std::move(turn), {}, std::move(body), name);
   }
 }

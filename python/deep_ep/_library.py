@@ -61,7 +61,7 @@ def _load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
         "deep_ep_group_trace": (None, [pointer, u64]),
         "deep_ep_group_traced": (u64, [pointer, pointer]),
         "deep_ep_group_agree": (i32, [text, ctypes.c_uint32, pointer, text, text]),
-        "deep_ep_call_begin": (u64, []),
+        "deep_ep_call_begin": (u64, [i64]),
         "deep_ep_call_entered": (u64, []),
         "deep_ep_call_form": (None, [text]),
         "deep_ep_call_end": (None, []),

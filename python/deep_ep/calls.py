@@ -32,10 +32,17 @@ class _Mine(threading.local):
 
     gradient = 0
     """ThreadCalls::gradient."""
+    gradient_of_call = 0
+    """ThreadCalls::gradient_of_call."""
 
     def enter(self) -> None:
         self.entered += 1
         self.completed = False
+
+    def take_gradient(self) -> int:
+        """ThreadCalls::take_gradient."""
+        gradient, self.gradient = self.gradient, 0
+        return gradient or self.gradient_of_call
 
     def leave_to_thread(self) -> None:
         self.entered += 1
@@ -73,7 +80,8 @@ def gradient(value: int) -> None:
 def begin() -> tuple[int, int]:
     """From here on to `end`, operations of this thread are those of one call. Returns what `entered` takes."""
     mine.failed, mine.form = Failed(), ""
-    return library.deep_ep_call_begin() >> 1, mine.entered
+    mine.gradient_of_call = 0 if torch.is_grad_enabled() else 1
+    return library.deep_ep_call_begin(mine.gradient_of_call) >> 1, mine.entered
 
 
 def is_within() -> bool:
@@ -95,5 +103,5 @@ def entered(begun: tuple[int, int]) -> tuple[int, bool]:
 
 
 def end() -> None:
-    mine.failed, mine.form = None, ""
+    mine.failed, mine.form, mine.gradient_of_call = None, "", 0
     library.deep_ep_call_end()

@@ -177,11 +177,13 @@ DEEP_EP_API int deep_ep_group_agree(const char* name, uint32_t op, const int64_t
 }
 
 // From here on, until it ends, this thread makes one call: of its operations, those after one that was left to the
-// thread of a group and failed there are not entered. Returns as deep_ep_call_entered.
-DEEP_EP_API uint64_t deep_ep_call_begin() noexcept {
+// thread of a group and failed there are not entered. `gradient`: ThreadCalls::gradient_of_call. Returns as
+// deep_ep_call_entered.
+DEEP_EP_API uint64_t deep_ep_call_begin(int64_t gradient) noexcept {
   auto& calls = deep_ep::ThreadCalls::mine();
   calls.failed = std::make_shared<std::string>();
   calls.form.clear();
+  calls.gradient_of_call = gradient;
   return 2 * calls.entered + calls.completed;
 }
 
@@ -189,6 +191,7 @@ DEEP_EP_API void deep_ep_call_end() noexcept {
   auto& calls = deep_ep::ThreadCalls::mine();
   calls.failed.reset();
   calls.form.clear();
+  calls.gradient_of_call = 0;
 }
 
 // How many operations this thread has entered, doubled; and 1 more unless the newest of them has failed.

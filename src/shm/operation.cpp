@@ -54,7 +54,7 @@ void Operation::enter(const Contribution& mine, const std::function<std::string(
   post = mine.post;
   post.rejected = !mine.rejected.empty();
   copy_text(post.text, post.rejected ? mine.rejected : ThreadCalls::mine().form);
-  post.gradient = std::exchange(ThreadCalls::mine().gradient, 0);
+  post.gradient = ThreadCalls::mine().take_gradient();
   const Block block = mine.reserved.value_or(offered_);
   post.pool_offset = block.offset;
   post.pool_bytes = block.bytes;

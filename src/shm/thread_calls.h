@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 
 namespace deep_ep {
 
@@ -18,8 +19,15 @@ struct ThreadCalls {
   // What ranks must have in common in this call, in words, where an operation's post does not say it; or nothing.
   std::string form;
   // Of the operation that it enters next: 1 if nothing that it sends needs a gradient, 2 if something does; 0 where
-  // that is not known: without grad mode, and in compiled code.
+  // that is not known: in compiled code, which runs without grad mode, and so of an op that is called by itself there.
   int64_t gradient = 0;
+  // The same of the others of the call that it makes.
+  int64_t gradient_of_call = 0;
+
+  int64_t take_gradient() {
+    const int64_t next = std::exchange(gradient, 0);
+    return next != 0 ? next : gradient_of_call;
+  }
 
   static ThreadCalls& mine() {
     thread_local ThreadCalls calls;

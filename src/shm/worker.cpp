@@ -15,11 +15,11 @@ struct Exit {
   bool begun = false;
 };
 
-void drop(Worker::Task done) {
+void drop(std::packaged_task<void()> done) {
   Exit& exit = PerProcess<Exit>::get();
   std::lock_guard lock(exit.mutex);
   if (exit.begun)
-    new Worker::Task(std::move(done));
+    new std::packaged_task<void()>(std::move(done));
   else
     done = {};
 }
@@ -32,6 +32,15 @@ void keep_tasks() {
   exit.begun = true;
 }
 
+bool Worker::Task::run() {
+  if (begun_.exchange(true)) return false;
+  std::future<void> outcome = body_.get_future();
+  body_();
+  drop(std::exchange(body_, {}));
+  outcome.get();
+  return true;
+}
+
 Worker::~Worker() {
   if (!queue_) return;
   {
@@ -41,7 +50,7 @@ Worker::~Worker() {
   queue_->changed.notify_one();
 }
 
-void Worker::run(Task task) {
+void Worker::run(std::shared_ptr<Task> task) {
   std::lock_guard own(mutex_);
   if (!queue_) {
     auto queue = std::make_shared<Queue>();
@@ -58,7 +67,7 @@ void Worker::run(Task task) {
 void Worker::work(std::shared_ptr<Queue> queue) {
   pthread_setname_np(pthread_self(), "deep_ep");
   while (true) {
-    Task task;
+    std::shared_ptr<Task> task;
     {
       std::unique_lock lock(queue->mutex);
       queue->changed.wait(lock, [&] { return !queue->tasks.empty() || queue->closed; });
@@ -66,8 +75,7 @@ void Worker::work(std::shared_ptr<Queue> queue) {
       task = std::move(queue->tasks.front());
       queue->tasks.pop_front();
     }
-    task();
-    drop(std::move(task));
+    task->run();
   }
 }
 

@@ -1,11 +1,13 @@
-// A thread that works off what it is given, in that order.
+// A thread that works off what it is given, in that order, but for what somebody needs before it has begun with that.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <future>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 namespace deep_ep {
 
@@ -13,17 +15,28 @@ namespace deep_ep {
 // for it, neither the destructor, which a task may be the one to call, nor a process that exits.
 class Worker {
  public:
-  using Task = std::packaged_task<void()>;
+  // What is done once, by the first thread that asks for it.
+  class Task {
+   public:
+    explicit Task(std::packaged_task<void()> body) : body_(std::move(body)) {}
+
+    // Does it, and throws what it throws; nothing where a thread has begun with it. Returns whether it has done it.
+    bool run();
+
+   private:
+    std::atomic<bool> begun_ = false;
+    std::packaged_task<void()> body_;  // and what it holds, until it is done
+  };
 
   ~Worker();
 
-  void run(Task task);
+  void run(std::shared_ptr<Task> task);
 
  private:
   struct Queue {
     std::mutex mutex;
     std::condition_variable changed;
-    std::deque<Task> tasks;
+    std::deque<std::shared_ptr<Task>> tasks;
     bool closed = false;
   };
 
@@ -33,7 +46,7 @@ class Worker {
   std::shared_ptr<Queue> queue_;  // nullptr: no thread yet
 };
 
-// From now on no worker destroys a task that it has done; returns when none is about to. For the end of a process:
+// From now on no thread destroys a task that it has done; returns when none is about to. For the end of a process:
 // tensors in a task may be Python's, and CPython before 3.14 ends a thread that asks for its lock while it finalizes,
 // which takes the process down.
 void keep_tasks();

@@ -105,7 +105,7 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
 
         # Where the kernel quantises, the host waits for nothing anyway.
         goes_on = (handle is not None or num_worst_tokens != 0) and isinstance(rows, Tensor)
-        sends = plan._replace(received=received)
+        sends = plan._replace(received=received, arranges=plan.arranges and packed is None)
         return self._issue(sends, async_finish, dispatch_wait_recv_cost_stats, goes_on)
 
     @collective(ops_of_combine)
@@ -139,7 +139,8 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
                 combined = total.to(x.dtype)
             return combined, combined_weights
 
-        return self._issue(plan._replace(received=received, inputs=biases), async_finish, combine_send_cost_stats)
+        sums = plan._replace(received=received, inputs=biases, arranges=plan.arranges and not biases)
+        return self._issue(sums, async_finish, combine_send_cost_stats)
 
     def _check_routing(self, routing: Routing, is_cached: bool) -> None:
         """ValueError: it is said twice where the tokens go, or not at all."""

@@ -132,7 +132,7 @@ class RankRows:
             return recv_x, recv_topk_idx, recv_topk_weights, listed, handle
 
         calls = [(info, rows, ids, None, info.size, num_worst_tokens, is_token_in_rank) for rows in sent]
-        return Plan(dispatch_op, calls, received, (num_worst_tokens,))
+        return Plan(dispatch_op, calls, received, (num_worst_tokens,), arranges=metadata is None)
 
     def cached_dispatch(self, info: GroupInfo, x: Tensor | AsInt8, handle: tuple[Tensor, ...]) -> Plan:
         known = check_handle(handle)
@@ -143,7 +143,7 @@ class RankRows:
             return same_rows(rows.recv_x, N), None, None, None, handle
 
         calls = [(info, x, _ids(mask), None, info.size, capacity_of(N), mask)]
-        return Plan(dispatch_op, calls, received, (N,), tuple(handle))
+        return Plan(dispatch_op, calls, received, (N,), tuple(handle), arranges=True)
 
     def op_handle(self, handle: tuple[Tensor, ...]) -> DispatchHandle:
         known = check_handle(handle)
@@ -163,7 +163,7 @@ class RankRows:
         calls = [(info, x, known)]
         if topk_weights is not None:
             calls.append((info, topk_weights, known))
-        return Plan(combine_op, calls, lambda combined, of_weights=None: (combined, of_weights))
+        return Plan(combine_op, calls, lambda combined, of_weights=None: (combined, of_weights), arranges=True)
 
     def scales(self, scales: Tensor) -> Tensor:
         return scales
@@ -190,7 +190,8 @@ class RankRows:
             return rows, out.recv_count, out.handle
 
         sizes = num_max_dispatch_tokens_per_rank, num_experts, hidden_of(x, sent)
-        return Plan(low_latency_dispatch_op, [(info, x, topk_idx, list(sent or ()), *sizes)], received)
+        calls = [(info, x, topk_idx, list(sent or ()), *sizes)]
+        return Plan(low_latency_dispatch_op, calls, received, arranges=True)
 
     @staticmethod
     def low_latency_shape(handle: Any, num_ranks: int) -> tuple[int, ...]:
@@ -206,7 +207,7 @@ class RankRows:
                 f"R·M = {RM}, got {list(x.shape)}"
             )
         call = info, x.contiguous(), topk_idx, topk_weights, LowLatencyHandle(*handle.packed)
-        return Plan(low_latency_combine_op, [call], lambda result: result)
+        return Plan(low_latency_combine_op, [call], lambda result: result, arranges=True)
 
 
 def _ids(is_token_in_rank: Tensor) -> Tensor:

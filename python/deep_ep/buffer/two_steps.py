@@ -51,6 +51,8 @@ class Plan(NamedTuple):
     """What op.nothing_yet needs besides."""
     inputs: tuple[Tensor, ...] = ()
     """Tensors of the client that `received` needs besides, which may have gradients, or gives back."""
+    arranges: bool = False
+    """Whether `received` computes nothing: what the client gets are the results of the calls as they are."""
 
 
 def issue(
@@ -100,7 +102,32 @@ def _in_graph(plan: Plan, started: list[Any], into: Tensor | None) -> tuple[Any,
 
 def _in_memory(plan: Plan, started: list[Any], into: Tensor | None) -> tuple[Any, Callable[[], None]]:
     """Results that are the calls' own tensors, or are computed of these at the wait."""
-    given, structure = tree_flatten(([plan.op.arriving(one) for one in started], plan.inputs))
+    outs = [plan.op.arriving(one) for one in started]
+    if plan.arranges:
+        results, compute = plan.received(*outs, *plan.inputs), _nothing
+    else:
+        results, compute = _computed(plan, outs)
+    combined = results
+    if into is not None:
+        results = _in_place_of(into, combined)
+
+    def wait() -> None:
+        for one in started:
+            one.join()
+        compute()
+        if into is not None:
+            write(into, combined)
+
+    return results, wait
+
+
+def _nothing() -> None:
+    """Nothing is left to compute."""
+
+
+def _computed(plan: Plan, outs: list[Any]) -> tuple[Any, Callable[[], None]]:
+    """Results of which some are not tensors of `outs`, and what computes those once these are there."""
+    given, structure = tree_flatten((outs, plan.inputs))
     # What `received` makes of nothing shows which results are which of the calls' tensors.
     nothing = [plan.op.nothing_yet(*call, *plan.shape) for call in plan.calls]
     with torch.no_grad():
@@ -121,20 +148,13 @@ def _in_memory(plan: Plan, started: list[Any], into: Tensor | None) -> tuple[Any
     results = [arriving.get(id(leaf), leaf) for leaf in results]
     for n, one in zip(places, computed, strict=True):
         results[n] = one
-    copied = {}
-    if into is not None:
-        (combined,) = results
-        copied[into] = combined
-        results = [_in_place_of(into, combined)]
 
-    def wait() -> None:
-        for one in started:
-            one.join()
+    def write_all() -> None:
         with torch.no_grad():
-            for to, of in [*zip(computed, compute(*given), strict=True), *copied.items()]:
+            for to, of in zip(computed, compute(*given), strict=True):
                 write(to, of)
 
-    return tree_unflatten(results, results_structure), wait
+    return tree_unflatten(results, results_structure), write_all
 
 
 def _in_place_of(into: Tensor, result: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def starting(op: str, kernel: Callable[..., Any]) -> Callable[..., Tensor]:
     def start(*arguments: Any) -> Tensor:
         kept = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
         group = communicator.of(f"{op}_start", arguments[place])
-        call, failed, form, gradient = _Call(op, group), mine.failed, mine.form, mine.gradient
+        call, failed, form, gradient = _Call(op, group), mine.failed, mine.form, mine.take_gradient()
         group.start(lambda: call.run(kernel, kept, failed, form, gradient))
         mine.leave_to_thread()
         return _ticket(call)

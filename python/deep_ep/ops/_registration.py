@@ -44,7 +44,7 @@ def _only_backward(overload: str, formula: Callable[..., Any]) -> Callable[..., 
                     raise RuntimeError(f"{name}: forward-mode derivatives are not supported; use torch.autograd.grad")
                 if is_transformed and arg.requires_grad and torch.is_grad_enabled():
                     raise RuntimeError(f"{name}: torch.func's derivatives are not supported; use torch.autograd.grad")
-        # While torch traces, and without grad mode as in compiled code, it is not known.
+        # While torch traces, and without grad mode as in compiled code, it is not known here.
         if not torch.is_grad_enabled():
             return without_gradient(keyset, *args)
         if type(args[0]) not in (Tensor, torch.nn.Parameter):

@@ -19,7 +19,7 @@ from ..kernels import alltoall
 from . import low_latency_combine as packed_op
 from ._registration import Start, register, reject
 from .low_latency_dispatch import LowLatencyHandle
-from .low_latency_dispatch_padded import as_sent, pack, pad
+from .low_latency_dispatch_padded import as_sent, pack, pad_gradient, used
 from .wait import Completion, Started, as_issued, completes, issued
 
 
@@ -108,11 +108,13 @@ def _saved(arguments: Sequence[Any], results: Any = None) -> tuple[Tensor, ...]:
 def _packed(saved: Sequence[Tensor], num_ranks: int) -> tuple[Tensor, ...]:
     """What low_latency_combine saves."""
     x, topk_idx, topk_weights, recv_src_idx, layout_range, send_head = saved
-    return pack(x, layout_range, recv_src_idx, num_ranks), topk_idx, topk_weights, recv_src_idx, send_head
+    sources = used(recv_src_idx, layout_range)
+    return pack(x, layout_range, sources, num_ranks), topk_idx, topk_weights, sources, send_head
 
 
 def _padded(saved: Sequence[Tensor], grad_rows: Tensor, num_ranks: int) -> Tensor:
-    return pad(grad_rows, saved[4], num_ranks, saved[0].shape[1])
+    x, _, _, recv_src_idx, layout_range, _ = saved
+    return pad_gradient(grad_rows, layout_range, recv_src_idx, num_ranks, x.shape)
 
 
 def backward(ctx: Any, grad_out: Tensor, *, overload: str) -> Any:
@@ -127,10 +129,10 @@ def backward_wait(overload: str, saved: Sequence[Tensor], grads: Sequence[Tensor
 
 
 def backward_start(ctx: Any, ticket: Tensor, *, overload: str) -> Any:
-    x, _, topk_weights, recv_src_idx, _, _ = saved = ctx.saved_tensors
+    x, _, topk_weights, recv_src_idx, layout_range, _ = saved = ctx.saved_tensors
     num_experts, num_ranks, group = ctx.arguments
     op = getattr(torch.ops.deep_ep.wait, overload)
-    like = [x.new_empty((recv_src_idx.shape[0], x.shape[2])), topk_weights]
+    like = [x.new_empty((used(recv_src_idx, layout_range).shape[0], x.shape[2])), topk_weights]
     grad_rows, grad_topk_weights = op(ticket, "combine_backward", like, num_experts, num_ranks, 0, group)
     return _padded(saved, grad_rows, num_ranks), None, grad_topk_weights, *[None] * 6
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .. import checks, quantization
 from ..ep_strategy import LowLatencyStrategy
@@ -208,6 +209,16 @@ def pack(x: Tensor, layout_range: Tensor, recv_src_idx: Tensor, num_ranks: int) 
     return x.flatten(0, 1).index_select(0, places(layout_range, recv_src_idx, num_ranks, x.shape[1]))
 
 
+def used(recv_src_idx: Tensor, layout_range: Tensor) -> Tensor:
+    """[n, 3]: recv_src_idx of the rows that have come, where their number can be looked at; else all of it.
+
+    With it, backward touches no other rows.
+    """
+    if type(layout_range) is not Tensor or not checks.has_values(layout_range) or get_proxy_mode() is not None:
+        return recv_src_idx
+    return recv_src_idx[: int(layout_range[-1])]
+
+
 def as_sent(x: Tensor, layout_range: Tensor, recv_src_idx: Tensor, num_ranks: int) -> Tensor:
     """What a call that goes on reads of x [L, R·M, H]: a copy of the rows sent, where torch counts no writes."""
     if torch.compiler.is_compiling() or not x.is_inference():
@@ -225,6 +236,14 @@ def pad(rows: Tensor, layout_range: Tensor, num_ranks: int, block: int, value: i
     one_more = torch.cat([rows, rows.new_full((1, *rows.shape[1:]), value)])
     padded = one_more.index_select(0, source.view(-1)).view(*source.shape, *rows.shape[1:])
     return padded if rows.dtype == dtype else padded.view(dtype)  # which has no gradient
+
+
+def pad_gradient(rows: Tensor, layout_range: Tensor, recv_src_idx: Tensor, num_ranks: int, shape: torch.Size) -> Tensor:
+    """[L, R·M, H] of the gradient of the rows of `used`, 0 for the others."""
+    sources = used(recv_src_idx, layout_range)
+    if sources is recv_src_idx:
+        return pad(rows, layout_range, num_ranks, shape[1])
+    return _pad_used(rows, places(layout_range, sources, num_ranks, shape[1]), shape[1], shape[0])
 
 
 def _pad_used(rows: Tensor, place: Tensor, block: int, num_blocks: int) -> Tensor:
@@ -328,8 +347,9 @@ def setup_context_start(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _packed_gradient(saved: Sequence[Tensor], grad_recv_x: Tensor, num_ranks: int) -> tuple[Sequence[Tensor], Tensor]:
     """What low_latency_dispatch saves, and the gradient of its rows."""
-    *of_packed, layout_range = saved
-    return of_packed, pack(grad_recv_x, layout_range, of_packed[0], num_ranks)
+    recv_src_idx, *others, layout_range = saved
+    sources = used(recv_src_idx, layout_range)
+    return (sources, *others), pack(grad_recv_x, layout_range, sources, num_ranks)
 
 
 def backward(ctx: Any, grad_recv_x: Tensor, *_: Any, overload: str) -> Any:

@@ -45,14 +45,7 @@ class Started(NamedTuple):
 
     def results(self) -> list[Tensor]:
         """Those of the op. They are there once."""
-        if torch.compiler.is_compiling() or self.ticket.is_inference() == torch.is_inference_mode_enabled():
-            with torch.set_grad_enabled(self.grad):
-                results = self._call(torch.ops.deep_ep.wait)
-        else:
-            with torch.inference_mode(self.ticket.is_inference()), torch.set_grad_enabled(self.grad):
-                results = self._call(torch.ops.deep_ep.wait)
-        self._check_versions()
-        return results
+        return self._wait(self.grad)
 
     def arriving(self) -> list[Tensor]:
         """The results, which hold what they should once `join` has returned, and have the gradients of the call."""
@@ -60,9 +53,19 @@ class Started(NamedTuple):
 
     def join(self) -> None:
         """Returns when the results are there."""
-        with torch.no_grad():
-            self._call(torch.ops.deep_ep.wait)
+        self._wait(False)
+
+    def _wait(self, grad: bool) -> list[Tensor]:
+        """Outside of inference mode, as the thread of the group is: either may make the results."""
+        wait = torch.ops.deep_ep.wait
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            with torch.set_grad_enabled(grad):
+                results = self._call(wait)
+        else:
+            with torch.inference_mode(False), torch.set_grad_enabled(grad):
+                results = self._call(wait)
         self._check_versions()
+        return results
 
     def _call(self, packet: Any) -> list[Tensor]:
         sizes = self.num_experts, self.info.size, self.num_max
