@@ -85,6 +85,39 @@ def test_uniform_routing() -> None:
     assert (routing.sent, routing.sent_far, routing.rows) == pytest.approx((s.T * ranks, s.T * far, s.T * s.K))
 
 
+def test_rounds_are_as_long_as_slots_allow() -> None:
+    """Each token goes to the ranks of a set."""
+    of = model.Rounds.of
+    # All to one rank: what a slot has room for. All are counted at first, then twice as many as in the round before.
+    assert of([{3}] * 16, 4) == ((4, 4, 4, 4), (16, 4, 8, 4, 8, 4, 4), (16, 8, 8))
+    assert of([{t % 4} for t in range(40)], 5) == ((20, 20), (40, 20, 20), (40,))  # in turn
+    assert of([{t % 4, (t + 1) % 4} for t in range(40)], 5).tokens == (9, 9, 9, 9, 4)
+    assert of([{0}] * 2 + [{t % 4} for t in range(40)], 2).tokens == (2, 4, 8, 8, 8, 8, 4)  # no longer than twice
+    assert of([{0}, set(), set(), {0}, {1}, {0}], 1).tokens == (3, 2, 1)
+    assert of([set()] * 9, 1) == ((9,), (9,), ())
+    assert of([], 3) == ((0,), (0,), ())
+    assert of([{0}] * 3, 2).until(4) == ((2, 1, 0, 0), (3, 2, 1, 0, 0), (3,))
+
+
+def test_rounds_of_the_tables() -> None:
+    """With a slot for each token there is one round; else no more than fit nearly always."""
+    assert replace(SIZES, slot_tokens=128).uniform_rounds() == ((128,), (128,), ())
+    assert SIZES.uniform_rounds() == ((128,), (128,), ())
+    all_hit = replace(SIZES, K=8, E=8, slot_tokens=32)  # each token goes to all ranks
+    assert all_hit.uniform_rounds().tokens == (32, 32, 32, 32)
+    s = replace(SIZES, R=2, E=2, K=1, T=100, slot_tokens=3)
+    # Of 4 tokens all go to one rank with a chance of 1/8, and so do 4 of 3 with none.
+    assert s.uniform_rounds().tokens[0] == 3
+
+
+@pytest.mark.parametrize("op", model.NORMAL)
+def test_rounds_take_little_time(op: str) -> None:
+    for R in model.EPS:
+        soc = SOCS["A3"]
+        one = op_time(op, soc, model.sizes(op, soc, R), fit())
+        assert model.in_default_window(op, soc, R, fit())[1] <= 1.15 * one, R
+
+
 def test_links() -> None:
     a3, a5 = SOCS["A3"], SOCS["A5"]
     assert model.link_time(a3, 2, 224e9, 1.0) == pytest.approx(1)  # the other die alone

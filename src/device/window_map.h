@@ -8,7 +8,7 @@
 // rank sends for e + 2 only after it has got the flags of e + 1 from all ranks, which they send after they have done
 // with e: nobody still reads what it overwrites.
 //
-// Tokens that do not fit into a slot go in rounds, each an epoch of its own.
+// Tokens that slots have no room for go in rounds, each an epoch of its own.
 //
 // R ranks. All offsets are multiples of kBlock.
 #pragma once
@@ -145,8 +145,9 @@ enum class Failure : int32_t {
   no_room,    // more rows arrive at a rank than it has memory for, and it may drop none
 };
 
-// The status line, int32. It stays as it is, and later launches of the group end at once.
-enum StatusWord { kFailure, kLaunch, kPeer, kPhase, kExpected, kGot, kOp, kStatusWords = 8 };
+// The status line, int32. It stays as it is, and later launches of the group end at once. kToken: what blocks tell each
+// other while all is well.
+enum StatusWord { kFailure, kLaunch, kPeer, kPhase, kExpected, kGot, kOp, kToken, kStatusWords };
 
 // The words of a flag, int32. A rank compares all that describes the launch: ranks whose launches do not fit together
 // fail alike.

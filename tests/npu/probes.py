@@ -132,6 +132,13 @@ def window_bytes(case: Case, M: int, op: str = "low_latency_dispatch") -> int:
     return model.window_bytes(op, sizes_of(case), M)
 
 
+def rounds_of(case: Case, ids: list[Tensor], slot_tokens: int) -> list[model.Rounds]:
+    """By rank: as many for each of them as the one has that needs most."""
+    to = [[{id // case.local_experts for id in token if id >= 0} for token in i.tolist()] for i in ids]
+    rounds = [model.Rounds.of(tokens, slot_tokens) for tokens in to]
+    return [own.until(max(len(r.tokens) for r in rounds)) for own in rounds]
+
+
 def check_round(group: Group, case: Case, M: int, rank: int) -> None:
     """The count, dispatch and combine of a case, with all their outputs, and what goes over links for them."""
     expected = expect(case, M)
@@ -194,6 +201,8 @@ class Normal(NamedTuple):
     """The same without what was dropped."""
     words: Tensor
     """The same, counting every (token, k)."""
+    kept_ids: list[Tensor]
+    """-1 is what was dropped."""
     ys: list[Tensor]
     combined: list[Tensor]
     tolerances: list[Tensor]
@@ -235,7 +244,7 @@ def expect_normal(case: Case) -> Normal:
     _, sizes = reference.combine_backward([g.abs() for g in grad_outs], [y.abs() for y in ys], weights, src)
     return Normal(
         *(xs, ids, weights, received, quantised),
-        *(_pairs(case, ids), _pairs(case, kept), torch.stack(ranks).fill_diagonal_(0)),
+        *(_pairs(case, ids), _pairs(case, kept), torch.stack(ranks).fill_diagonal_(0), kept),
         *(ys, combined, tolerances),
         *(grad_rows, grad_row_weights, grad_xs, grad_x_tolerances, grad_weights),
         *(grad_outs, grad_ys, grad_factors, [64 * torch.finfo(torch.float32).eps * s for s in sizes]),
@@ -243,7 +252,7 @@ def expect_normal(case: Case) -> Normal:
 
 
 def normal(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int, setup: Setup, times: int = 2) -> None:
-    """The ops of normal mode, in rounds of slot_tokens tokens or somewhat fewer, and what goes over links."""
+    """The ops of normal mode, with room for slot_tokens tokens or somewhat fewer, and what goes over links."""
     twin.configure(setup)
     expected, r, row, E = expect_normal(case), ctx.rank, _row_bytes(case), case.E
     # To the byte what so many tokens need, but for what aligns the records.
@@ -257,8 +266,8 @@ def normal(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int,
 
     def check(op: str, launch: Callable[[], Any], over_links: int, phases: int) -> Any:
         nonlocal epoch
-        per_round = model.slot_tokens(op, sizes_of(case), num_bytes)
-        rounds = max(1, *(-(-T // per_round) for T in case.tokens))
+        sent = expected.ids if op in ("dispatch", "dispatch_int8") else expected.kept_ids
+        rounds = len(rounds_of(case, sent, model.slot_tokens(op, sizes_of(case), num_bytes))[r].tokens)
         epoch += rounds
         twin.take_traffic()
         out = launch()

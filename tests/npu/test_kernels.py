@@ -126,6 +126,22 @@ def test_normal_mode_in_every_setup(ranks: RankPool, R: int, setup: Setup) -> No
     run_probe(ranks, (probes.normal, (case, 5, setup._replace(unified_buffer=10 << 10, cores=2 + R % 7))), R)
 
 
+ROUNDS = {
+    "even": (Case((40, 31, 0, 13), H=40, K=2, local_experts=4, ids="distinct", absent=0.0, seed=1), 5),
+    "one rank": (Case((16, 3, 16, 9), H=40, K=2, ids="one rank", absent=0.0, seed=2), 4),
+    "many without an expert": (Case((30, 7, 1, 40), H=40, K=3, absent=0.6, seed=3), 2),
+    "one token": (Case((23, 0, 5, 12), H=40, K=4, local_experts=1, ids="distinct", absent=0.2, seed=4), 1),
+}
+"""A case, and the tokens that a slot has room for."""
+
+
+@pytest.mark.parametrize("setup", [Setup(arch, 3, seed) for arch in ARCHS for seed in (None, 1)], ids=str)
+@pytest.mark.parametrize("name", ROUNDS)
+def test_rounds(ranks: RankPool, name: str, setup: Setup) -> None:
+    """As many as probes.rounds_of says, whose ranks have different numbers of them."""
+    run_probe(ranks, (probes.normal, (*ROUNDS[name], setup, 1)))
+
+
 NORMAL_LARGE = [
     (Case((4096, 100), H=64, K=8, local_experts=8, dtype=torch.bfloat16, absent=0.05, seed=1), 1500),
     (Case((24, 0, 7, 12), H=7168, K=4, local_experts=2, dtype=torch.float16, capacity=(1.0, 0.7, 1.2, 1.0)), 9),

@@ -77,7 +77,7 @@ def count(
     return found
 
 
-def routings(case: Case) -> list[model.Routing]:
+def routings(case: Case, slot_tokens: int) -> list[model.Routing]:
     """What ranks really send, which differs from rank to rank."""
     ids = probes.expect(case, max(case.tokens)).ids
     pairs = torch.stack([reference.get_dispatch_layout(i, case.E, case.R, 1)[3].sum(0) for i in ids])
@@ -89,9 +89,10 @@ def routings(case: Case) -> list[model.Routing]:
     asked_rows = at.where(at > 1, 0).sum(1)
     asked = (at > 1).sum(1)
     asks = [(kind.sum(1), kind.sum(1) - kind.diagonal()) for kind in (asked, asked_rows)]
-    some = sent, far[0], arrived, far[1], arrived_rows, far[2]
-    lists = (values.tolist() for values in (*some, *asks[0], *asks[1], asked.sum(0)))
-    return [model.Routing(*numbers) for numbers in zip(*lists, strict=True)]
+    some = [values.tolist() for values in (sent, far[0], arrived, far[1], arrived_rows, far[2])]
+    others = [values.tolist() for values in (*asks[0], *asks[1], asked.sum(0))]
+    lists = *some, probes.rounds_of(case, ids, slot_tokens), *others
+    return [model.Routing(*values) for values in zip(*lists, strict=True)]
 
 
 def _experts_at(ids: Tensor, case: Case) -> Tensor:
@@ -103,11 +104,10 @@ def check(ranks: RankPool, case: Case, arch: int, ops: list[str], num_bytes: int
     """The formulas know what a rank sends by its sums alone, not which block has which part of it."""
     sizes = model.Sizes(case.R, max(case.tokens), case.H, case.K, case.E, cores=CORES, zero_unused=zero_unused)
     found = ranks.run(case.R, count, uuid.uuid4().hex, case, arch, ops, num_bytes, zero_unused)
-    for routing, counters in zip(routings(case), found, strict=True):
-        for op, counted in counters.items():
-            in_rounds = replace(sizes, slot_tokens=model.slot_tokens(op, sizes, num_bytes))
-            wanted = model.counters(op, sizes if op in model.LOW_LATENCY else in_rounds, routing)
-            assert counted == wanted, op
+    for op in ops:
+        slot_tokens = max(case.tokens) if op in model.LOW_LATENCY else model.slot_tokens(op, sizes, num_bytes)
+        for routing, counters in zip(routings(case, slot_tokens), found, strict=True):
+            assert counters[op] == model.counters(op, sizes, routing), op
 
 
 def make_case(R: int) -> Case:
@@ -125,8 +125,9 @@ def test_rows_that_become_0(ranks: RankPool, op: str) -> None:
     check(ranks, make_case(4), ARCHS[0], [op], 8 << 20, zero_unused=True)
 
 
-def test_rounds(ranks: RankPool) -> None:
-    case, M, int8, with_answers = make_case(4), 7, 13, 4
+@pytest.mark.parametrize("ids", ["distinct", "one rank"])
+def test_rounds(ranks: RankPool, ids: str) -> None:
+    case, M, int8, with_answers = replace(make_case(4), ids=ids), 7, 13, 4
     num_bytes = probes.window_bytes(case, M) + 1024 * case.R  # and what aligns the records
     sizes = model.Sizes(case.R, 24, case.H, case.K, case.E)
     assert [model.slot_tokens(op, sizes, num_bytes) for op in model.NORMAL] == [M, int8, M, with_answers, with_answers]

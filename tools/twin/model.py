@@ -7,7 +7,8 @@ vector core. Bytes and seconds, but µs in what is published and printed.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ MOST_FLAGS = 32  # that are raised at a time; twice as many are read
 MOST_ROWS = 4095  # of a transfer
 LINE = 512  # bytes that slots are aligned to
 LINES, MARKS = 128 * 64, 2 * 4 * (1 << 16)  # bytes of blocks' lines and of marks
+FITS = 0.9  # of a round of the tables: with less, most ranks have their last tokens behind those of some others
 
 
 def align(size: int, unit: int) -> int:
@@ -25,6 +27,54 @@ def align(size: int, unit: int) -> int:
 
 
 # What a launch moves. The twin counts the same: tests/npu/test_time_model.py.
+
+
+class Rounds(NamedTuple):
+    """Tokens of a rank: of each round, and in passes that count, or that look for the first one without room."""
+
+    tokens: tuple[float, ...]
+    counted: tuple[float, ...]
+    searched: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, to: Sequence[Collection[int]], slot_tokens: int) -> "Rounds":
+        """Of tokens that go `to` these ranks: src/device/window_map.h, ops/common/op_kernel/counts.h."""
+
+        def fitting(first: int, last: int) -> int:
+            used: Counter[int] = Counter()
+            for token in range(first, last):
+                used.update(to[token])
+                if any(used[rank] > slot_tokens for rank in to[token]):
+                    return token
+            return last
+
+        return cls._of(len(to), fitting)
+
+    @classmethod
+    def even(cls, tokens: int, most: float) -> "Rounds":
+        """With so many tokens of a full round."""
+        return cls._of(tokens, lambda first, last: min(last, first + most))
+
+    @classmethod
+    def _of(cls, tokens: int, fitting: Callable[[Any, Any], Any]) -> "Rounds":
+        first, last = 0, tokens
+        own: list[float] = []
+        counted: list[float] = []
+        searched: list[float] = []
+        while not own or first < tokens:
+            end = fitting(first, last)
+            counted.append(last - first)
+            if end < last:
+                searched.append(last - first)
+                counted.append(end - first)
+            own.append(end - first)
+            first, last = end, min(tokens, end + 2 * (end - first))
+        return cls(tuple(own), tuple(counted), tuple(searched))
+
+    def until(self, number: int) -> "Rounds":
+        """As many as another rank has: the rest without tokens."""
+        rest = (0,) * (number - len(self.tokens))
+        return self._replace(tokens=self.tokens + rest, counted=self.counted + rest)
 
 
 class Routing(NamedTuple):
@@ -36,6 +86,7 @@ class Routing(NamedTuple):
     arrived_far: float
     rows: float  # (token, k) that have arrived
     rows_far: float
+    rounds: Rounds
     asked: float = 0  # of those sent, with several experts
     asked_far: float = 0
     asked_rows: float = 0  # and these
@@ -78,8 +129,18 @@ class Sizes:
         return self.R * (self.M or self.T) * min(self.K, self.L)
 
     @property
-    def rounds(self) -> int:
-        return max(1, -(-self.T // self.slot_tokens)) if self.slot_tokens else 1
+    def hit(self) -> float:
+        """The chance that a token goes to a rank, if all sets of K experts are alike."""
+        return 1 - math.comb(self.E - self.L, self.K) / math.comb(self.E, self.K)
+
+    def uniform_rounds(self) -> Rounds:
+        """Each as long as fits with a chance of FITS, which fewer tokens to each rank do than its slot has room for."""
+        least, most = self.slot_tokens or self.T, self.T
+        while least < most:
+            middle = (least + most + 1) // 2
+            fits = (1 - _chance_of_more(self.slot_tokens, middle, self.hit)) ** self.R >= FITS
+            least, most = (middle, most) if fits else (least, middle - 1)
+        return Rounds.even(self.T, least)
 
     def record(self, rows: "Rows") -> int:
         """Bytes of a record in a slot."""
@@ -102,14 +163,26 @@ class Sizes:
 
     def uniform(self) -> Routing:
         """Every token has K experts, all sets of K alike."""
-        hit = 1 - math.comb(self.E - self.L, self.K) / math.comb(self.E, self.K)
+        hit = self.hit
         to_all, far = self.T * self.R * hit, self.T * (self.R - 1) * hit
         rows = self.T * self.K
         one = self.L * math.comb(self.E - self.L, self.K - 1) / math.comb(self.E, self.K)
         asked, asked_rows = self.T * self.R * (hit - one), rows - self.T * self.R * one
         away = (self.R - 1) / self.R
         asks = asked, asked * away, asked_rows, asked_rows * away, asked
-        return Routing(to_all, far, to_all, far, rows, rows * away, *asks)
+        return Routing(to_all, far, to_all, far, rows, rows * away, self.uniform_rounds(), *asks)
+
+
+def _chance_of_more(most: int, tokens: int, hit: float) -> float:
+    """That of so many tokens more than `most` go to a rank."""
+    if hit == 1:
+        return float(tokens > most)
+
+    def chance(n: int) -> float:
+        ways = math.lgamma(tokens + 1) - math.lgamma(n + 1) - math.lgamma(tokens - n + 1)
+        return math.exp(ways + n * math.log(hit) + (tokens - n) * math.log1p(-hit))
+
+    return max(0.0, 1 - sum(map(chance, range(min(most, tokens) + 1))))
 
 
 class Rows(NamedTuple):
@@ -203,12 +276,12 @@ def _arrived_chunks(s: Sizes, pieces: Pieces, records: float) -> int:
     return math.ceil(math.ceil(records / s.blocks) / pieces.tokens)
 
 
-def _count(s: Sizes, pieces: Pieces, per_token: int, n: int, tokens: float) -> list[Stage]:
-    """Counts by expert and rank of each block, which all blocks read: n times, of so many tokens."""
-    B = s.blocks
-    stalls = _chunks(s, pieces, tokens) + _read_tables(pieces, B)
-    load, store = per_token * tokens + B * B * s.table, B * s.table
-    return [Stage("count", n * load, n * store, stalls=n * stalls), _agree(s, n)]
+def _count(s: Sizes, pieces: Pieces, per_token: int, rounds: Rounds) -> list[Stage]:
+    """Counts by expert and rank of each block, which all blocks read; and where rounds have to end."""
+    B, n, passes = s.blocks, len(rounds.counted), rounds.counted + rounds.searched
+    load, store = per_token * sum(passes) + n * B * B * s.table, n * B * s.table
+    stalls = sum(_chunks(s, pieces, tokens) for tokens in passes) + n * _read_tables(pieces, B)
+    return [Stage("count", load, store, stalls=stalls), _agree(s, len(passes))]
 
 
 def _add_up(s: Sizes, pieces: Pieces, is_normal: bool) -> Stage:
@@ -226,18 +299,16 @@ def _add_up(s: Sizes, pieces: Pieces, is_normal: bool) -> Stage:
 
 
 def _dispatch(s: Sizes, rows: Rows, r: Routing, is_normal: bool) -> list[Stage]:
-    n, B, pieces, quantised = s.rounds, s.blocks, Pieces.of(s, rows), rows.sent_bytes > 0
+    n, B, pieces, quantised = len(r.rounds.tokens), s.blocks, Pieces.of(s, rows), rows.sent_bytes > 0
     sent_row, scale = s.H * (rows.sent_bytes or s.element_bytes), 4 * quantised
     record, weights, ids = 4 * (1 + (2 + is_normal) * s.K) + scale, 4 * s.K * is_normal, 8 * s.K
     # Of each row of recv_x: its source, and its scale or an expert and a weight; in K columns where there is none.
     described, columns = 12 + scale + 12 * is_normal, 12 * s.K * is_normal
     rest = 0 if is_normal else s.low_latency_rows - r.rows
-    chunks = n * _chunks(s, pieces, s.T / n)
+    chunks = sum(_chunks(s, pieces, tokens) for tokens in r.rounds.tokens)
     return [
         *([Stage("clear columns", 0, r.rows * columns, stalls=1)] if is_normal else []),
-        # Of the launch, and where that is more than a round, of each round.
-        *_count(s, pieces, ids, 1, s.T),
-        *(_count(s, pieces, ids, n, s.T / n) if n > 1 else []),
+        *_count(s, pieces, ids, r.rounds),
         Stage("counts", 0, 4 * s.E * (s.R + is_normal), 4 * s.E * (s.R - 1), stalls=is_normal),
         Stage(
             "send",
@@ -281,16 +352,17 @@ def _normal_dispatch(s: Sizes, rows: Rows, r: Routing) -> list[Stage]:
 
 def _round_trip(s: Sizes, rows: Rows, r: Routing) -> list[Stage]:
     """combine and the backward ops, which differ in what goes with a record and what answers it."""
-    n, B, pieces = s.rounds, s.blocks, Pieces.of(s, rows)
+    n, B, pieces = len(r.rounds.tokens), s.blocks, Pieces.of(s, rows)
     sends_rows, answers_rows, word = rows.copied, not rows.copied, 4 * rows.answers
     has_weights = sends_rows or not rows.answers
     sent = 4 * (1 + (2 + has_weights) * s.K) + s.row * sends_rows
     ids, answer = 12 * s.K, s.row * answers_rows
-    chunks, arrived_chunks = n * _chunks(s, pieces, s.T / n), n * _arrived_chunks(s, pieces, r.arrived / n)
+    chunks = sum(_chunks(s, pieces, tokens) for tokens in r.rounds.tokens)
+    arrived_chunks = n * _arrived_chunks(s, pieces, r.arrived / n)
     unused = Stage("find unused", 12 * r.rows, stalls=math.ceil(r.rows / B / (pieces.tokens * s.K)))
     return [
         *([unused] if sends_rows else []),
-        *_count(s, pieces, ids, n, s.T / n),
+        *_count(s, pieces, ids, r.rounds),
         Stage(
             "ask",
             (ids + 4 * s.K * has_weights + s.row * sends_rows) * s.T,
@@ -422,7 +494,7 @@ def slots_begin(s: Sizes) -> int:
 
 
 def slot_tokens(op: str, s: Sizes, window_bytes: int) -> int:
-    """Tokens of a round in normal mode: src/device/window_map.h."""
+    """Tokens that a slot has room for in normal mode: src/device/window_map.h."""
     room = (window_bytes - slots_begin(s)) // 2 // LINE * LINE // s.R // LINE * LINE
     return max(1, (room - align(4 * s.E, LINE) - LINE) // (s.record(OPS[op].rows) + _row_stride(op, s)))
 
@@ -697,7 +769,7 @@ def in_default_window(op: str, soc: Soc, R: int, p: Parameters) -> tuple[int, fl
     """Rounds, and seconds."""
     s = sizes(op, soc, R)
     s = replace(s, slot_tokens=slot_tokens(op, s, WINDOW))
-    return s.rounds, op_time(op, soc, s, p)
+    return len(s.uniform().rounds.tokens), op_time(op, soc, s, p)
 
 
 def published(op: str, soc: str, R: int) -> list[float]:
@@ -772,10 +844,22 @@ def predictions(ops: Sequence[str]) -> str:
 
 def rounds() -> str:
     """Normal mode on A3 with windows of the default size."""
-    found = {op: [in_default_window(op, SOCS["A3"], R, fit()) for R in EPS] for op in ("dispatch", "combine")}
-    rows: list[Sequence[object]] = [("rounds", *(n for n, _ in found["dispatch"]))]
-    rows += [(f"`{op}`, µs", *(f"{seconds / US:.0f}" for _, seconds in times)) for op, times in found.items()]
-    return _table(("A3, 256 MiB", *(f"EP{R}" for R in EPS)), rows)
+    rows: list[Sequence[object]] = [(*what, *numbers) for what, numbers in ROUNDS_BEFORE.items()]
+    for op in NORMAL:
+        found = [in_default_window(op, SOCS["A3"], R, fit()) for R in EPS]
+        one = [op_time(op, SOCS["A3"], sizes(op, SOCS["A3"], R), fit()) for R in EPS]
+        rows.append((f"`{op}`", "rounds", *(n for n, _ in found)))
+        times = zip(found, one, strict=True)
+        rows.append(("", "µs", *(f"{seconds / US:.0f} ({seconds / of_one:.2f})" for (_, seconds), of_one in times)))
+    return _table(("A3, 256 MiB", "", *(f"EP{R}" for R in EPS)), rows)
+
+
+ROUNDS_BEFORE = {
+    ("before", "rounds"): (4, 8, 15, 29, 57, 114, 179),
+    ("", "`dispatch`, µs"): (2891, 3995, 4815, 5482, 6342, 8272, 10906),
+    ("", "`combine`, µs"): (2626, 3766, 4743, 5644, 7048, 10427, 15347),
+}
+"""When a round had no more tokens than a slot has room for."""
 
 
 LEVERS = {

@@ -36,22 +36,21 @@ class Counts {
   }
 
   // Counts what this block's tokens have for experts and ranks, and that of all blocks. False if the launch has failed.
-  __aicore__ bool count(Exchange& exchange, Chunk chunk) {
+  __aicore__ bool count(Exchange& exchange) {
     numbers_.begin();
-    for (; chunk.any(); chunk.next()) {
-      order<HardEvent::S_MTE2>();
-      read(chunk);
-      order<HardEvent::MTE2_S>();
-      for (int64_t i = 0; i < chunk.count(); ++i) {
-        numbers_.next_token();
-        for (int64_t k = 0; k < tiling_->work.top_k; ++k)
-          if (!has_rows_ || row(i, k) >= 0) count(ids_.get(i, k), exchange);
-      }
-    }
+    walk(exchange);
     numbers_.publish();
     const bool agreed = exchange.agree();
     numbers_.gather();
     return agreed;
+  }
+
+  // The round, which has been counted, ends before the first token that a slot has no room for, and is counted anew.
+  __aicore__ bool fit(Exchange& exchange) {
+    if (exchange.have_room(numbers_)) return true;
+    numbers_.begin_again();
+    exchange.end_before(walk(exchange));
+    return count(exchange);
   }
 
   // Each block sends this rank's counts to some ranks.
@@ -81,13 +80,30 @@ class Counts {
  private:
   __aicore__ int32_t row(int64_t i, int64_t k) { return rows_.get(i, k); }
 
-  __aicore__ void count(int64_t id, Exchange& exchange) {
+  // A pass over this block's tokens of the round. Returns the first that a slot has no room for, or the round's end.
+  __aicore__ int64_t walk(Exchange& exchange) {
+    int64_t end = exchange.end();
+    for (Chunk chunk = exchange.own_tokens(); chunk.any(); chunk.next()) {
+      order<HardEvent::S_MTE2>();
+      read(chunk);
+      order<HardEvent::MTE2_S>();
+      for (int64_t i = 0; i < chunk.count(); ++i) {
+        numbers_.next_token();
+        for (int64_t k = 0; k < tiling_->work.top_k; ++k)
+          if ((!has_rows_ || row(i, k) >= 0) && !number(ids_.get(i, k), exchange) && chunk.first + i < end)
+            end = chunk.first + i;
+      }
+    }
+    return end;
+  }
+  // False if a slot has no room for the token.
+  __aicore__ bool number(int64_t id, Exchange& exchange) {
     if (id < -1 || id >= tiling_->work.experts)
       exchange.fail(Failure::bad_id, exchange.rank(), 0, tiling_->work.experts, id);
-    if (id < 0 || id >= tiling_->work.experts) return;
+    if (id < 0 || id >= tiling_->work.experts) return true;
     const int32_t expert = static_cast<int32_t>(id), rank = numbers_.rank_of(expert);
     numbers_.of_expert(expert);
-    if (numbers_.is_new(rank)) numbers_.of_rank(rank);
+    return !numbers_.is_new(rank) || exchange.has_room(numbers_.of_rank(rank));
   }
 
   const Tiling* tiling_ = nullptr;

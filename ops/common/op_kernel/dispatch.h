@@ -65,10 +65,6 @@ class Dispatch {
     exchange_.begin();
     clear(sent_, tiling_->table_words);
     if constexpr (kIsNormal) clear_columns();
-    if (counts_.count(exchange_, exchange_.all_tokens())) {
-      counts_.send(exchange_);
-      if constexpr (kIsNormal) describe_sent();
-    }
     bool is_first = true;
     do {
       round(is_first);
@@ -79,9 +75,13 @@ class Dispatch {
   }
 
   __aicore__ void round(bool is_first) {
-    // What has been counted of the launch is right for its only round.
-    const bool is_counted = is_first && exchange_.is_whole();
-    if (is_counted ? !exchange_.has_failed() : counts_.count(exchange_, exchange_.own_tokens())) send();
+    if (counts_.count(exchange_)) {
+      if (is_first) {  // and all tokens have been counted
+        counts_.send(exchange_);
+        if constexpr (kIsNormal) describe_sent();
+      }
+      if (counts_.fit(exchange_)) send();
+    }
     exchange_.raise_all(0, counts_.numbers());
     if (!exchange_.all_raised(0)) return;
     if (is_first) arrange();

@@ -29,6 +29,7 @@ class Exchange {
     GlobalTensor<int64_t> control = this->control();
     epoch_ = control.GetValue(kEnded) + 1;
     slots_ = SlotMap::of(tiling, map_);
+    end_ = tiling.work.tokens;
   }
 
   __aicore__ int64_t rank() const { return rank_; }
@@ -50,21 +51,37 @@ class Exchange {
   __aicore__ GM_ADDR mark(int64_t at, int64_t number) { return window(at) + map_.mark(epoch_, number); }
   __aicore__ int32_t mark() const { return static_cast<int32_t>(epoch_); }
 
-  // This block's tokens of the launch, and of the round.
-  __aicore__ Chunk all_tokens() const { return deep_ep::own_tokens(*tiling_, 0, tiling_->tokens); }
+  // This block's tokens of the round. A round begins with all that are left, in later rounds with at most twice as many
+  // as the one before had.
   __aicore__ Chunk own_tokens() const {
-    const int64_t left = tiling_->work.tokens - first_;
-    const int64_t count = left < slots_.tokens ? (left > 0 ? left : 0) : slots_.tokens;
-    return deep_ep::own_tokens(*tiling_, first_, Split::of(count, GetBlockNum()));
+    return deep_ep::own_tokens(*tiling_, first_, Split::of(end_ - first_, GetBlockNum()));
   }
+  __aicore__ int64_t end() const { return end_; }
 
-  // Whether a round has all of this rank's tokens.
-  __aicore__ bool is_whole() const { return tiling_->work.tokens <= slots_.tokens; }
+  // Whether a slot has room for the entry with this number, and for what the round's tokens have for each rank.
+  __aicore__ bool has_room(int64_t number) const { return number < slots_.tokens; }
+  __aicore__ bool have_room(Numbers& numbers) const {
+    if (end_ - first_ <= slots_.tokens) return true;
+    for (int64_t to = 0; to < map_.ranks; ++to)
+      if (numbers.tokens_for(to) > slots_.tokens) return false;
+    return true;
+  }
+  // The round ends before the first of the tokens that the blocks say. They meet.
+  __aicore__ void end_before(int64_t token) {
+    failure_.set(kToken, static_cast<int32_t>(token));
+    agree();
+    for (int64_t block = 0; block < GetBlockNum(); ++block) {
+      const int64_t said = all_failures_.get(block * kStatusWords + kToken);
+      end_ = said < end_ ? said : end_;
+    }
+  }
 
   // Goes on to the next round if any rank has tokens left. The same on all ranks and blocks.
   __aicore__ bool next_round() {
     if (!any_has_more_) return false;
-    first_ += slots_.tokens;
+    const int64_t most = 2 * (end_ - first_), left = tiling_->work.tokens - end_;
+    first_ = end_;
+    end_ += left < most ? left : most;
     ++epoch_;
     return true;
   }
@@ -231,7 +248,7 @@ class Exchange {
   }
 
  private:
-  __aicore__ bool has_more() const { return first_ + slots_.tokens < tiling_->work.tokens; }
+  __aicore__ bool has_more() const { return end_ < tiling_->work.tokens; }
 
   static constexpr int32_t kRefused = -1;  // in the place of the op
   static constexpr int64_t kStatusBytes = Tiling::kStatusBytes;
@@ -335,8 +352,8 @@ class Exchange {
   GlobalTensor<int64_t> table_;
   WindowMap map_{};
   SlotMap slots_{};
-  int64_t first_ = 0;  // token of the round
-  int64_t begin_ = 0;  // of the launch, in cycles
+  int64_t first_ = 0, end_ = 0;  // tokens of the round
+  int64_t begin_ = 0;            // of the launch, in cycles
   int64_t rank_ = 0, epoch_ = 0, rounds_ = 0;
   int32_t op_ = 0;
   bool must_fit_ = false, any_has_more_ = false, refuses_ = false;

@@ -70,7 +70,7 @@ class RoundTrip {
   static constexpr int64_t kSourceBytes = 3 * sizeof(int32_t);
 
   __aicore__ void round() {
-    if (counts_.count(exchange_, exchange_.own_tokens())) ask();
+    if (counts_.count(exchange_) && counts_.fit(exchange_)) ask();
     exchange_.raise_all(kAsked, counts_.numbers());
     if (exchange_.all_raised(kAsked))
       for (Share share(exchange_); share.any();) answer(share);

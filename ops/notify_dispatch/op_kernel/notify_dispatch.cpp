@@ -26,7 +26,7 @@ class NotifyDispatch {
   __aicore__ int64_t exchange() {
     int64_t rows = 0;
     exchange_.begin();
-    if (counts_.count(exchange_, own_tokens(*tiling_, 0, tiling_->tokens))) counts_.send(exchange_);
+    if (counts_.count(exchange_)) counts_.send(exchange_);
     exchange_.raise_all(0, counts_.numbers());
     if (exchange_.all_raised(0)) {
       const int64_t L = tiling_->work.experts / exchange_.ranks();
