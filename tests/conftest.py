@@ -20,6 +20,11 @@ settings.register_profile(
 )
 
 
+# Inductor without what takes it long and matters here least: worker processes, and vector units, for which it compiles
+# and runs a program per kind. Every process that a test starts has these, however late it loads inductor.
+QUICK_INDUCTOR = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "0"}
+
+
 # They import for seconds, and all of their tests are slow.
 SLOW_MODULES = ("test_huggingface.py", "test_megatron.py", "test_training.py")
 
@@ -36,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Watch())
     tier = "quick" if is_quick(config) else "default"
     settings.load_profile(os.environ.get("DEEP_EP_HYPOTHESIS_PROFILE", tier))
+    os.environ.update(QUICK_INDUCTOR)
     # The on-disk caches of torch.compile do not see that an op's fake or backward changed.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="deep_ep-inductor-")
 
