@@ -168,14 +168,18 @@ def test_waits_where_no_signal_comes():
 
 
 @pytest.mark.slow
-def test_a_test_that_hangs_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_test_that_hangs_fails(tmp_path: Path, workers: int) -> None:
     (tmp_path / "conftest.py").write_text(WATCHING)
     (tmp_path / "test_hanging.py").write_text(HANGING)
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-n", str(workers), str(tmp_path)]
     settings = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     run = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
     assert run.returncode == 1
-    assert "test_waits_for_nobody FAILED" in run.stdout, run.stdout
-    assert "test_passes PASSED" in run.stdout, run.stdout
+    for test, outcome in (("waits_for_nobody", "FAILED"), ("passes", "PASSED")):
+        lines = [line for line in run.stdout.splitlines() if f"test_{test}" in line]
+        assert any(outcome in line for line in lines), run.stdout
     assert "test_waits_where_no_signal_comes hangs, and cannot be interrupted" in run.stderr
     assert "in test_waits_where_no_signal_comes" in run.stderr
+    if workers:
+        assert "crashed while running 'test_hanging.py::test_waits_where_no_signal_comes'" in run.stdout
