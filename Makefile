@@ -102,9 +102,10 @@ test:
 test-cpu: $(STAMPS)/build $(NPU_STAMPS)/setup
 	$(BIN)/python -m pytest $(IN_TIER) --junit-xml $(REPORTS)/cpu.xml tests --ignore tests/npu $(ARGS)
 
-# The wheel, under the real torch_npu and torchair; without CANN, over the stand-in of tests/cann.
+# The wheel, under the real torch_npu and torchair; without CANN, over the stand-in of tests/cann, of which every process
+# has its own. NPUs are there once.
 test-npu: $(NPU_STAMPS)/deep_ep
-	$(OVER_CANN) -m pytest $(IN_TIER) --junit-xml $(REPORTS)/npu.xml tests/npu $(ARGS)
+	$(OVER_CANN) -m pytest $(IN_TIER) $$(test "$$libraries" || echo --numprocesses 0) --junit-xml $(REPORTS)/npu.xml tests/npu $(ARGS)
 
 train-npu: $(NPU_STAMPS)/deep_ep
 	$(OVER_CANN) -m torch.distributed.run --standalone --nproc-per-node=$(RANKS) tests/npu/run_example.py $(ARGS)
