@@ -4,6 +4,8 @@ PYTHON ?= python3
 RANKS ?= 4
 # Options for the program or for pytest: make train ARGS="--steps 10", make test ARGS="-k combine -x"
 ARGS ?=
+# Processes that run tests: as many as there are CPUs to use. Each may start eight ranks, which wait more than they work.
+WORKERS ?= $(shell cpus=$$(nproc); echo $$((cpus < 2 ? 2 : cpus > 8 ? 8 : cpus)))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,6 +28,7 @@ help:
 	@echo "make train-npu   the same with graphs for NPUs and the AscendC kernels, over stand-ins for CANN and for an NPU"
 	@echo "make bench       the CPU backend against gloo, MPI and the speed of memory (ARGS=--help: other configurations)"
 	@echo "make test        the whole suite, which is test-cpu, then test-npu, and at the end what both did"
+	@echo "                 (in WORKERS=$(WORKERS) processes; one of them: make test ARGS=\"--numprocesses 0\")"
 	@echo "make test-quick  about 2 minutes; test-long: with many more random cases"
 	@echo "make test-aarch64  the C++ parts and the kernels, cross-compiled and run by qemu, with pages of 4 and of 64 KB"
 	@echo "make twin-report   what launches of the AscendC kernels move (ARGS=\"--ops combine\"; ARGS=--help)"
@@ -83,6 +86,9 @@ bench: $(STAMPS)/build
 
 # The second tier runs whatever became of the first, and the last lines say what became of both.
 REPORTS := build/reports
+# Neighbours of a file stay together, with what it has made for them, until a process has nothing else to do.
+IN_WORKERS = --numprocesses $(WORKERS) --dist worksteal
+IN_TIER = $(IN_WORKERS) --complete -m "not long" --durations 30
 
 test:
 	@rm -f $(REPORTS)/cpu.xml $(REPORTS)/npu.xml
@@ -92,12 +98,14 @@ test:
 	  $(PYTHON) tests/tiers.py test-cpu $(REPORTS)/cpu.xml test-npu $(REPORTS)/npu.xml || status=1; \
 	  exit $$status
 
-test-cpu: $(STAMPS)/build
-	$(BIN)/python -m pytest tests --ignore tests/npu -m "not long" --durations 30 --junit-xml $(REPORTS)/cpu.xml $(ARGS)
+# What is built for NPUs is tested with headers of torch_npu.
+test-cpu: $(STAMPS)/build $(NPU_STAMPS)/setup
+	$(BIN)/python -m pytest $(IN_TIER) --junit-xml $(REPORTS)/cpu.xml tests --ignore tests/npu $(ARGS)
 
-# The wheel, under the real torch_npu and torchair; without CANN, over the stand-in of tests/cann.
+# The wheel, under the real torch_npu and torchair; without CANN, over the stand-in of tests/cann, of which every process
+# has its own. NPUs are there once.
 test-npu: $(NPU_STAMPS)/deep_ep
-	$(OVER_CANN) -m pytest tests/npu -m "not long" --durations 30 --junit-xml $(REPORTS)/npu.xml $(ARGS)
+	$(OVER_CANN) -m pytest $(IN_TIER) $$(test "$$libraries" || echo --numprocesses 0) --junit-xml $(REPORTS)/npu.xml tests/npu $(ARGS)
 
 train-npu: $(NPU_STAMPS)/deep_ep
 	$(OVER_CANN) -m torch.distributed.run --standalone --nproc-per-node=$(RANKS) tests/npu/run_example.py $(ARGS)
@@ -109,7 +117,7 @@ OVER_CANN = libraries="$$(TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU_VENV)/bin/python
 $(NPU_STAMPS)/setup: $(STAMPS)/setup Makefile
 	test -x $(NPU_VENV)/bin/python || $(PYTHON) -m venv $(NPU_VENV)
 	@mkdir -p $(NPU_STAMPS)
-	$(NPU_VENV)/bin/python -m pip install --quiet $(NPU_REQUIREMENTS) $$(grep -E '^(cmake|hypothesis|matplotlib|ninja|numpy|pytest|tqdm)[=>]' $(STAMPS)/requirements.txt)
+	$(NPU_VENV)/bin/python -m pip install --quiet $(NPU_REQUIREMENTS) $$(grep -E '^(cmake|hypothesis|matplotlib|ninja|numpy|pytest|pytest-xdist|tqdm)[=>]' $(STAMPS)/requirements.txt)
 	@touch $@
 
 $(NPU_STAMPS)/deep_ep: $(NPU_STAMPS)/setup $(CXX_INPUTS) $(shell find python -name '*.py')
@@ -118,7 +126,7 @@ $(NPU_STAMPS)/deep_ep: $(NPU_STAMPS)/setup $(CXX_INPUTS) $(shell find python -na
 	@touch $@
 
 test-quick: $(STAMPS)/build
-	$(BIN)/python -m pytest tests --ignore tests/npu -m "not slow and not long" $(ARGS)
+	$(BIN)/python -m pytest $(IN_WORKERS) tests --ignore tests/npu -m "not slow and not long" $(ARGS)
 
 # The C++ parts on aarch64, without Python and torch: what tests/aarch64/ranks.cpp calls.
 AARCH64 := $(CURDIR)/build/aarch64

@@ -77,8 +77,8 @@ def wait_until(ready: Callable[[float], bool], pids: Iterable[int], timeout: flo
 class Watch(threading.Thread):
     """Ends a test in which this process and its descendants have hung: it fails, and shows the stacks of this process.
 
-    If it cannot fail, since it waits where Python gets no signals, the session ends. A plugin for pytest, to be made in
-    pytest_configure.
+    If it cannot fail, since it waits where Python gets no signals, the process ends: the session, or a worker of
+    pytest-xdist, which says so. A plugin for pytest, to be made in pytest_configure.
     """
 
     def __init__(self, timeout: float = TEST_TIMEOUT) -> None:

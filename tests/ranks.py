@@ -8,6 +8,7 @@ called as fn(ctx, *args) with a RankContext, and returns something that can be p
 ranks meet at lives in the parent, so that it outlives every rank.
 """
 
+import contextlib
 import datetime
 import faulthandler
 import multiprocessing
@@ -17,11 +18,10 @@ import pickle
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -52,8 +52,6 @@ EXIT_TIMEOUT = 10.0
 # programs: what it does to the compiler it does when that comes.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["deep_ep", "torch._inductor.compile_fx", "hypothesis", "pytest"])
-# Inductor is there without what takes it long and matters here least: worker processes and vector units.
-QUICK_INDUCTOR = {"compile_threads": 1, "cpp.vec_isa_ok": False}
 
 
 class RankError(Exception):
@@ -285,6 +283,24 @@ class RankPool:
             ranks.close()
 
 
+@contextlib.contextmanager
+def vector_units() -> Iterator[None]:
+    """Inductor compiles for them, as it does for users; conftest.py turns them off.
+
+    Which ones there are it looks up once in a process, whatever its options are by then. A rank that has looked without
+    them would compile code for none of them, and fail on that of another rank, which the cache of graphs has.
+    """
+    import torch._inductor.config
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": None}):
+        valid_vec_isa_list.cache_clear()
+        try:
+            yield
+        finally:
+            valid_vec_isa_list.cache_clear()
+
+
 def spawn_ranks(size: int, fn: Callable, *args: Any, init: bool = True) -> Ranks:
     """Starts fn(ctx, *args) on `size` processes of its own and returns at once.
 
@@ -345,8 +361,6 @@ def _serve(
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     torch.set_num_threads(1)
-    if inductor := sys.modules.get("torch._inductor.config"):
-        inductor.patch(QUICK_INDUCTOR).__enter__()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=GROUP_TIMEOUT)
     contexts = {size: RankContext(rank, size, store) for size in range(1, world_size + 1)}

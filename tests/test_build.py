@@ -4,6 +4,7 @@ signatures that CANN's generator gives the operator definitions. Operator packag
 """
 
 import ctypes
+import functools
 import hashlib
 import itertools
 import json
@@ -32,11 +33,6 @@ FAKE = ROOT / "tests" / "fake_cann"
 LIBRARIES = ("ascendcl", "nnopbase", "hccl")
 RANK, SIZE, WINDOW_BYTES = 1, 4, 200 << 20
 """As tests/fake_cann/cann.cpp has them."""
-
-needs_both = pytest.mark.skipif(
-    native.torch_npu_dir() is None or not (ROOT / ".venv" / ".stamps" / "setup").exists(),
-    reason="no torch-npu wheel, whose headers ops/aclnn is compiled with, or no .venv that make has set up",
-)
 
 
 def run(*command: str | Path, cwd: Path, cann: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
@@ -472,7 +468,13 @@ def wheel(tree: Path, cann_library: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def over_fake_cann(test: Callable[..., None]) -> Callable[..., None]:
-    return needs_both(pytest.mark.slow(test))
+    has_environment = (ROOT / ".venv" / ".stamps" / "setup").exists()
+    marks = (
+        pytest.mark.slow,
+        pytest.mark.torch_npu,
+        pytest.mark.skipif(not has_environment, reason="no .venv that make has set up"),
+    )
+    return functools.reduce(lambda test, mark: mark(test), marks, test)
 
 
 @over_fake_cann

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import WORLD_SIZE, RankContext, RankDied, RankError, RankHung, RankPool, raise_failures, spawn_ranks
+from ranks import (
+    WORLD_SIZE,
+    RankContext,
+    RankDied,
+    RankError,
+    RankHung,
+    RankPool,
+    raise_failures,
+    spawn_ranks,
+    vector_units,
+)
 
 
 def sum_of_ranks(ctx: RankContext) -> int:
@@ -99,6 +109,21 @@ def test_a_rank_that_is_kept_from_work_is_none() -> None:
         outcomes = ranks.outcomes(timeout=1.0)
     raise_failures(outcomes)
     assert [outcome.value for outcome in outcomes] == [0, 1]
+
+
+def with_vector_units(ctx: RankContext) -> list[bool]:
+    """Whether there are any before, meanwhile and afterwards."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    found = [bool(pick_vec_isa())]
+    with vector_units():
+        found.append(bool(pick_vec_isa()))
+    return [*found, bool(pick_vec_isa())]
+
+
+@pytest.mark.slow
+def test_vector_units_are_there_for_ranks_that_have_compiled_without(pool: RankPool) -> None:
+    assert pool.run(2, with_vector_units) == [[False, True, False]] * 2
 
 
 def test_a_dead_rank_is_a_failure(pool: RankPool) -> None:

@@ -4,16 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch._inductor.config as inductor
-from ranks import STRATEGIES, RankContext, RankPool
+from ranks import STRATEGIES, RankContext, RankPool, vector_units
 from train_moe import Config, train
 
 SMALL = {"steps": 20, "batch": 8, "seq": 32, "dim": 32, "quiet": True}
 
 
 def run(ctx: RankContext, options: dict[str, Any]) -> dict[str, Any]:
-    # With vector units, as nobody turns them off.
-    with inductor.patch({"cpp.vec_isa_ok": None}):
+    with vector_units():
         metrics = train(Config(**SMALL, **options), ctx.group)
     torch.set_num_threads(1)
     return metrics

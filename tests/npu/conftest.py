@@ -1,15 +1,24 @@
 import os
 from collections.abc import Iterator
 
+import op_definitions
 import pytest
 from cann import stand_in
 from ranks import RankPool
+from xdist import is_xdist_worker
 
-from tools.twin import kernels
+from tools.twin import kernels, native
 
 if stand_in.in_use():
     # The ranks inherit it.
     os.environ.setdefault("DEEP_EP_KERNELS", str(stand_in.BUILD / "lib" / "libhost_kernels.so"))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Builds what most tests need before there are workers: one that waits for another's build seems to hang."""
+    if not is_xdist_worker(session) and native.torch_npu_dir() is not None:
+        kernels.build()
+        op_definitions.build()
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,7 @@ import torch
 from tools.twin import kernels, native
 
 pytestmark = [
-    pytest.mark.skipif(
-        native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"
-    ),
+    pytest.mark.torch_npu,
     pytest.mark.slow,  # the definitions have to be built
 ]
 

@@ -7,11 +7,7 @@ import mutate
 import pytest
 from ranks import RankPool
 
-from tools.twin import native
-
-pytestmark = pytest.mark.skipif(
-    native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"
-)
+pytestmark = pytest.mark.torch_npu
 
 EVERY = 5
 

@@ -22,12 +22,9 @@ from ranks import RankContext, RankDied, RankPool, raise_failures, spawn_ranks
 from torch import Tensor
 
 from tools.twin import kernels as twin_kernels
-from tools.twin import native
 from tools.twin.kernels import A2, ARCHS, VECTOR_CORES, Group, Setup, Twin
 
-pytestmark = pytest.mark.skipif(
-    native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"
-)
+pytestmark = pytest.mark.torch_npu
 
 SIZES = (2, 4, 8)
 CORES = (2, 3, 5, 8)

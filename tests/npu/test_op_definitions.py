@@ -24,9 +24,7 @@ from deep_ep.npu import ge
 from tools.twin import model, native
 from tools.twin.kernels import A2, A5, VECTOR_CORES
 
-pytestmark = pytest.mark.skipif(
-    native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"
-)
+pytestmark = pytest.mark.torch_npu
 
 TORCH_OPS = {
     "DeepEpGetDispatchLayout": "get_dispatch_layout",

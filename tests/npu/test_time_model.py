@@ -13,12 +13,10 @@ from cases import Case
 from ranks import RankContext, RankPool
 from torch import Tensor
 
-from tools.twin import kernels, model, native
+from tools.twin import kernels, model
 from tools.twin.kernels import ARCHS, Group, Setup, Twin
 
-pytestmark = pytest.mark.skipif(
-    native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"
-)
+pytestmark = pytest.mark.torch_npu
 
 SIZES, CORES = (2, 4, 8), 5
 

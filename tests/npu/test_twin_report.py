@@ -22,9 +22,7 @@ from tools.twin.kernels import A2, A5, Failed, Launch, Moved, Setup, Twin, get_d
 from tools.twin.model import align
 from tools.twin.report import Options, Report
 
-pytestmark = pytest.mark.skipif(
-    native.torch_npu_dir() is None, reason="no torch-npu wheel, whose headers ops/ is compiled with"
-)
+pytestmark = pytest.mark.torch_npu
 
 NOTHING = Moved(bytes=0, transfers=0)
 DISPATCHES = ("dispatch", "dispatch_int8", "low_latency_dispatch", "low_latency_dispatch_int8")

@@ -1,6 +1,7 @@
 """Libraries that are built from the C++ sources of a checkout, for tests and for the twin."""
 
 import fcntl
+import functools
 import importlib.util
 import os
 import shutil
@@ -14,13 +15,18 @@ def root() -> Path:
     return Path(__file__).resolve().parents[2]
 
 
+@functools.cache
 def torch_npu_dir() -> Path | None:
-    """The folder torch_npu of a wheel, found without importing it."""
+    """The folder torch_npu of a wheel, which is not imported: TORCH_NPU_DIR, this Python's, or that of .venv-npu."""
+    if "TORCH_NPU_DIR" in os.environ:
+        return Path(os.environ["TORCH_NPU_DIR"])
     spec = importlib.util.find_spec("torch_npu")
-    installed = [Path(path) for path in (spec.submodule_search_locations if spec else None) or []]
-    given = [Path(os.environ["TORCH_NPU_DIR"])] if "TORCH_NPU_DIR" in os.environ else []
-    other = sorted((root() / ".venv-npu" / "lib").glob("python3*/site-packages/torch_npu"))
-    return next((path for path in (*given, *installed, *other) if (path / "include").is_dir()), None)
+    if spec is not None and spec.submodule_search_locations:
+        return Path(spec.submodule_search_locations[0])
+    python = root() / ".venv-npu" / "bin" / "python"
+    ask = "import importlib.util as u; s = u.find_spec('torch_npu'); print(*s.submodule_search_locations if s else ())"
+    found = subprocess.check_output([python, "-c", ask], text=True).strip() if python.exists() else ""
+    return Path(found) if found else None
 
 
 def tool(name: str) -> str:
