@@ -16,6 +16,10 @@ from .expert_rows import ExpertRows
 from .rank_rows import RankRows
 from .rows import RowContract
 
+_GRADIENTS_GET_LOST = torch.__version__ < "2.12"
+"""In torch 2.11, what a compiled autograd.Function returns has no gradient if it was written to. So graphs write the
+results of a call, at its wait."""
+
 RANKS_OF_A2_SERVER = 8
 
 
@@ -244,7 +248,7 @@ class OfOps(EPCommStrategy):
 
     def _overlaps(self, is_asked: bool) -> bool:
         """Whether a call goes on when it returns."""
-        return is_asked and self.contract.goes_on
+        return is_asked and self.contract.goes_on and not (_GRADIENTS_GET_LOST and torch.compiler.is_compiling())
 
 
 def ops_of_dispatch(given: dict[str, Any]) -> Sequence[str]:
