@@ -1,5 +1,5 @@
 """Operator packages of CANN: packages that CANN itself has made, as wheels have them, and what it makes of a definition
-and of a kernel's source. tests/test_operator_packages.py holds the second against the first.
+and of a kernel's source. tests/package/test_operator_packages.py holds the second against the first.
 
 The wheels are read, and nothing of them is kept but a copy in build/.
 """

@@ -82,7 +82,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 @pytest.mark.parametrize("option, outcome", [("--complete", "1 error"), ("-q", "1 skipped")])
 def test_without_torch_npu(option: str, outcome: str) -> None:
     """What make runs fails; who has started pytest may have made no .venv-npu, and reads how to."""
-    test = "tests/test_build.py::test_request_of_windows_is_laid_out_as_hccl_reads_it"
+    test = "tests/package/test_build.py::test_request_of_windows_is_laid_out_as_hccl_reads_it"
     command = [sys.executable, "-c", WITHOUT_TORCH_NPU, "-p", "no:cacheprovider", option, test]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert outcome in run.stdout, run.stdout + run.stderr

@@ -1,4 +1,4 @@
-// What the opaque types of aclnn are here, for the generated aclnn functions (tests/test_build.py).
+// What the opaque types of aclnn are here, for the generated aclnn functions (tests/package/test_build.py).
 #pragma once
 
 #include <aclnn/acl_meta.h>

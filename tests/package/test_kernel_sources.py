@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KERNELS = sorted((ROOT / "ops").glob("*/op_kernel/*"))
 SHARED = [ROOT / "src" / "device" / name for name in ("op.h", "tiling.h", "window_map.h")]
 """Headers of the host that kernels include: DEEP_EP_DEVICE is `__aicore__` in kernels."""

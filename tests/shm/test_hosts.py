@@ -397,7 +397,7 @@ def test_two_builds_do_not_meet(strategy: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_build_knows_its_sources(tmp_path: Path) -> None:
     """What is compiled changes with what ranks share, and with nothing else."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     tree = tmp_path / "tree"
     for folder in ("src", "torch_library", "ops", "cmake"):
         shutil.copytree(root / folder, tree / folder)

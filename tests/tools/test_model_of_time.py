@@ -14,7 +14,7 @@ from tools.twin import __main__ as command
 from tools.twin import model
 from tools.twin.model import FITTED, HELD_OUT, OPS, SOCS, Point, Sizes, error, fit, op_time
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 SIZES = Sizes(8, 128, 7168, 8, 256)
 
 

@@ -14,7 +14,7 @@ from benchmarks.points import Point
 from benchmarks.rank import with_mpirun
 from benchmarks.report import TOTAL, Results, Value
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
