@@ -55,7 +55,13 @@ Checks& Checks::tensor(const char* name, const Tensor& tensor, std::initializer_
   if (!fits) return require(false, name, " must have the shape ", shape_name(shape), ", got ", shape_name(given));
   require(tensor.device().type() == device_, name, " must be on the ", on_cpu() ? "CPU" : "NPU",
           ", as the other tensors are");
-  return require(tensor.is_contiguous(), name, " must be contiguous; call .contiguous() on it");
+  require(tensor.is_contiguous(), name, " must be contiguous; call .contiguous() on it");
+  return memory(name, tensor);
+}
+
+Checks& Checks::memory(const char* name, const Tensor& tensor) {
+  return require(!on_cpu() || tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, name,
+                 " has no memory: its storage has been freed");
 }
 
 Checks& Checks::rows(const char* name, const Tensor& tensor, Shape shape) {

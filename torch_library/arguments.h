@@ -37,6 +37,8 @@ class Checks {
   explicit Checks(const Tensor& like) : device_(like.device().type()) {}
 
   Checks& tensor(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> dtypes, Shape shape);
+  // What the check of a tensor includes, too: it has memory, which a program may have freed since.
+  Checks& memory(const char* name, const Tensor& tensor);
   // Of the dtypes that ops take, with a last dimension of at least 1.
   Checks& rows(const char* name, const Tensor& tensor, Shape shape);
   // E, R and K as every op has them; group_size 0 when no group is involved.

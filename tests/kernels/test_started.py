@@ -26,6 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import deep_ep
 
 E, H, K = 4, 8, 2
+_reads = itertools.count()
 
 
 def make_buffer(ctx: RankContext, strategy: str, rows: str, **environment: str) -> deep_ep.Buffer:
@@ -335,6 +336,51 @@ def test_x_must_not_be_overwritten(pool: RankPool, strategy: str, backend: str) 
         assert "x was written to between" in message or "x is written to between" in message, message
 
 
+def freed(ctx: RankContext, strategy: str, number: int) -> list[tuple[str, str]]:
+    """What waits say where rank 0 frees the storage of x, as Megatron does with what it has used: before its peer lets
+    it be sent, and after it has been.
+    """
+    buffer, group, (x, ids) = make_buffer(ctx, strategy, "rank"), ctx.prepared_group(strategy), inputs(ctx)
+    sends = {"num_experts": E, "group": group, "num_worst_tokens": 12}
+    out, errors = deep_ep.dispatch(x, ids, **sends), []
+    starts: list[tuple[Callable[[Tensor], Callable[[], Any]], Tensor]] = [
+        (lambda sent: partial(deep_ep.wait, deep_ep.dispatch_start(sent, ids, **sends)), x),
+        (lambda sent: partial(deep_ep.wait, deep_ep.combine_start(sent, out.handle, group=group)), out.recv_x),
+        (lambda sent: buffer.low_latency_dispatch(sent, ids, 4, E, use_fp8=False, return_recv_hook=True)[-1], x),
+    ]
+    for n, (start, like) in enumerate(starts):
+        sent, key = like.clone(), f"freed {strategy} {number} {n}"
+        if ctx.rank == 1:
+            ctx.store.wait([key])
+        before = deep_ep.dispatch_start(x, ids, **sends)
+        wait = start(sent)
+        if ctx.rank == 0:
+            sent.untyped_storage().resize_(0)
+            ctx.store.set(key, "")
+        deep_ep.wait(before)
+        errors.append(error_of(wait))
+    for start, like in starts:
+        sent = like.clone()
+        wait = start(sent)
+        deep_ep.dispatch(x, ids, **sends)  # comes after it
+        if ctx.rank == 0:
+            sent.untyped_storage().resize_(0)
+            errors.append(error_of(wait))
+        else:
+            wait()
+    return errors
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_is_sent_must_not_be_freed(pool: RankPool, strategy: str) -> None:
+    own, others = pool.run(2, freed, strategy, next(_reads))
+    for kind, message in own[:3] + others:
+        assert kind == "RuntimeError" and "rank 0: " in message and "storage has been freed" in message, message
+    for kind, message in own[3:]:
+        assert kind == "RuntimeError"
+        assert "x was freed between the start of the call and its wait" in message, message
+
+
 def overwritten_in_inference(ctx: RankContext, strategy: str) -> None:
     """Rank 0 writes to what it sends before the other one has begun."""
     buffer, group = make_buffer(ctx, strategy, "rank"), ctx.prepared_group(strategy)
@@ -412,9 +458,6 @@ def too_early(ctx: RankContext, strategy: str, number: int) -> bool:
     results[-1].current_stream_wait()
     assert not results[0].isnan().any() and not results[2].isnan().any()
     return is_nothing
-
-
-_reads = itertools.count()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

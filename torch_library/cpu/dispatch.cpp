@@ -382,6 +382,8 @@ std::optional<EarlyDispatched> DispatchCall::make_early(const Group& group) {
 }
 
 Results DispatchCall::run(Turn turn, std::optional<EarlyDispatched> early) {
+  checks.memory("x", x).memory("topk_idx", topk_idx);
+  if (topk_weights) checks.memory("topk_weights", *topk_weights);
   Dispatching steps(*this, turn.group(), std::move(early));
   Contribution mine = steps.contribute(turn.group());
   Operation op(std::move(turn), std::move(mine), [&](const Operation& op) { return steps.route(op); });

@@ -164,6 +164,7 @@ std::optional<Tensor> CombineCall::make_early(const Group&) {
 }
 
 Results CombineCall::run(Turn turn, std::optional<Tensor> early) {
+  checks.memory("x", x).memory("topk_idx", topk_idx).memory("topk_weights", topk_weights);
   HandleArguments arguments(code, turn.group(), checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks,
                             layout_range ? &*layout_range : nullptr);
   SendBack back{.handle = arguments.handle};

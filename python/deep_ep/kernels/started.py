@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import communicator
 from ..calls import Failed, mine
 from ..communicator import Communicator
+from .alltoall import reject
 
 Write = Callable[[list[Tensor], list[Tensor]], None]
 """(tensors that were made for results, results): writes these to those, behind torch's back."""
@@ -59,6 +60,9 @@ class _Call(Future):
         try:
             if failed is not None and failed.error is not None:
                 raise failed.error
+            if self._group is not None and any(map(_is_freed, arguments)):
+                op = self.op.removesuffix("_padded")  # as peers know it
+                reject(op, self._group.name, "an argument has no memory: its storage has been freed")
             with torch.no_grad():
                 results = kernel(*arguments)
             results = [results] if isinstance(results, Tensor) else list(results)
@@ -72,6 +76,10 @@ class _Call(Future):
             with self._lock:
                 spoil(self._early)
                 self.set_exception(error)
+
+
+def _is_freed(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.numel() > 0 and argument.untyped_storage().nbytes() == 0
 
 
 def write(to: Tensor, of: Tensor) -> None:

@@ -38,8 +38,9 @@ class Started(NamedTuple):
     """The dimensions that the tokens came in; [T] in `arguments`."""
     grad: bool
     """Whether autograd recorded what was computed when the call was issued."""
-    versions: tuple[int, ...]
-    """How often each of the arguments had been written to when the call was issued; empty in graphs."""
+    contents: tuple[tuple[int, int], ...]
+    """Of each of the arguments how often it had been written to, and where it lay, when the call was issued; empty in
+    graphs."""
     is_token_in_rank: Tensor | None = None
     """Of a dispatch, where it is known."""
 
@@ -64,22 +65,23 @@ class Started(NamedTuple):
         else:
             with torch.inference_mode(False), torch.set_grad_enabled(grad):
                 results = self._call(wait)
-        self._check_versions()
+        self._check_contents()
         return results
 
     def _call(self, packet: Any) -> list[Tensor]:
         sizes = self.num_experts, self.info.size, self.num_max
         return getattr(packet, self.overload)(self.ticket, self.op, list(self.arguments), *sizes, self.info.name)
 
-    def _check_versions(self) -> None:
-        """RuntimeError: an argument was written to while it may have been sent."""
+    def _check_contents(self) -> None:
+        """RuntimeError: an argument was written to, or freed, while it may have been sent."""
         if torch.compiler.is_compiling():
             return
-        for number, version in enumerate(self.versions):
-            if version != _version(self.arguments[number]):
+        for number, before in enumerate(self.contents):
+            if before != (now := _contents(self.arguments[number])):
+                done, do = ("written to", "write to") if before[0] != now[0] else ("freed", "free")
                 raise RuntimeError(
-                    f"deep_ep.{self.op}: {_argument_name(self.op, number)} was written to between the start of the "
-                    "call and its wait, so that what was sent is not known; write to it after the wait, or pass a copy"
+                    f"deep_ep.{self.op}: {_argument_name(self.op, number)} was {done} between the start of the call "
+                    f"and its wait, so that what was sent is not known; {do} it after the wait, or pass a copy"
                 )
 
 
@@ -95,9 +97,9 @@ def issued(
     is_token_in_rank: Tensor | None = None,
 ) -> Started:
     """The Started of a call that has just given its ticket."""
-    versions = () if torch.compiler.is_compiling() else tuple(map(_version, arguments))
+    contents = () if torch.compiler.is_compiling() else tuple(map(_contents, arguments))
     sizes = num_experts, num_max, tokens
-    return Started(ticket, info, overload, op, arguments, *sizes, torch.is_grad_enabled(), versions, is_token_in_rank)
+    return Started(ticket, info, overload, op, arguments, *sizes, torch.is_grad_enabled(), contents, is_token_in_rank)
 
 
 def as_issued(tensor: Tensor) -> Tensor:
@@ -112,9 +114,9 @@ def no_rows(like: Tensor, num_rows: int) -> Tensor:
     return like.new_full((1, like.shape[1]), torch.nan).expand(num_rows, -1)
 
 
-def _version(tensor: Tensor) -> int:
-    """How often it has been written to; 0 where torch does not count."""
-    return 0 if tensor.is_inference() else tensor._version
+def _contents(tensor: Tensor) -> tuple[int, int]:
+    """How often it has been written to, 0 where torch does not count; and where its memory is."""
+    return 0 if tensor.is_inference() else tensor._version, tensor.untyped_storage().data_ptr()
 
 
 def _argument_name(op: str, number: int) -> str:
