@@ -71,6 +71,7 @@ def _load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
         "deep_ep_fused_places": (None, [i64, pointer]),
         "deep_ep_fused_bits_of": (i64, [ctypes.c_float]),
         "deep_ep_fused_scale_of": (ctypes.c_float, [i64]),
+        "deep_ep_npu_least_bytes": (i64, [i64]),
         "deep_ep_npu_load": (i32, [text, text]),
         "deep_ep_npu_kernels": (text, []),
         "deep_ep_npu_open_windows": (i32, [text, text, i32, i32, u64, i64, pointer, text]),

@@ -106,9 +106,9 @@ def init(
         num_bytes: most bytes of every rank's window, where a strategy is ``default``; None takes HCCL_BUFFSIZE, read
             now. On CPU a window grows as ops need it, and gives back what they no longer use; with neither, to a
             rank's share in half of the memory of the host or of the rank's cgroup. On NPUs it has this size from the
-            start; with neither, 256 MiB. Rows that do not fit go in rounds, so this bounds speed, not sizes. A window
-            that may be large enough already is kept; a smaller one, or one that was given up after a failure, is
-            replaced.
+            start, half a MiB at least; with neither, 256 MiB. Rows that do not fit go in rounds, so this bounds speed,
+            not sizes. A window that may be large enough already is kept; a smaller one, or one that was given up after
+            a failure, is replaced.
         strategy: ``default``, ``alltoall`` or ``ops``; None takes what was chosen, or DEEP_USE_MODE, read now.
         low_latency_strategy: another one for the low-latency ops: ``default``, ``alltoall`` or ``ops``.
         timeout: how long an op waits for a peer without progress; None is the group's own timeout. This call waits for
@@ -125,8 +125,9 @@ def init(
             mesh of several dimensions, a device that the group does not have, or a wrong value in the environment
             (`deep_ep.env`) of what no argument says; on this rank, before it waits for others.
         RuntimeError: on every rank, when other strategies were chosen before `destroy`; when ranks have different
-            builds of this package; when windows cannot be made: too little memory on a rank, or, on CPU, ranks on
-            several hosts; when a rank has died, leaves or does not come.
+            builds of this package; when windows cannot be made: too little memory on a rank, on NPUs too few bytes
+            for flags and a slot of each rank, or, on CPU, ranks on several hosts; when a rank has died, leaves or does
+            not come.
     """
     return prepare(group, num_bytes, strategy, low_latency_strategy, timeout, comm_alg, device, chooses=True)
 

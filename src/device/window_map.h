@@ -51,6 +51,10 @@ struct WindowMap {
     return line(kBlocks) + (epoch % kParities * kMarks + number) * 4;
   }
   DEEP_EP_DEVICE constexpr int64_t slots_begin() const { return line(kBlocks) + kParities * kMarks * 4; }
+  // Of a window in which `ranks` have flags, and slots of a block at least.
+  DEEP_EP_DEVICE static constexpr int64_t least_bytes(int64_t ranks) {
+    return WindowMap{ranks, 0}.slots_begin() + kParities * ranks * kBlock;
+  }
   // Bytes of the slots of one parity.
   DEEP_EP_DEVICE constexpr int64_t room() const { return (bytes - slots_begin()) / kParities / kBlock * kBlock; }
   DEEP_EP_DEVICE constexpr int64_t slot(int64_t epoch, int64_t source, int64_t slot_bytes) const {

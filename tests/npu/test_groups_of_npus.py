@@ -25,6 +25,7 @@ from ranks import RankContext, RankPool, raise_failures, spawn_ranks
 
 import deep_ep
 from tools.twin import kernels as twin_kernels
+from tools.twin import model
 
 SIZE = 2
 ON_NPU, M = Case((5, 3), H=256, K=2, local_experts=4, dtype=torch.bfloat16, ids="distinct", absent=0.1), 7
@@ -121,6 +122,33 @@ def test_windows_of_a_device_are_asked_for(npus: RankPool) -> None:
             differ
         )
         assert "there are no windows on the NPU" in without
+
+
+def too_small(ctx: RankContext) -> list[str]:
+    """What init says to windows with a byte less than they must have, on all ranks and on one of them."""
+    sizes = model.Sizes(SIZE, 0, 0, 1, SIZE)
+    least = model.slots_begin(sizes) + 2 * SIZE * model.LINE
+    group = make_group(ctx)
+    texts = []
+    for num_bytes in (least - 1, least - 1 if ctx.rank == 1 else SMALL):
+        kind, text = error_of(deep_ep.init, group, num_bytes=num_bytes)
+        assert kind == "RuntimeError"
+        assert f"{SIZE} ranks need {least} bytes each" in text
+        assert f"gives {least - 1}; ask for more with num_nvl_bytes, num_bytes or HCCL_BUFFSIZE" in text
+        texts.append(text)
+    deep_ep.init(group, num_bytes=least)
+    deep_ep.init(group, num_bytes=SMALL)
+    deep_ep.init(group, num_bytes=1)  # what there is has room
+    on_npu(ctx, group)
+    deep_ep.destroy(group)
+    return texts
+
+
+def test_windows_that_are_too_small_are_refused(npus: RankPool) -> None:
+    texts = npus.run(SIZE, too_small)
+    assert texts[0] == texts[1]
+    assert "and rank 0 gives" in texts[0][0]
+    assert "and rank 1 gives" in texts[0][1]
 
 
 def on_hosts(ctx: RankContext, apart: bool) -> tuple[list[str], str]:

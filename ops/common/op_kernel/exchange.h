@@ -180,20 +180,12 @@ class Exchange {
     line.SetValue(kPosted, static_cast<int32_t>(epoch_));
     refresh(line);
   }
-  // Waits for the first blocks. If one has failed, this rank refuses the launch.
+  // Waits for the others of the first blocks. If one has failed, this rank refuses the launch.
   __aicore__ void hear(int64_t blocks) {
-    const int64_t deadline = table_.GetValue(WindowMap::kDeadline);
-    for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t block = 0; block < blocks && !refuses_; ++block) {
+      if (block == GetBlockIdx()) continue;
       GlobalTensor<int32_t> line = own_lines<int32_t>(map_.line(block));
-      const int32_t expected = static_cast<int32_t>(epoch_);
-      int32_t got = 0;
-      for (; (got = line.GetValue(kPosted)) != expected; refresh(line)) {
-        if (GetSystemCycle() - begin_ <= deadline) continue;
-        fail(Failure::late, rank_, 0, expected, got);
-        refuses_ = true;
-        return;
-      }
-      refuses_ = refuses_ || line.GetValue(kPostFailed) != 0;
+      refuses_ = !is_current(line, kPosted, rank_, 0, Unless::late) || line.GetValue(kPostFailed) != 0;
     }
   }
   // Waits until a rank has raised its flag. False: the launch has failed.
@@ -210,23 +202,14 @@ class Exchange {
   }
   // Waits until `rank` has sent what it marks so. False: the launch has failed, in this block or in another.
   __aicore__ bool is_marked(GlobalTensor<int32_t> mark, int64_t rank) {
-    const int32_t expected = this->mark();
-    const int64_t deadline = table_.GetValue(WindowMap::kDeadline);
-    int32_t got = 0;
-    for (; (got = mark.GetValue(0)) != expected; refresh(mark)) {
-      if (is_told()) return false;
-      if (GetSystemCycle() - begin_ <= deadline) continue;
-      fail(Failure::late, rank, 1, expected, got);
-      return false;
-    }
-    return true;
+    return is_current(mark, 0, rank, 1, Unless::told);
   }
   // What is wrong in this block is the status of the rank, which the others look at while they wait.
   __aicore__ void tell() {
     if (!has_failed() || is_told()) return;
     order<HardEvent::S_MTE3>();
     store(window(rank_) + WindowMap::status(), failure_.tensor(), kStatusWords);
-    order<HardEvent::MTE3_S>();
+    order<HardEvent::MTE3_S>();  // before this rank's flags say that it refuses, which its own blocks hear too
   }
 
   // The launch has come to its end, about which all blocks agree.
@@ -321,18 +304,31 @@ class Exchange {
     DataCacheCleanAndInvalid<T, CacheLine::SINGLE_CACHE_LINE, DcciDst::CACHELINE_OUT>(line);
   }
 
-  __aicore__ bool wait(int64_t phase, int64_t source) {
-    const int32_t expected = static_cast<int32_t>(epoch_);
+  // What ends a wait, besides the deadline: another block of this rank has failed; the peer is in a later launch, which
+  // flags can tell, as each launch raises them all.
+  enum class Unless { late, told, ahead };
+
+  // Looks at a word of a line of this rank's until it is the epoch. False: it has not become so, and the launch has
+  // failed, for which `peer` is to blame unless it is told.
+  __aicore__ bool is_current(GlobalTensor<int32_t> line, int32_t word, int64_t peer, int64_t phase, Unless unless) {
+    const int32_t expected = mark();
     const int64_t deadline = table_.GetValue(WindowMap::kDeadline);
-    GlobalTensor<int32_t> flag = own_lines<int32_t>(map_.flag(epoch_, phase, source));
     int32_t got = 0;
-    for (; (got = flag.GetValue(kEpoch)) != expected; refresh(flag)) {
-      // Epochs wrap around in a flag.
-      const bool is_ahead = static_cast<int32_t>(static_cast<uint32_t>(got) - static_cast<uint32_t>(expected)) > 0;
+    for (; (got = line.GetValue(word)) != expected; refresh(line)) {
+      if (unless == Unless::told && is_told()) return false;
+      // Epochs wrap around in a word.
+      const bool is_ahead = unless == Unless::ahead &&
+                            static_cast<int32_t>(static_cast<uint32_t>(got) - static_cast<uint32_t>(expected)) > 0;
       if (!is_ahead && GetSystemCycle() - begin_ <= deadline) continue;
-      fail(is_ahead ? Failure::ahead : Failure::late, source, phase, expected, got);
+      fail(is_ahead ? Failure::ahead : Failure::late, peer, phase, expected, got);
       return false;
     }
+    return true;
+  }
+
+  __aicore__ bool wait(int64_t phase, int64_t source) {
+    GlobalTensor<int32_t> flag = own_lines<int32_t>(map_.flag(epoch_, phase, source));
+    if (!is_current(flag, kEpoch, source, phase, Unless::ahead)) return false;
     const Work& work = tiling_->work;
     return matches(flag, kFlagOp, op_, phase, source) && matches(flag, kHidden, work.hidden, phase, source) &&
            matches(flag, kTopK, work.top_k, phase, source) && matches(flag, kExperts, work.experts, phase, source) &&

@@ -103,6 +103,7 @@ class Windows:
     def __init__(self, group: dist.ProcessGroup, meeting: Meeting, num_bytes: int | None, timeout: timedelta) -> None:
         num_bytes = num_bytes or DEFAULT_BYTES
         self.num_bytes, self.timeout = num_bytes, timeout
+        _require_room(group, meeting.exchange(num_bytes))
         if group.group_name in _open:
             _open[group.group_name].close()  # they go by the group's name, so that a name has one at a time
         own = _own_communicator(group, meeting, num_bytes, timeout)
@@ -146,6 +147,18 @@ class Windows:
     def close(self) -> None:
         """Gives the windows up."""
         self._close()
+
+
+def _require_room(group: dist.ProcessGroup, sizes: list[int]) -> None:
+    """RuntimeError, the same on all ranks: windows of these sizes, by rank, are too small for any launch. What a launch
+    needs for its slots it says itself."""
+    least, smallest = library.deep_ep_npu_least_bytes(len(sizes)), min(sizes)
+    if smallest < least:
+        raise RuntimeError(
+            f"deep_ep: cannot make windows for the group '{group.group_name}': on NPUs {len(sizes)} ranks need {least} "
+            f"bytes each at least, for flags, marks and slots, and rank {sizes.index(smallest)} gives {smallest}; ask "
+            "for more with num_nvl_bytes, num_bytes or HCCL_BUFFSIZE"
+        )
 
 
 def _patience(timeout: timedelta) -> timedelta:
