@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-SHM = Path(__file__).parents[1] / "src/shm"
+SHM = Path(__file__).parents[2] / "src/shm"
 
 PROGRAM = """
 #include <cassert>
