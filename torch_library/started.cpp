@@ -121,6 +121,13 @@ void fail(std::promise<Results>& promise, const Results& early, std::exception_p
 
 }  // namespace
 
+std::mutex& start_order() {
+  struct Order {
+    std::mutex mutex;
+  };
+  return PerProcess<Order>::get().mutex;
+}
+
 Tensor start(Op op, Turn turn, Results early, Body body, const char* name) {
   if (turn.group().spoils()) spoil(early);
   ThreadCalls& calls = ThreadCalls::mine();

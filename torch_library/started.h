@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <exception>
 #include <future>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -102,6 +103,10 @@ auto outputs(const Results& results) {
     }(std::make_index_sequence<count>{});
 }
 
+// Held from when a call draws its turn until the group's thread has it. That thread does what it has been given in that
+// order: a call whose turn comes after that of one behind it would wait for ever.
+std::mutex& start_order();
+
 // The kernels of an op of so many results and of the op that starts it. `make` has the op's arguments and returns a
 // call.
 template <auto make, size_t count>
@@ -111,7 +116,10 @@ template <typename Call, typename... Args, Call (*make)(Args...), size_t count>
 struct Kernels<make, count> {
   static inline const char* name = nullptr;  // of the op
   static auto run(Args... args) { return outputs<count>(run_call(make(std::move(args)...))); }
-  static Tensor start(Args... args) { return start_call(make(std::move(args)...), name); }
+  static Tensor start(Args... args) {
+    const std::lock_guard lock(start_order());
+    return start_call(make(std::move(args)...), name);
+  }
 };
 
 // Registers both.

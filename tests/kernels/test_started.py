@@ -275,6 +275,28 @@ def test_threads_may_call_in_turn(pool: RankPool, strategy: str) -> None:
     pool.run(2, in_turn, strategy)
 
 
+def started_by_threads(ctx: RankContext, strategy: str) -> None:
+    """Nobody waits for these calls; the one after them comes after all of them."""
+    group, num_threads = ctx.prepared_group(strategy), 4
+    x, ids = torch.ones(2, H), torch.zeros(2, 1, dtype=torch.int64)
+    turn = threading.Barrier(num_threads)
+
+    def start(number: int) -> None:
+        turn.wait()
+        for _ in range(2000 if strategy == "default" else 100):
+            deep_ep.dispatch_start(x + number, ids, num_experts=E, group=group, num_worst_tokens=2)
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        list(threads.map(start, range(num_threads)))
+    out = deep_ep.dispatch(x, ids, num_experts=E, group=group, num_worst_tokens=2)
+    assert_same("recv_x", out.recv_x, x)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_threads_may_start_calls_at_once(pool: RankPool, strategy: str) -> None:
+    pool.run(1, started_by_threads, strategy)
+
+
 # Static buffers
 
 
