@@ -614,7 +614,7 @@ def too_small(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
                 group.low_latency_combine(expected.ys[r], expected.ids[r], expected.weights[r], handle, case.E)
             room = (size - model.slots_begin(sizes_of(case))) // 2
             wanted = room + 512 if op == LOW_LATENCY_DISPATCH else places
-            check_status(group, [TOO_SMALL, 1, r, 0, wanted, room, op])
+            check_status(group, [TOO_SMALL, 1, r, 0, -(-wanted // 1024), room // 1024, op])
             _check_stays(group, r)
 
 

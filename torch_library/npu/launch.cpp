@@ -146,7 +146,7 @@ const char* text_of(Failure failure) {
     case Failure::bad_row:
       return "it asks for a row that x does not have: rows, row";
     case Failure::too_small:
-      return "the windows are too small for this launch: bytes needed, bytes there; ask for more with num_bytes";
+      return "the windows are too small for this launch: KiB needed, KiB there; ask for more with num_bytes";
     case Failure::aborted:
       return "a launch before did not come to its end: the newest one that has ended, the newest one that has begun";
     case Failure::no_room:

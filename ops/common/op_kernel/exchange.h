@@ -130,7 +130,8 @@ class Exchange {
       control.SetValue(kBegun, epoch_);
       refresh(control);
     }
-    if (bytes > map_.room()) fail(Failure::too_small, rank_, 0, bytes, map_.room());
+    constexpr int64_t kUnit = 1024;  // as a word of 32 bits holds it
+    if (bytes > map_.room()) fail(Failure::too_small, rank_, 0, (bytes + kUnit - 1) / kUnit, map_.room() / kUnit);
   }
 
   // Waits until all ranks have raised their flags, each block for some of them. False: the launch has failed.
