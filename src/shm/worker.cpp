@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <exception>
 #include <thread>
 #include <utility>
 
@@ -36,8 +37,14 @@ bool Worker::Task::run() {
   if (begun_.exchange(true)) return false;
   std::future<void> outcome = body_.get_future();
   body_();
+  std::exception_ptr error;
+  try {
+    outcome.get();  // and lets go of what it shares with the body
+  } catch (...) {
+    error = std::current_exception();
+  }
   drop(std::exchange(body_, {}));
-  outcome.get();
+  if (error) std::rethrow_exception(error);
   return true;
 }
 

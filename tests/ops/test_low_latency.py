@@ -214,7 +214,8 @@ def padded(packed: Tensor, counts: list[int], size: int) -> Tensor:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    # A tensor without rows counts as contiguous with any strides.
+    return tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def check_buffer(ctx: RankContext, case: Case, M: int, settings: Settings) -> float:

@@ -646,7 +646,7 @@ def call_of(op_type: str, num_experts: int = 8) -> tuple[DeepEpCall, list[str]]:
 @over_fake_cann
 def test_arguments_arrive_in_the_order_of_the_definition(wheel: Callable[[Build], Wheel]) -> None:
     kernels = kernels_of(wheel(AT_HOME))
-    assert (kernels.version, kernels.name) == (1, b"AscendC ascend910_93")
+    assert (kernels.version, kernels.name) == (2, b"AscendC ascend910_93")
     opapi = ctypes.CDLL(str(next(wheel(AT_HOME).package.rglob("libcust_opapi.so"))))
     opapi.fake_cann_launched.restype = TEXT
     error = ctypes.create_string_buffer(512)
@@ -726,7 +726,7 @@ def test_window_table(wheel: Callable[[Build], Wheel], monkeypatch: pytest.Monke
 
     assert opened(b"own", SIZE, 1 << 20) == ""
     cycles = 1_000_000 if build.soc == "ascend950" else 50_000
-    assert table[:] == [1, RANK, SIZE, 1 << 20, 2000 * cycles, 0, 0, 0, *((r + 1) << 32 for r in range(SIZE))]
+    assert table[:] == [2, RANK, SIZE, 1 << 20, 2000 * cycles, 0, 0, 0, *((r + 1) << 32 for r in range(SIZE))]
     # A kernel ends before the device ends it.
     for device, patience in ((None, 492_300), ("547000", 492_300), ("20000", 18_000), ("5400000", 1_800_000)):
         if device is not None:

@@ -139,7 +139,7 @@ class NormalOfOps(OfOps, NormalEPCommStrategy):
                 combined = total.to(x.dtype)
             return combined, combined_weights
 
-        sums = plan._replace(received=received, inputs=biases, arranges=plan.arranges and not biases)
+        sums = plan._replace(received=received, inputs=biases, arranges=plan.arranges and len(biases) == 0)
         return self._issue(sums, async_finish, combine_send_cost_stats)
 
     def _check_routing(self, routing: Routing, is_cached: bool) -> None:
