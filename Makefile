@@ -4,8 +4,8 @@ PYTHON ?= python3
 RANKS ?= 4
 # Options for the program or for pytest: make train ARGS="--steps 10", make test ARGS="-k combine -x"
 ARGS ?=
-# Processes that run tests: as many as there are CPUs to use. Each may start eight ranks, which wait more than they work.
-WORKERS ?= $(shell cpus=$$(nproc); echo $$((cpus < 2 ? 2 : cpus > 8 ? 8 : cpus)))
+# Processes that run tests: as many as there are CPUs to use, if memory has room: each may start eight ranks of 0.6 GB.
+WORKERS ?= $(shell cpus=$$(nproc); echo $$((cpus < 2 ? 2 : cpus > 4 ? 4 : cpus)))
 
 VENV := .venv
 BIN := $(VENV)/bin
