@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -117,7 +118,9 @@ struct Kernels<make, count> {
   static inline const char* name = nullptr;  // of the op
   static auto run(Args... args) { return outputs<count>(run_call(make(std::move(args)...))); }
   static Tensor start(Args... args) {
-    const std::lock_guard lock(start_order());
+    std::unique_lock lock(start_order(), std::defer_lock);
+    // A queued call draws no turn, and to queue it may be to wait for peers.
+    if constexpr (!std::is_same_v<Call, QueuedCall>) lock.lock();
     return start_call(make(std::move(args)...), name);
   }
 };
