@@ -104,6 +104,8 @@ class Exchange {
     failure_.set(kOp, op_);
   }
   __aicore__ bool has_failed() { return failure_.get(kFailure) != 0; }
+  // Whether this block has failed, or knows that another one of the rank has, which says what it was.
+  __aicore__ bool refuses() { return refuses_ || has_failed(); }
 
   // Waits for all blocks, as all_blocks does. False if one of them has failed: then all have.
   __aicore__ bool agree() {
@@ -189,13 +191,13 @@ class Exchange {
       refuses_ = !is_current(line, kPosted, rank_, 0, Unless::late) || line.GetValue(kPostFailed) != 0;
     }
   }
-  // Waits until a rank has raised its flag. False: the launch has failed.
+  // Waits until a rank has raised its flag. False: this rank refuses the launch.
   __aicore__ bool has_raised(int64_t phase, int64_t source) { return wait(phase, source); }
   // The same for every so many-th rank.
   __aicore__ bool have_raised(int64_t phase, int64_t source, int64_t step) {
     for (; source < map_.ranks && !refuses_; source += step)
       if (!wait(phase, source)) break;
-    return !has_failed() && !refuses_;
+    return !refuses();
   }
   // The marks of one token, from the first of them on, as they are now.
   __aicore__ GlobalTensor<int32_t> marks(int64_t first, int64_t count) {
@@ -210,7 +212,6 @@ class Exchange {
     if (!has_failed() || is_told()) return;
     order<HardEvent::S_MTE3>();
     store(window(rank_) + WindowMap::status(), failure_.tensor(), kStatusWords);
-    order<HardEvent::MTE3_S>();  // before this rank's flags say that it refuses, which its own blocks hear too
   }
 
   // The launch has come to its end, about which all blocks agree.
@@ -248,7 +249,7 @@ class Exchange {
     for (int64_t i = 0; i < kFlagWords; ++i) flags_.set(at + i, 0);
     flags_.set(at + kEpoch, static_cast<int32_t>(epoch_));
     flags_.set(at + kEntries, static_cast<int32_t>(entries));
-    flags_.set(at + kFlagOp, has_failed() || refuses_ ? kRefused : op_);
+    flags_.set(at + kFlagOp, refuses() ? kRefused : op_);
     flags_.set(at + kHidden, static_cast<int32_t>(work.hidden));
     flags_.set(at + kTopK, static_cast<int32_t>(work.top_k));
     flags_.set(at + kExperts, static_cast<int32_t>(work.experts));
@@ -341,7 +342,10 @@ class Exchange {
     const int32_t got = flag.GetValue(word);
     if (got == own) return true;
     const bool refused = word == kFlagOp && got == kRefused;
-    fail(refused ? Failure::refused : Failure::different, source, phase, own, got);
+    if (refused && source == rank_)
+      refuses_ = true;
+    else
+      fail(refused ? Failure::refused : Failure::different, source, phase, own, got);
     return false;
   }
 

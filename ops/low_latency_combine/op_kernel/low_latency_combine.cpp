@@ -197,7 +197,7 @@ class LowLatencyCombine {
 
   __aicore__ void push() {
     const Work& work = tiling_->work;
-    if (exchange_.has_failed()) return;
+    if (exchange_.refuses()) return;
     load(ends_.tensor(), layout_range_, work.experts);
     mark_.set(0, exchange_.mark());
     order<HardEvent::S_MTE3>();
@@ -207,7 +207,7 @@ class LowLatencyCombine {
       return;
     }
     const int64_t all = (work.max_tokens + parts_ - 1) / parts_;
-    for (first_ = 0; first_ < all && !exchange_.has_failed(); first_ += of_unit_) {
+    for (first_ = 0; first_ < all && !exchange_.refuses(); first_ += of_unit_) {
       find();
       send_rows();
       send_sums();
