@@ -321,11 +321,11 @@ def normal(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int,
 
 
 def many_ranks(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
-    """More ranks than flags are read at a time, as threads of one process."""
+    """More ranks than flags are read at a time, which is 64, as threads of one process."""
     if ctx.rank != 0:
         return
     twin.configure(setup)
-    R = 40
+    R = 66
     case = Case(tuple(r % 3 for r in range(R)), H=8, K=2, local_experts=1, ids="distinct", absent=0.1, seed=7)
     expected, num_bytes = expect_normal(case), window_bytes(case, 2) + 1024 * R
 
