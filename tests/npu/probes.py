@@ -433,10 +433,12 @@ def _check_stays(group: Group, rank: int) -> None:
     status, expected = group.status(), expect(CASE, M)
     ids = expected.ids[rank]
     out = group.low_latency_dispatch(expected.xs[rank], ids, M, CASE.E)
+    out += group.dispatch(expected.xs[rank], ids, expected.weights[rank], 9, CASE.E)
+    src_idx, layout_range, send_head = expected.dispatched[rank][2:]
+    given = expected.ys[rank], ids, expected.weights[rank]
+    out.append(group.low_latency_combine(*given, (src_idx, layout_range, send_head), CASE.E))
+    out.append(group.combine(*given, (src_idx, send_head), CASE.E))
     assert all(bool((t != t).all() if t.is_floating_point() else (t == POISON[t.dtype]).all()) for t in out)
-    handle = expected.dispatched[rank][2:]
-    combined = group.low_latency_combine(expected.ys[rank], ids, expected.weights[rank], handle, CASE.E)
-    assert combined.isnan().all(), "a combine after a failure has written something"
     assert group.notify_dispatch(ids, CASE.E).item() == 0
     assert group.status() == status, f"status {group.status()}, before {status}"
 
@@ -621,16 +623,19 @@ def too_small(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
 def begun(ctx: RankContext, twin: Twin, key: str, setup: Setup) -> None:
     """A launch that waits says that it has begun: whoever aborts it leaves that behind."""
     twin.configure(setup)
-    ids, r = expect(CASE, M).ids[ctx.rank], ctx.rank
+    expected, r = expect(CASE, M), ctx.rank
+    ids, (src_idx, _, send_head) = expected.ids[r], expected.dispatched[r][2:]
     with Group(twin, key, r, ctx.size, 1 << 20, timeout_ms=DAY) as group:
-        if r == 0:
-            while (words := list(control(group, 1))) != [0, 1]:
-                assert words == [0, 0], f"control words {words}"
+        launches = (
+            lambda: group.notify_dispatch(ids, CASE.E),
+            lambda: group.combine(expected.ys[r], ids, expected.weights[r], (src_idx, send_head), CASE.E),
+        )
+        for ended, launch in enumerate(launches):
+            while r == 0 and (words := list(control(group, 1))) != [ended, ended + 1]:
+                assert words in ([ended - 1, ended], [ended, ended]), f"control words {words}"
                 time.sleep(0.001)
-            group.notify_dispatch(ids, CASE.E)
-        else:
-            group.notify_dispatch(ids, CASE.E)
-        assert list(control(group)) == [1, 1]
+            launch()
+            assert list(control(group)) == [ended + 1, ended + 1]
 
 
 def control(group: Group, rank: int | None = None) -> Any:
