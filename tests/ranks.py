@@ -11,6 +11,7 @@ ranks meet at lives in the parent, so that it outlives every rank.
 import contextlib
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -359,6 +360,8 @@ def _serve(
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # What has been imported stays: the collector need not go through all of torch again and again.
+    gc.freeze()
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -25,8 +25,7 @@ def get_dispatch_layout(
     has the ranks from n * R / num_nodes on.
     """
     T, R = topk_idx.shape[0], num_ranks
-    per_rank, per_node = torch.zeros(R, dtype=torch.int32), torch.zeros(num_nodes, dtype=torch.int32)
-    per_expert, in_rank = torch.zeros(num_experts, dtype=torch.int32), torch.zeros(T, R, dtype=torch.int32)
+    per_rank, per_node, per_expert, in_rank = [0] * R, [0] * num_nodes, [0] * num_experts, [[0] * R for _ in range(T)]
     for t, ids in enumerate(topk_idx.tolist()):
         experts = [e for e in ids if e >= 0]
         ranks = {e // (num_experts // R) for e in experts}
@@ -34,10 +33,11 @@ def get_dispatch_layout(
             per_expert[e] += 1
         for rank in ranks:
             per_rank[rank] += 1
-            in_rank[t, rank] = 1
+            in_rank[t][rank] = 1
         for node in {rank // (R // num_nodes) for rank in ranks}:
             per_node[node] += 1
-    return per_rank, per_node, per_expert, in_rank
+    counts = (torch.tensor(count, dtype=torch.int32) for count in (per_rank, per_node, per_expert))
+    return *counts, torch.tensor(in_rank, dtype=torch.int32).view(T, R)
 
 
 def dispatch(
@@ -52,54 +52,51 @@ def dispatch(
     xs: [T, H]; topk_idxs: int64 [T, K]; topk_weights: fp32 [T, K]; num_worst_tokens: W. T and W may differ
     from rank to rank.
     """
-    R = len(xs)
+    R, tokens = len(xs), [len(ids) for ids in topk_idxs]
     L = num_experts // R
-    K = topk_idxs[0].shape[1]
     # asked[s, d, l]: rows that rank s asks local expert l of rank d to take.
     asked = torch.stack([torch.bincount(i[i >= 0], minlength=num_experts).view(R, L) for i in topk_idxs])
     channel_prefix = asked.cumsum(2).to(torch.int32)
-    send_heads = [torch.full_like(i, -1, dtype=torch.int32) for i in topk_idxs]
+    # All ranks' tokens and rows, one rank's after another's.
+    x, ids, weights = torch.cat(xs), torch.cat(topk_idxs), torch.cat(topk_weights)
+    source_of = torch.arange(R).repeat_interleave(torch.tensor(tokens))
+    first = torch.tensor([0, *tokens]).cumsum(0)
+    send_head = torch.full_like(ids, -1, dtype=torch.int32)
     delivered = torch.zeros(R, R, dtype=torch.int64)
+    place = torch.nonzero(ids >= 0)  # (token, k)
+    place = place[torch.argsort(ids[place[:, 0], place[:, 1]], stable=True)]
     received = []
-    for d in range(R):
-        rows = []
-        for s in range(R):
-            token, k = torch.nonzero(topk_idxs[s] // L == d, as_tuple=True)
-            rows.append(torch.stack([torch.full_like(token, s), token, k, topk_idxs[s][token, k] % L], dim=1))
-        source, token, k, expert = torch.cat(rows).unbind(1)
-        order = torch.argsort(expert, stable=True)
-        num_asked = order.numel()
+    for d, of_rank in enumerate(place.split(asked.sum((0, 2)).tolist())):
+        num_asked = len(of_rank)
         W = num_worst_tokens[d] or num_asked
-        source, token, k, expert = (column[order[:W]] for column in (source, token, k, expert))
+        token, k = of_rank[:W].unbind(1)
+        source, expert, row = source_of[token], ids[token, k] % L, torch.arange(len(token))
 
-        recv_x = xs[d].new_zeros(W, xs[d].shape[1])
-        recv_topk_idx = torch.full((W, K), -1)
-        recv_topk_weights = torch.zeros(W, K)
+        recv_x = x.new_zeros(W, x.shape[1])
+        recv_topk_idx = torch.full((W, ids.shape[1]), -1)
+        recv_topk_weights = torch.zeros(recv_topk_idx.shape)
         recv_src_idx = torch.full((W, 3), -1, dtype=torch.int32)
-        row = torch.arange(source.numel())
+        recv_x[row] = x[token]
         recv_topk_idx[row, k] = expert
-        recv_src_idx[row] = torch.stack([source, token, k], dim=1).to(torch.int32)
-        for s in range(R):
-            mine = source == s
-            recv_x[row[mine]] = xs[s][token[mine]]
-            recv_topk_weights[row[mine], k[mine]] = topk_weights[s][token[mine], k[mine]]
-            send_heads[s][token[mine], k[mine]] = row[mine].to(torch.int32)
-            delivered[s, d] = mine.sum()
+        recv_topk_weights[row, k] = weights[token, k]
+        recv_src_idx[row] = torch.stack([source, token - first[source], k], dim=1).to(torch.int32)
+        send_head[token, k] = row.to(torch.int32)
+        delivered[:, d] = torch.bincount(source, minlength=R)
         received.append(
             (
                 recv_x,
                 recv_topk_idx,
                 recv_topk_weights,
                 torch.bincount(expert, minlength=L),
-                torch.tensor(num_asked - source.numel()),
+                torch.tensor(num_asked - len(token)),
                 asked[:, d].t().reshape(-1).cumsum(0).view(L, R).to(torch.int32),
                 recv_src_idx,
             )
         )
     rank_prefix = delivered.cumsum(0).to(torch.int32)
     return [
-        DispatchResult(*received[r][:5], rank_prefix, channel_prefix[r], *received[r][5:], send_heads[r])
-        for r in range(R)
+        DispatchResult(*received[r][:5], rank_prefix, channel_prefix[r], *received[r][5:], head)
+        for r, head in enumerate(send_head.split(tokens))
     ]
 
 
@@ -122,13 +119,11 @@ def dispatch_backward(
     tokens: each rank's T.
     """
     K = grad_recv_topk_weights[0].shape[1]
-    grad_topk_weights = [torch.zeros(T, K) for T in tokens]
-    for grad, src in zip(grad_recv_topk_weights, recv_src_idxs, strict=True):
-        for s in range(len(tokens)):
-            row = torch.nonzero(src[:, 0] == s).view(-1)
-            token, k = src[row, 1].long(), src[row, 2].long()
-            grad_topk_weights[s][token, k] = grad[row, k]
-    return _sum_rows(grad_recv_xs, [torch.ones(T, K) for T in tokens], recv_src_idxs), grad_topk_weights
+    rows, token, k = _rows(recv_src_idxs, tokens)
+    grad_topk_weights = torch.zeros(sum(tokens), K)
+    grad_topk_weights[token, k] = torch.cat(grad_recv_topk_weights)[rows, k]
+    ones = [torch.ones(T, K) for T in tokens]
+    return _sum_rows(grad_recv_xs, ones, recv_src_idxs), list(grad_topk_weights.split(tokens))
 
 
 def combine_backward(
@@ -139,30 +134,32 @@ def combine_backward(
     grad_x is w · grad_out[token] in fp32, rounded once; grad_topk_weights is the fp32 dot product of a row
     and its grad_out[token]. xs: [N, H], what combine was given.
     """
-    grad_xs = [torch.zeros_like(x) for x in xs]
-    grad_topk_weights = [torch.zeros_like(w) for w in topk_weights]
-    for d, src in enumerate(recv_src_idxs):
-        for s in range(len(xs)):
-            row = torch.nonzero(src[:, 0] == s).view(-1)
-            token, k = src[row, 1].long(), src[row, 2].long()
-            grad = grad_outs[s][token].float()
-            grad_xs[d][row] = (topk_weights[s][token, k].unsqueeze(1) * grad).to(xs[d].dtype)
-            grad_topk_weights[s][token, k] = (xs[d][row].float() * grad).sum(1)
-    return grad_xs, grad_topk_weights
+    weights, tokens = torch.cat(topk_weights), [len(w) for w in topk_weights]
+    x, grad_topk_weights = torch.cat(xs), torch.zeros_like(weights)
+    rows, token, k = _rows(recv_src_idxs, tokens)
+    grad, grad_x = torch.cat(grad_outs)[token].float(), torch.zeros_like(x)
+    grad_x[rows] = (weights[token, k].unsqueeze(1) * grad).to(x.dtype)
+    grad_topk_weights[token, k] = (x[rows].float() * grad).sum(1)
+    return list(grad_x.split([len(x) for x in xs])), list(grad_topk_weights.split(tokens))
+
+
+def _rows(recv_src_idxs: list[Tensor], tokens: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that hold something, by their places in all ranks' rows, one rank's after another's; the place of each one's
+    token in all ranks' tokens; and its k."""
+    first = torch.tensor([0, *tokens]).cumsum(0)
+    source, token, k = torch.cat(recv_src_idxs).long().unbind(1)
+    rows = torch.nonzero(source >= 0).view(-1)
+    return rows, first[source[rows]] + token[rows], k[rows]
 
 
 def _sum_rows(ys: list[Tensor], weights: list[Tensor], recv_src_idxs: list[Tensor]) -> list[Tensor]:
-    outs = []
-    for s, w in enumerate(weights):
-        T, K = w.shape
-        acc = torch.zeros(T, ys[s].shape[1])
-        for k in range(K):
-            for y, src in zip(ys, recv_src_idxs, strict=True):
-                row = torch.nonzero((src[:, 0] == s) & (src[:, 2] == k)).view(-1)
-                token = src[row, 1].long()
-                acc[token] = acc[token] + w[token, k].unsqueeze(1) * y[row].float()
-        outs.append(acc.to(ys[s].dtype))
-    return outs
+    y, weight, tokens = torch.cat(ys), torch.cat(weights), [len(w) for w in weights]
+    rows, tokens_of, k_of = _rows(recv_src_idxs, tokens)
+    total = torch.zeros(sum(tokens), y.shape[1])
+    for k in range(weight.shape[1]):
+        token, row = tokens_of[k_of == k], rows[k_of == k]  # one row at most of each token
+        total[token] += weight[token, k].unsqueeze(1) * y[row].float()
+    return list(total.to(y.dtype).split(tokens))
 
 
 def fused_deep_moe(

@@ -1,3 +1,4 @@
+import ctypes
 import os
 from collections.abc import Iterator
 
@@ -12,6 +13,12 @@ from tools.twin import kernels, native
 if stand_in.in_use():
     # The ranks inherit it.
     os.environ.setdefault("DEEP_EP_KERNELS", str(stand_in.BUILD / "lib" / "libhost_kernels.so"))
+
+
+# In every process that has used an NPU a thread of torch_npu's asks every microsecond whether there is something to
+# free. The kernel may let whatever this process starts sleep a millisecond longer than it asks for.
+PR_SET_TIMERSLACK = 29
+ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(1_000_000), 0, 0, 0)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

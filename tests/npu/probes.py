@@ -132,9 +132,13 @@ def window_bytes(case: Case, M: int, op: str = "low_latency_dispatch") -> int:
     return model.window_bytes(op, sizes_of(case), M)
 
 
-def rounds_of(case: Case, ids: list[Tensor], slot_tokens: int) -> list[model.Rounds]:
-    """By rank: as many for each of them as the one has that needs most."""
-    to = [[{id // case.local_experts for id in token if id >= 0} for token in i.tolist()] for i in ids]
+def ranks_of(case: Case, ids: list[Tensor]) -> list[list[set[int]]]:
+    """By rank and token: the ranks that have an expert of it."""
+    return [[{id // case.local_experts for id in token if id >= 0} for token in i.tolist()] for i in ids]
+
+
+def rounds_of(to: list[list[set[int]]], slot_tokens: int) -> list[model.Rounds]:
+    """Of tokens that go `to` these ranks, by rank: as many for each of them as the one has that needs most."""
     rounds = [model.Rounds.of(tokens, slot_tokens) for tokens in to]
     return [own.until(max(len(r.tokens) for r in rounds)) for own in rounds]
 
@@ -262,12 +266,13 @@ def normal(ctx: RankContext, twin: Twin, key: str, case: Case, slot_tokens: int,
     N = expected.received[r].recv_x.shape[0]
     asked, kept = (t[r].sum().item() for t in (expected.asked, expected.kept))
     kept_here, words_here = (t[:, r].sum().item() for t in (expected.kept, expected.words))
+    to, kept_to = ranks_of(case, expected.ids), ranks_of(case, expected.kept_ids)
     epoch = 0
 
     def check(op: str, launch: Callable[[], Any], over_links: int, phases: int) -> Any:
         nonlocal epoch
-        sent = expected.ids if op in ("dispatch", "dispatch_int8") else expected.kept_ids
-        rounds = len(rounds_of(case, sent, model.slot_tokens(op, sizes_of(case), num_bytes))[r].tokens)
+        sent = to if op in ("dispatch", "dispatch_int8") else kept_to
+        rounds = len(rounds_of(sent, model.slot_tokens(op, sizes_of(case), num_bytes))[r].tokens)
         epoch += rounds
         twin.take_traffic()
         out = launch()

@@ -89,7 +89,7 @@ def routings(case: Case, slot_tokens: int) -> list[model.Routing]:
     asks = [(kind.sum(1), kind.sum(1) - kind.diagonal()) for kind in (asked, asked_rows)]
     some = [values.tolist() for values in (sent, far[0], arrived, far[1], arrived_rows, far[2])]
     others = [values.tolist() for values in (*asks[0], *asks[1], asked.sum(0))]
-    lists = *some, probes.rounds_of(case, ids, slot_tokens), *others
+    lists = *some, probes.rounds_of(probes.ranks_of(case, ids), slot_tokens), *others
     return [model.Routing(*values) for values in zip(*lists, strict=True)]
 
 

@@ -7,7 +7,6 @@ vector core. Bytes and seconds, but µs in what is published and printed.
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,11 +40,12 @@ class Rounds(NamedTuple):
         """Of tokens that go `to` these ranks: src/device/window_map.h, ops/common/op_kernel/counts.h."""
 
         def fitting(first: int, last: int) -> int:
-            used: Counter[int] = Counter()
+            used: dict[int, int] = {}
             for token in range(first, last):
-                used.update(to[token])
-                if any(used[rank] > slot_tokens for rank in to[token]):
-                    return token
+                for rank in to[token]:
+                    used[rank] = used.get(rank, 0) + 1
+                    if used[rank] > slot_tokens:
+                        return token
             return last
 
         return cls._of(len(to), fitting)
