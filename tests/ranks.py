@@ -181,11 +181,18 @@ class Ranks:
             raise_failures(self.outcomes(timeout=0.0))
             raise AssertionError(f"no rank has set {key!r}")
 
-    def outcomes(self, *, timeout: float = TIMEOUT, grace: float | None = None) -> list[Outcome]:
+    def outcomes(
+        self,
+        *,
+        timeout: float = TIMEOUT,
+        grace: float | None = None,
+        is_wrong: Callable[[Any], object] = lambda value: False,
+    ) -> list[Outcome]:
         """The outcome of every rank of the run.
 
         Ranks that have not returned when `timeout` seconds of Patience with all of them are over, or `grace` seconds
-        after another one's failure, are killed; their exception is a RankHung, their traceback the Python stacks.
+        after another one's failure, an exception or a value that is wrong, are killed; their exception is a RankHung,
+        their traceback the Python stacks.
         """
         outcomes = [Outcome() for _ in range(self._running)]
         pids = self.pids[: self._running]
@@ -199,7 +206,8 @@ class Ranks:
                     outcomes[rank] = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionError):
                     outcomes[rank] = self._death(rank)
-                if outcomes[rank].exception is not None and grace is not None and not failed:
+                has_failed = outcomes[rank].exception is not None or is_wrong(outcomes[rank].value)
+                if has_failed and grace is not None and not failed:
                     patience, failed = Patience(pids, grace), True
         for rank in self._pending:
             self.kill(rank, signal.SIGABRT)
@@ -256,17 +264,19 @@ class RankPool:
         *args: Any,
         expect_errors: bool = False,
         timeout: float = TIMEOUT,
+        is_wrong: Callable[[Any], object] = lambda value: False,
     ) -> list[Any]:
         """Calls fn(ctx, *args) on the ranks 0 .. size-1 and returns what they return, by rank.
 
-        Raises RankError with the tracebacks of all ranks if one of them failed or hung. With expect_errors it
+        Raises RankError with the tracebacks of all ranks if one of them failed or hung. When what a rank returns
+        is_wrong, the others have GRACE as if it had failed: they may wait for it in vain. With expect_errors it
         returns the exceptions by rank instead (None where the rank returned), and only a hang raises.
         """
         if self._ranks is None:
             self._ranks = Ranks(self._world_size, init=self._init, fresh=self._fresh)
         try:
             self._ranks.submit(size, fn, *args)
-            outcomes = self._ranks.outcomes(timeout=timeout, grace=None if expect_errors else GRACE)
+            outcomes = self._ranks.outcomes(timeout=timeout, grace=None if expect_errors else GRACE, is_wrong=is_wrong)
         except BaseException:
             self.close()
             raise

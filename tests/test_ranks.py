@@ -70,6 +70,17 @@ def test_failures_of_all_ranks_are_told(pool: RankPool) -> None:
     assert [str(error) for error in errors] == ["None", "bad value on rank 1", "bad value on rank 2"]
 
 
+def find_something_wrong(ctx: RankContext) -> str | None:
+    wait_for_rank_0(ctx)
+    return "wrong"
+
+
+def test_nobody_waits_long_for_a_rank_that_has_found_something_wrong(pool: RankPool) -> None:
+    with pytest.raises(RankError) as raised:
+        pool.run(3, find_something_wrong, timeout=float("inf"), is_wrong=bool)
+    assert [type(error) for error in raised.value.exceptions] == [type(None), RankHung, RankHung]
+
+
 def make_group(ctx: RankContext) -> None:
     dist.new_group(list(range(ctx.size)))
 

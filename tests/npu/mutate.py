@@ -38,9 +38,8 @@ def caught(pool: RankPool, library: Path, number: int | None) -> str | None:
     """What shows that this mutant is one, or None. Without a number: what is wrong without a fault."""
     for probe in probes():
         try:
-            said = pool.run(
-                SIZE, run_probe, library, -1 if number is None else number, uuid.uuid4().hex, probe, timeout=TIMEOUT
-            )
+            arguments = library, -1 if number is None else number, uuid.uuid4().hex, probe
+            said = pool.run(SIZE, run_probe, *arguments, timeout=TIMEOUT, is_wrong=bool)
         except RankError as error:
             return f"{probe[0].__name__}: {error.exceptions}"
         if wrong := [text for text in said if text and "another rank" not in text] or [text for text in said if text]:
