@@ -25,19 +25,11 @@ def get_dispatch_layout(
     has the ranks from n * R / num_nodes on.
     """
     T, R = topk_idx.shape[0], num_ranks
-    per_rank, per_node = torch.zeros(R, dtype=torch.int32), torch.zeros(num_nodes, dtype=torch.int32)
-    per_expert, in_rank = torch.zeros(num_experts, dtype=torch.int32), torch.zeros(T, R, dtype=torch.int32)
-    for t, ids in enumerate(topk_idx.tolist()):
-        experts = [e for e in ids if e >= 0]
-        ranks = {e // (num_experts // R) for e in experts}
-        for e in experts:
-            per_expert[e] += 1
-        for rank in ranks:
-            per_rank[rank] += 1
-            in_rank[t, rank] = 1
-        for node in {rank // (R // num_nodes) for rank in ranks}:
-            per_node[node] += 1
-    return per_rank, per_node, per_expert, in_rank
+    ranks = torch.div(topk_idx, num_experts // R, rounding_mode="floor")  # -1 stays -1
+    in_rank = (ranks.unsqueeze(2) == torch.arange(R)).any(1)
+    in_node = in_rank.view(T, num_nodes, R // num_nodes).any(2)
+    per_expert = torch.bincount(topk_idx[topk_idx >= 0], minlength=num_experts)
+    return in_rank.sum(0).int(), in_node.sum(0).int(), per_expert.int(), in_rank.int()
 
 
 def dispatch(
@@ -108,7 +100,19 @@ def combine(ys: list[Tensor], topk_weights: list[Tensor], recv_src_idxs: list[Te
 
     ys: [N, H], in the row order of recv_x. Returns [T, H] per rank, in ys' dtype.
     """
-    return _sum_rows(ys, topk_weights, recv_src_idxs)
+    return [combine_on(s, ys, weights, recv_src_idxs) for s, weights in enumerate(topk_weights)]
+
+
+def combine_on(rank: int, ys: list[Tensor], topk_weights: Tensor, recv_src_idxs: list[Tensor]) -> Tensor:
+    """`combine` on this rank alone, for its own topk_weights."""
+    T, K = topk_weights.shape
+    acc = torch.zeros(T, ys[rank].shape[1])
+    for k in range(K):
+        for y, src in zip(ys, recv_src_idxs, strict=True):
+            row = torch.nonzero((src[:, 0] == rank) & (src[:, 2] == k)).view(-1)
+            token = src[row, 1].long()
+            acc[token] = acc[token] + topk_weights[token, k].unsqueeze(1) * y[row].float()
+    return acc.to(ys[rank].dtype)
 
 
 def dispatch_backward(
@@ -121,14 +125,26 @@ def dispatch_backward(
 
     tokens: each rank's T.
     """
-    K = grad_recv_topk_weights[0].shape[1]
-    grad_topk_weights = [torch.zeros(T, K) for T in tokens]
+    by_rank = [
+        dispatch_backward_on(s, grad_recv_xs, grad_recv_topk_weights, recv_src_idxs, T) for s, T in enumerate(tokens)
+    ]
+    return [grad_x for grad_x, _ in by_rank], [grad_topk_weights for _, grad_topk_weights in by_rank]
+
+
+def dispatch_backward_on(
+    rank: int,
+    grad_recv_xs: list[Tensor],
+    grad_recv_topk_weights: list[Tensor],
+    recv_src_idxs: list[Tensor],
+    tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """`dispatch_backward` on this rank alone, for its own number of tokens."""
+    grad_topk_weights = torch.zeros(tokens, grad_recv_topk_weights[0].shape[1])
     for grad, src in zip(grad_recv_topk_weights, recv_src_idxs, strict=True):
-        for s in range(len(tokens)):
-            row = torch.nonzero(src[:, 0] == s).view(-1)
-            token, k = src[row, 1].long(), src[row, 2].long()
-            grad_topk_weights[s][token, k] = grad[row, k]
-    return _sum_rows(grad_recv_xs, [torch.ones(T, K) for T in tokens], recv_src_idxs), grad_topk_weights
+        row = torch.nonzero(src[:, 0] == rank).view(-1)
+        token, k = src[row, 1].long(), src[row, 2].long()
+        grad_topk_weights[token, k] = grad[row, k]
+    return combine_on(rank, grad_recv_xs, torch.ones_like(grad_topk_weights), recv_src_idxs), grad_topk_weights
 
 
 def combine_backward(
@@ -149,20 +165,6 @@ def combine_backward(
             grad_xs[d][row] = (topk_weights[s][token, k].unsqueeze(1) * grad).to(xs[d].dtype)
             grad_topk_weights[s][token, k] = (xs[d][row].float() * grad).sum(1)
     return grad_xs, grad_topk_weights
-
-
-def _sum_rows(ys: list[Tensor], weights: list[Tensor], recv_src_idxs: list[Tensor]) -> list[Tensor]:
-    outs = []
-    for s, w in enumerate(weights):
-        T, K = w.shape
-        acc = torch.zeros(T, ys[s].shape[1])
-        for k in range(K):
-            for y, src in zip(ys, recv_src_idxs, strict=True):
-                row = torch.nonzero((src[:, 0] == s) & (src[:, 2] == k)).view(-1)
-                token = src[row, 1].long()
-                acc[token] = acc[token] + w[token, k].unsqueeze(1) * y[row].float()
-        outs.append(acc.to(ys[s].dtype))
-    return outs
 
 
 def fused_deep_moe(

@@ -34,22 +34,22 @@ def overload(name: str, strategy: str):
 
 
 class Expected:
-    """The results of the whole group for one case, from the reference."""
+    """What a rank needs of the reference: what every rank sends, by rank, and what comes back to this one."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, rank: int) -> None:
         self.inputs: Inputs = make_inputs(case)
         xs, ids, weights, worst = self.inputs
         generator = torch.Generator().manual_seed(case.seed + 1)
         self.dispatched = reference.dispatch(xs, ids, weights, case.E, worst)
         self.src = [d.recv_src_idx for d in self.dispatched]
         self.ys = [expert_outputs(d.recv_x, d.recv_src_idx) for d in self.dispatched]
-        self.outs = reference.combine(self.ys, weights, self.src)
+        self.out = reference.combine_on(rank, self.ys, weights[rank], self.src)
         self.grad_outs = [torch.randn(x.shape, generator=generator).to(case.dtype) for x in xs]
         self.grad_recv_weights = [torch.randn(d.recv_topk_weights.shape, generator=generator) for d in self.dispatched]
         self.grad_ys, self.combine_grad_weights = reference.combine_backward(self.grad_outs, self.ys, weights, self.src)
         self.grad_recv_xs = [expert_outputs(g, s) for g, s in zip(self.grad_ys, self.src, strict=True)]
-        self.grad_xs, self.dispatch_grad_weights = reference.dispatch_backward(
-            self.grad_recv_xs, self.grad_recv_weights, self.src, list(case.tokens)
+        self.grad_x, self.dispatch_grad_weights = reference.dispatch_backward_on(
+            rank, self.grad_recv_xs, self.grad_recv_weights, self.src, case.tokens[rank]
         )
 
 
@@ -66,7 +66,7 @@ def check_case(ctx: RankContext, case: Case, strategy: str, num_bytes: int = WIN
     Nothing is compared before the last collective, so that a rank with a wrong result stops no other.
     """
     group = ctx.prepared_group(strategy, num_bytes)
-    expected = Expected(case)
+    expected = Expected(case, ctx.rank)
     ops = OpResults(ctx.rank, case, strategy, group.group_name, expected)
     public = PublicResults(ctx.rank, case, group, expected)
     ops.compare(ctx.rank, expected)
@@ -99,7 +99,7 @@ class OpResults:
         assert_dispatched(self.dispatched, expected.dispatched[r])
         x, _, weights, _ = (given[r] for given in expected.inputs)
         assert_weighted(self.returned, x, weights, expected.dispatched[r].send_head)
-        assert_same("combine", self.out, expected.outs[r])
+        assert_same("combine", self.out, expected.out)
         assert_same("combine_backward's grad_x", self.grad_y, expected.grad_ys[r])
         assert_close(
             "combine_backward's grad_topk_weights",
@@ -107,11 +107,11 @@ class OpResults:
             expected.combine_grad_weights[r],
             weight_tolerance(expected, r),
         )
-        assert_same("dispatch_backward's grad_x", self.grad_x, expected.grad_xs[r])
+        assert_same("dispatch_backward's grad_x", self.grad_x, expected.grad_x)
         assert_same(
             "dispatch_backward's grad_topk_weights",
             self.dispatch_grad_weights,
-            expected.dispatch_grad_weights[r],
+            expected.dispatch_grad_weights,
         )
 
 
@@ -157,13 +157,13 @@ class PublicResults:
         assert_same("handle's topk_weights", handle.topk_weights, self.weights)
         layout = reference.get_dispatch_layout(ids, case.E, case.R, 1)
         assert_same("handle's is_token_in_rank", handle.is_token_in_rank, layout[3])
-        assert_same("combine", self.out, expected.outs[r])
-        assert_same("x.grad", self.x.grad, expected.grad_xs[r])
+        assert_same("combine", self.out, expected.out)
+        assert_same("x.grad", self.x.grad, expected.grad_x)
         assert_close(
             "topk_weights.grad",
             self.weights.grad,
-            expected.combine_grad_weights[r] + expected.dispatch_grad_weights[r],
-            weight_tolerance(expected, r) + 1e-6 * expected.dispatch_grad_weights[r].abs(),
+            expected.combine_grad_weights[r] + expected.dispatch_grad_weights,
+            weight_tolerance(expected, r) + 1e-6 * expected.dispatch_grad_weights.abs(),
         )
 
 
@@ -259,7 +259,7 @@ def check_several_alive(ctx: RankContext, strategy: str, batches: list[Case]) ->
     """All dispatches before any combine, combines in another order, some results freed in between."""
     group = ctx.prepared_group(strategy).group_name
     r = ctx.rank
-    expected = [Expected(case) for case in batches]
+    expected = [Expected(case, r) for case in batches]
     dispatched = []
     for case, wanted in zip(batches, expected, strict=True):
         x, ids, weights = (tensors[r] for tensors in wanted.inputs[:3])
@@ -270,7 +270,7 @@ def check_several_alive(ctx: RankContext, strategy: str, batches: list[Case]) ->
         y = expert_outputs(dispatched[i][0], dispatched[i][8])
         _, ids, weights = (tensors[r] for tensors in wanted.inputs[:3])
         out = overload("combine", strategy)(y, ids, weights, dispatched[i][8], dispatched[i][9], case.E, case.R, group)
-        assert_same(f"combine {i}", out, wanted.outs[r])
+        assert_same(f"combine {i}", out, wanted.out)
         if i % 2:
             dispatched[i] = None
     for i, wanted in enumerate(expected):

@@ -51,21 +51,23 @@ def num_rows(case: Case, M: int) -> int:
 
 
 class Expected:
-    """What the ops must do on every rank, with experts that multiply each row by a factor of its own."""
+    """What every rank sends and receives, by rank, and what comes back to this one, with experts that multiply each row
+    by a factor of its own.
+    """
 
-    def __init__(self, case: Case, M: int) -> None:
+    def __init__(self, case: Case, M: int, rank: int) -> None:
         self.xs, self.ids, self.weights, _ = make_inputs(case)
         N = num_rows(case, M)
         self.dispatched = reference.dispatch(self.xs, self.ids, self.weights, case.E, [N] * case.R)
         assert all(d.num_dropped == 0 for d in self.dispatched)
         self.src = [d.recv_src_idx for d in self.dispatched]
         self.ys = [expert_outputs(d.recv_x, d.recv_src_idx) for d in self.dispatched]
-        self.outs = reference.combine(self.ys, self.weights, self.src)
+        self.out = reference.combine_on(rank, self.ys, self.weights[rank], self.src)
         generator = torch.Generator().manual_seed(case.seed + 1)
         self.grad_outs = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in self.xs]
         self.grad_ys, self.grad_weights = reference.combine_backward(self.grad_outs, self.ys, self.weights, self.src)
         zeros = [torch.zeros(N, case.K) for _ in self.xs]
-        self.grad_xs, _ = reference.dispatch_backward(self.grad_ys, zeros, self.src, list(case.tokens))
+        self.grad_x, _ = reference.dispatch_backward_on(rank, self.grad_ys, zeros, self.src, case.tokens[rank])
 
     def outputs(self, rank: int) -> tuple[Tensor, ...]:
         """Of low_latency_dispatch."""
@@ -88,7 +90,7 @@ def poison(group: str, strategy: str, case: Case) -> None:
 
 def check_ops(ctx: RankContext, case: Case, M: int, strategy: str) -> None:
     group = ctx.prepared_group(strategy)
-    expected, r = Expected(case, M), ctx.rank
+    expected, r = Expected(case, M, ctx.rank), ctx.rank
     x, ids, weights = expected.xs[r], expected.ids[r], expected.weights[r]
     poison(group.group_name, strategy, case)
     sizes = (case.E, case.R, group.group_name, "")
@@ -105,11 +107,11 @@ def check_ops(ctx: RankContext, case: Case, M: int, strategy: str) -> None:
 
     for name, actual, wanted in zip(NAMES, out, expected.outputs(r), strict=True):
         assert_same(name, actual, wanted)
-    assert_same("combined_x", combined, expected.outs[r])
-    assert_same("public combined_x", result, expected.outs[r])
+    assert_same("combined_x", combined, expected.out)
+    assert_same("public combined_x", result, expected.out)
     assert_same("public recv_x", received.recv_x, expected.dispatched[r].recv_x)
     assert_same("grad_y", grad_y, expected.grad_ys[r])
-    assert_same("grad_x", grad_x, expected.grad_xs[r])
+    assert_same("grad_x", grad_x, expected.grad_x)
     norms = expected.grad_outs[r].double().norm(dim=1) * max(
         [0.0, *torch.cat([y.double().norm(dim=1) for y in expected.ys]).nan_to_num().tolist()]
     )
@@ -123,7 +125,7 @@ def unused_rows(ctx: RankContext) -> None:
     group = dist.new_group(list(range(ctx.size)))
     deep_ep.init(group)
     spoil(info_of(group))
-    expected, r = Expected(case, M), ctx.rank
+    expected, r = Expected(case, M, ctx.rank), ctx.rank
     x, ids, weights = expected.xs[r], expected.ids[r], expected.weights[r]
     zeros, unused = expected.dispatched[r].recv_x, expected.src[r][:, :1] < 0
 
@@ -138,7 +140,7 @@ def unused_rows(ctx: RankContext) -> None:
                 assert_same("recv_x", rows, zeros if is_training else zeros.masked_fill(unused, torch.nan))
                 results = expected.ys[r].masked_fill(unused, torch.nan)
                 combined = deep_ep.low_latency_combine(results, ids, weights, handle, group=group)
-                assert_same("combined_x", combined, expected.outs[r])
+                assert_same("combined_x", combined, expected.out)
         sizes = M, case.E, case.R, group.group_name, is_training
         data, scales, *_ = torch.ops.deep_ep.low_latency_dispatch_int8(x, ids, *sizes)
         left = data.masked_fill(~unused, 0), scales.masked_fill(~unused[:, 0], 0)
@@ -223,7 +225,7 @@ def check_buffer(ctx: RankContext, case: Case, M: int, settings: Settings) -> fl
     torch._dynamo.reset()
     buffer = make_buffer(ctx, settings)
     poison(buffer.group.group_name, settings.strategy, case)
-    expected, r = Expected(case, M), ctx.rank
+    expected, r = Expected(case, M, ctx.rank), ctx.rank
     L, R = case.local_experts, case.R
     mode = settings.quant_mode
     x, ids, weights = expected.xs[r], expected.ids[r], expected.weights[r].abs()
@@ -761,7 +763,7 @@ def test_a_call_with_an_event_does_not_wait(pool: RankPool, strategy: str, backe
 def interleaved_calls(ctx: RankContext, strategy: str) -> None:
     """Two micro-batches at once, of inputs that nobody else keeps, in between a plain call, and gradients."""
     info, M, r = info_of(ctx.prepared_group(strategy)), 16, ctx.rank
-    expected = [Expected(Case((6, 9, 0), H=32, ids="distinct", seed=seed), M) for seed in (1, 2)]
+    expected = [Expected(Case((6, 9, 0), H=32, ids="distinct", seed=seed), M, r) for seed in (1, 2)]
     (x0, x1), (ids0, ids1) = ([getattr(e, what)[r] for e in expected] for what in ("xs", "ids"))
     E = 6
 
@@ -778,13 +780,13 @@ def interleaved_calls(ctx: RankContext, strategy: str) -> None:
             assert_same(name, actual, wanted)
     assert_same("between", between[0], expected[0].dispatched[r].recv_x)
     (grad_x,) = torch.autograd.grad(out1.recv_x, leaf, expected[1].grad_ys[r])
-    assert_same("grad_x", grad_x, expected[1].grad_xs[r])
+    assert_same("grad_x", grad_x, expected[1].grad_x)
 
     y, weights = expected[1].ys[r].clone().requires_grad_(), expected[1].weights[r].clone().requires_grad_()
     started = combine_op.start(info, y, ids1, weights, out1.handle)
     out = combine_op.arriving(started)
     started.join()
-    assert_same("combined_x", out, expected[1].outs[r])
+    assert_same("combined_x", out, expected[1].out)
     grad_y, _ = torch.autograd.grad(out, [y, weights], expected[1].grad_outs[r])
     assert_same("grad_y", grad_y, expected[1].grad_ys[r])
 
@@ -995,7 +997,7 @@ def alternate(ctx: RankContext, strategy: str, num_calls: int) -> tuple[int, int
             out = overload("dispatch", strategy)(x, ids, weights, case.E, case.R, num_rows(case, M), group)
             combined = overload("combine", strategy)(y, ids, weights, *out[8:], *sizes)
         assert_same("recv_x", out[0], dispatched[r].recv_x)
-        assert_same("combined_x", combined, reference.combine(ys, all_weights, src)[r])
+        assert_same("combined_x", combined, reference.combine_on(r, ys, all_weights[r], src))
     return private_bytes() - early, len(os.listdir("/proc/self/fd")) - before
 
 
