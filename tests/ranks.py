@@ -11,6 +11,7 @@ ranks meet at lives in the parent, so that it outlives every rank.
 import contextlib
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -362,6 +363,8 @@ def _serve(
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # What was imported lives as long as the process: the collector, which compilers keep busy, need not look at it.
+    gc.freeze()
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=GROUP_TIMEOUT)
     contexts = {size: RankContext(rank, size, store) for size in range(1, world_size + 1)}
     if init:
