@@ -298,7 +298,11 @@ def load_text(train_bytes: int = 16 << 20, held_out_bytes: int = 2 << 20) -> tup
     """Training and held-out text, uint8: every tenth file of the standard library is held out."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests"}
-    files = sorted(p for p in root.rglob("*.py") if skipped.isdisjoint(p.relative_to(root).parts))
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = set(subfolders) - skipped
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files.sort()
 
     def read(paths: list[Path], limit: int) -> Tensor:
         text = b"".join(path.read_bytes() for path in paths)

@@ -1,9 +1,10 @@
 """torch.compile's on-disk caches never serve a graph of another strategy, another number of ranks or other formulas.
 
-Every case is a process of its own; all share one cache directory, and the first one repeated must hit it, or the tests
-would show nothing.
+Every case has processes of its own, forks of one that has imported torch and nothing of deep_ep; all share one cache
+directory, and the first one repeated must hit it, or the tests would show nothing.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -21,22 +22,22 @@ import deep_ep
 from deep_ep import _compile
 
 PROGRAM = """
-import json, os, sys
-package, num_ranks = sys.argv[1], int(sys.argv[2])
+import json, multiprocessing, os, sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
-sys.path.insert(0, package)
+sys.path.insert(0, sys.argv[1])
 
 import torch
+import torch._inductor.compile_fx
 import torch.distributed as dist
-import torch.multiprocessing as mp
-import deep_ep
-from deep_ep import groups
 
-def run(rank, store_port):
+def run(rank, mode, num_ranks, path):
+    os.environ["DEEP_USE_MODE"] = mode
+    import deep_ep
+    from deep_ep import groups
+
+    assert deep_ep.__file__.startswith(sys.argv[1])
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", store_port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
-    mode = os.environ["DEEP_USE_MODE"]
+    dist.init_process_group("gloo", store=dist.FileStore(path, num_ranks), rank=rank, world_size=num_ranks)
     deep_ep.init()
     group = dist.group.WORLD.group_name
 
@@ -57,12 +58,16 @@ def run(rank, store_port):
     dist.barrier()
     dist.destroy_process_group()
 
-if __name__ == "__main__":
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    if num_ranks == 1:
-        run(0, store.port)
-    else:
-        mp.spawn(run, (store.port,), num_ranks)
+fork = multiprocessing.get_context("fork")
+for line in sys.stdin:
+    mode, num_ranks, path = json.loads(line)
+    ranks = [fork.Process(target=run, args=(rank, mode, num_ranks, path)) for rank in range(num_ranks)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if any(process.exitcode for process in ranks):
+        sys.exit("a rank has failed")
 """
 
 
@@ -74,27 +79,38 @@ def test_caches(tmp_path: Path) -> None:
     for folder in map(Path, deep_ep.__path__):
         shutil.copytree(folder, package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
-    def run(mode: str, num_ranks: int) -> dict[str, float]:
-        environment = os.environ | {
-            "DEEP_USE_MODE": mode,
-            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
-        command = [sys.executable, str(program), str(package.parent), str(num_ranks)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "GLOO_SOCKET_IFNAME": "lo"}
+    errors = tmp_path / "errors"
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, str(program), str(package.parent)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
+        numbers = itertools.count()
 
-    assert run("default", 1) == {"sum": 16.0, "grad": 0.5, "hits": 0, "native": 5}
-    assert run("default", 1) == {"sum": 16.0, "grad": 0.5, "hits": 1, "native": 5}
-    assert run("alltoall", 1) == {"sum": 16.0, "grad": 0.5, "hits": 0, "native": 0}
-    assert run("default", 2) == {"sum": 16.0, "grad": 0.5, "hits": 0, "native": 5}
+        def run(mode: str, num_ranks: int) -> dict[str, float]:
+            process.stdin.write(json.dumps([mode, num_ranks, str(tmp_path / f"store-{next(numbers)}")]) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            assert line, errors.read_text()
+            return json.loads(line)
 
-    formula = package / "ops" / "dispatch.py"
-    text = formula.read_text()
-    assert "return grad_x, None" in text
-    formula.write_text(text.replace("return grad_x, None", "return 2 * grad_x, None"))
-    assert run("default", 1) == {"sum": 16.0, "grad": 1.0, "hits": 0, "native": 5}
+        assert run("default", 1) == {"sum": 16.0, "grad": 0.5, "hits": 0, "native": 5}
+        assert run("default", 1) == {"sum": 16.0, "grad": 0.5, "hits": 1, "native": 5}
+        assert run("alltoall", 1) == {"sum": 16.0, "grad": 0.5, "hits": 0, "native": 0}
+        assert run("default", 2) == {"sum": 16.0, "grad": 0.5, "hits": 0, "native": 5}
+
+        formula = package / "ops" / "dispatch.py"
+        text = formula.read_text()
+        assert "return grad_x, None" in text
+        formula.write_text(text.replace("return grad_x, None", "return 2 * grad_x, None"))
+        assert run("default", 1) == {"sum": 16.0, "grad": 1.0, "hits": 0, "native": 5}
 
 
 def look_up(ctx: RankContext) -> tuple[int, int]:

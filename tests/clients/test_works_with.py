@@ -35,9 +35,9 @@ def dense_steps(size: int, precision: str) -> tuple[list[list[Tensor]], Dense]:
     return steps, total
 
 
-def make_compiled(fn: Any, backend: str) -> Any:
+def make_compiled(fn: Any, backend: str, fullgraph: bool = False) -> Any:
     torch._dynamo.reset()
-    return fn if backend == "eager" else torch.compile(fn, backend=backend)
+    return fn if backend == "eager" else torch.compile(fn, backend=backend, fullgraph=fullgraph)
 
 
 # FSDP2
@@ -168,7 +168,7 @@ def check_token(ctx: RankContext, strategy: str, mode: str, dtype: torch.dtype, 
         sent = deep_ep.dispatch(x, topk_idx, weights, num_experts=E, group=group)
         return deep_ep.combine(experts(sent.recv_x, sent.num_recv_tokens_per_expert), sent.handle, group=group)
 
-    fn, results = make_compiled(layer, backend), []
+    fn, results = make_compiled(layer, backend, fullgraph=True), []
     for among in (0, OTHERS):
         x, topk_idx, weights, grad = batch_with_token(ctx.rank, among, dtype)
         out = fn(x.requires_grad_(), topk_idx, weights.requires_grad_())
