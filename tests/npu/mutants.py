@@ -101,8 +101,8 @@ _PRODUCT = re.compile(rf"(?<![\w>])({_INDEX}) \* ({_STRIDE})(?!\w)")
 _SIZE = re.compile(
     r"phase\)\s\*\sranks\s\+\ssource\)$|count\(\)$|chunk_tokens|^count$|^kWords$|^words$|GetBlockNum|^size$|^places$|^tokens$|^ranks$|^work\.ranks$|^work\.top_k$|local_experts_$|^kParities|^kPhases"
 )
-# All who look for such a line look elsewhere alike.
-_ALIKE = ("block * kLine",)
+# All who look for such a line look elsewhere alike; every rank is sent the same counts.
+_ALIKE = ("block * kLine", "exchange.slot(to, exchange.rank()): to + 1")
 # Whose window, slot or flag: the next rank's, or the other phase's.
 _ARGUMENT = r"((?:[^(),]|\([^()]*\))+)"
 _PLACES = {
@@ -176,7 +176,10 @@ def _shift(line: str, number: int, add: Callable[[int, str], int]) -> str:
             call = match[0]
             for index, size in enumerate(sizes, start=1):
                 begin, end = (at + len(call) - len(match[0]) - match.start() for at in match.span(index))
-                mutant = add(number, f"{match[0]}: {match[index]} + 1")
+                fault = f"{match[0]}: {match[index]} + 1"
+                if fault in _ALIKE:
+                    continue
+                mutant = add(number, fault)
                 call = f"{call[:begin]}({match[index]} + (deep_ep_mutant == {mutant})) % {size}{call[end:]}"
             return call
 

@@ -661,6 +661,8 @@ _CASES = [
     (Case((2, 11, 1, 7), H=2100, K=3, local_experts=4, dtype=torch.bfloat16, ids="distinct", absent=0.2), 11),
     # Every slot is full, to the byte.
     (Case((16, 16, 3, 16), H=1200, K=2, local_experts=2, dtype=torch.float32, ids="one rank", absent=0.0), 16),
+    # Combine looks for rows of some tokens at a time.
+    (Case((60, 3, 0, 41), H=8, K=2, local_experts=1, dtype=torch.bfloat16, ids="distinct", absent=0.1), 60),
 ]
 
 

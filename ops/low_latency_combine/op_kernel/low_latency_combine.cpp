@@ -199,8 +199,7 @@ class LowLatencyCombine {
     const Work& work = tiling_->work;
     if (exchange_.refuses()) return;
     load(ends_.tensor(), layout_range_, work.experts);
-    mark_.set(0, exchange_.mark());
-    order<HardEvent::S_MTE3>();
+    mark_.set(0, exchange_.mark());  // what is loaded, computed and sent before the first mark follows it
     order<HardEvent::MTE2_S>();
     if (ends_.get(work.experts - 1) > work.rows) {
       exchange_.fail(Failure::bad_row, exchange_.rank(), 0, work.rows, ends_.get(work.experts - 1));
