@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <fstream>
-#include <iterator>
 #include <sstream>
 #include <string>
 
@@ -21,7 +20,8 @@ struct ProcStat {
   // path: /proc/ID/stat, or /proc/ID/task/ID/stat.
   explicit ProcStat(const std::string& path) {
     std::ifstream file(path);
-    const std::string text((std::istreambuf_iterator<char>(file)), {});
+    std::string text;
+    std::getline(file, text, '\0');  // does not throw where an iterator does: what ends meanwhile cannot be read
     const size_t name_end = text.rfind(')');  // the name, in brackets, may hold anything
     if (name_end == std::string::npos) return;
     std::istringstream words(text.substr(name_end + 1));

@@ -292,7 +292,7 @@ bool Core::relax() {
   check_stopped();
   if (adversarial_) tick(true);
   if (++idle_ < 64) return false;
-  if (idle_ < 1024) {
+  if (idle_ < 128) {
     sched_yield();
     return false;
   }

@@ -34,7 +34,7 @@ class Sources(NamedTuple):
             self.tree / "build",
             target,
             DEEP_EP_OPS=self.tree / ops,
-            CMAKE_CXX_FLAGS_RELWITHDEBINFO="-O0",
+            CMAKE_CXX_FLAGS_RELEASE="-O0",
         )
 
     def compile_kernel(self, column: int = 0) -> None:
