@@ -36,8 +36,8 @@ struct Mapping {
 // What is in use and what is not has, together, no more bytes than were in use at once not long ago.
 class Spare {
  public:
-  // Of at least `bytes`, a multiple of pages; without memory if it is new, and then filled with 0.
-  Mapping take(uint64_t bytes, bool huge, bool* is_new) {
+  // Of at least `bytes`, a multiple of pages; without memory if it is new.
+  Mapping take(uint64_t bytes, bool huge) {
     std::vector<Mapping> dropped;
     Mapping taken{nullptr, bytes, huge};
     {
@@ -57,8 +57,7 @@ class Spare {
       shrink(dropped);
     }
     unmap(dropped);
-    *is_new = taken.memory == nullptr;
-    if (!*is_new) return taken;
+    if (taken.memory != nullptr) return taken;
     try {
       require(bytes);
       taken.memory = map(bytes);
@@ -173,21 +172,37 @@ std::shared_ptr<std::byte> private_memory(uint64_t bytes) {
     if (memory == nullptr) throw Error(str("cannot allocate ", bytes, " bytes"));
     return {memory, [](std::byte* memory) { std::free(memory); }};
   }
-  bool is_new;
-  return held(PerProcess<Spare>::get().take(round_up(bytes, kHugePage), true, &is_new));
+  return held(PerProcess<Spare>::get().take(round_up(bytes, kHugePage), true));
+}
+
+std::shared_ptr<std::byte> pages(uint64_t bytes) {
+  return held(PerProcess<Spare>::get().take(round_up(std::max<uint64_t>(bytes, 1), page_bytes()), false));
+}
+
+void clear_but(std::byte* memory, uint64_t bytes, const std::vector<Part>& written) {
+  // Pages are taken away, and come back as zeros. Those that the process has locked stay, and are written.
+  const auto clear = [&](uint64_t begin, uint64_t end) {
+    const uint64_t first = round_up(begin, page_bytes());
+    const uint64_t last = end == bytes ? round_up(end, page_bytes()) : end / page_bytes() * page_bytes();
+    if (first >= last || madvise(memory + first, last - first, MADV_DONTNEED) != 0) {
+      std::memset(memory + begin, 0, end - begin);
+      return;
+    }
+    std::memset(memory + begin, 0, first - begin);
+    if (last < end) std::memset(memory + last, 0, end - last);
+  };
+  uint64_t at = 0;
+  for (const Part& part : written) {
+    if (at < part.begin) clear(at, part.begin);
+    at = part.end;
+  }
+  if (at < bytes) clear(at, bytes);
 }
 
 std::shared_ptr<std::byte> zeros_behind(uint64_t used, uint64_t bytes) {
-  const uint64_t size = round_up(std::max<uint64_t>(bytes, 1), page_bytes());
-  bool is_new;
-  const Mapping mapping = PerProcess<Spare>::get().take(size, false, &is_new);
-  if (is_new) return held(mapping);
-  // Pages are taken away, and come back as zeros. Those that the process has locked stay, and are written.
-  const uint64_t kept = std::min(round_up(used, page_bytes()), size);
-  std::memset(mapping.memory + used, 0, kept - used);
-  if (kept < mapping.bytes && madvise(mapping.memory + kept, mapping.bytes - kept, MADV_DONTNEED) != 0)
-    std::memset(mapping.memory + kept, 0, mapping.bytes - kept);
-  return held(mapping);
+  std::shared_ptr<std::byte> memory = pages(bytes);
+  clear_but(memory.get(), bytes, {{0, used}});
+  return memory;
 }
 
 uint64_t spare_private_memory() { return PerProcess<Spare>::get().bytes(); }

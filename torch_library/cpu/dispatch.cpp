@@ -217,7 +217,6 @@ class Dispatching : public Steps {
     out_ = early_ ? std::move(early_->out)
                   : make_results(call_.x, call_.topk_idx, low_latency_, call_.num_experts, R, N, nullptr);
     if (call_.blocks) {
-      if (spoils_) recv_.blocks().clear();
       recv_.set_places(places_ = arrange(*routing_, op.rank(), *call_.blocks, *out_->padded));
       src_info_ = out_->padded->src_info.mutable_data_ptr<int32_t>();
     }
