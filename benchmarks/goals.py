@@ -120,6 +120,8 @@ GOALS = (
     Goal("in a compiled graph / eager", 1.02, 1.05, _named(overhead.GRAPH_ADDS)),
     Goal("dispatch_start and wait, nothing between / dispatch", 1, 1.1, _named(overhead.TWO_STEPS)),
     Goal("  hidden of the shorter, with computation between", 1, 0.8, _named(overhead.HIDDEN)),
+    Goal('low latency of T=1, M=128: rows="rank" / rows="expert"', 1, 1.5, _named(overhead.RANK_ROWS)),
+    Goal("  with a hook", 1, 1.5, _named(overhead.RANK_ROWS_HOOK)),
     Goal("eager call of dispatch, R=1, T=1", 25, 40, _named(overhead.EAGER_CALL), "µs"),
     Goal("memory of windows / live recv_x", 1.1, 1.25, _named(overhead.WINDOWS)),
     Goal("time per token, T=32768 / T=1024", 1, 1.15, _growth),

@@ -34,6 +34,8 @@ GRAPH_CALL = "call in a graph, µs"
 GRAPH_ADDS = "dispatch+combine in a graph / eager"
 TWO_STEPS = "dispatch_start and wait / dispatch"
 HIDDEN = "of the shorter of dispatch and computation, hidden"
+RANK_ROWS = 'low latency, rows="rank" / rows="expert"'
+RANK_ROWS_HOOK = f"{RANK_ROWS}, with a hook"
 WINDOWS = "memory of windows / live recv_x"
 COMPILE = "compile time of examples/train_moe.py, s"
 
@@ -144,6 +146,44 @@ def overlap(group: dist.ProcessGroup) -> list[Value]:
     ]
 
 
+def rank_rows(group: dist.ProcessGroup) -> list[Value]:
+    """Times of low-latency dispatch and combine of one token under rows="rank", where there is room for 128 of each
+    rank, over those under rows="expert", paired; with a hook, those of call and hook. Of the slowest rank.
+    """
+    point, M, E = Point(group.size(), tokens=1, hidden=4096, mode="low_latency"), 128, 64
+    x = torch.randn(point.tokens, point.hidden, dtype=torch.bfloat16)
+    ids = torch.rand(point.tokens, E).topk(8).indices
+    weights = torch.rand(ids.shape)
+    buffers = {rows: deep_ep.Buffer(group, rows=rows, low_latency_mode=True) for rows in ("expert", "rank")}
+    ways = [("expert", False), ("rank", False), ("rank", True)]
+
+    def step(rows: str, hooks: bool) -> tuple[float, float, Tensor]:
+        buffer, begun = buffers[rows], time.perf_counter()
+        recv_x, _, handle, _, hook = buffer.low_latency_dispatch(x, ids, M, E, use_fp8=False, return_recv_hook=hooks)
+        hook()
+        between = time.perf_counter()
+        out, _, hook = buffer.low_latency_combine(recv_x, ids, weights, handle, return_recv_hook=hooks)
+        hook()
+        return between - begun, time.perf_counter() - between, out
+
+    seconds = torch.zeros(CALLS, len(ways), 2, dtype=torch.float64)
+    with torch.no_grad():
+        results = [step(*way)[-1] for way in ways]
+        if not all(torch.equal(result, results[0]) for result in results):
+            raise AssertionError("the row contracts give different results")
+        for call in range(CALLS):
+            for turn in range(len(ways)):
+                way = (call + turn) % len(ways)
+                seconds[call, way] = torch.tensor(step(*ways[way])[:2])
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    ratios = (seconds[:, 1:] / seconds[:, :1]).median(0).values.tolist()
+    return [
+        Value(name, point.ranks, f"{stage} of {point}", ratio)
+        for name, of_way in zip((RANK_ROWS, RANK_ROWS_HOOK), ratios, strict=True)
+        for stage, ratio in zip(("dispatch", "combine"), of_way, strict=True)
+    ]
+
+
 def _windows() -> dict[Path, list[int]]:
     """Where the windows of all ranks are mapped, by their files below /proc/self/map_files."""
     found = {}
@@ -201,5 +241,5 @@ def measure(group: dist.ProcessGroup, full: bool) -> list[Value]:
     R = group.size()
     if R == 1:
         return calls(group) + (compilation(group) if full else [])
-    values = (graph(group) if full or R == 2 else []) + (overlap(group) if R in (2, 4) else [])
+    values = (graph(group) if full or R == 2 else []) + (overlap(group) + rank_rows(group) if R in (2, 4) else [])
     return values + [value for H in (2048, 7168) for value in memory(group, Point(R, hidden=H))]

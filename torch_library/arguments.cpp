@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "shm/private_memory.h"
+#include "shm/routing.h"
 
 namespace deep_ep {
 namespace {
@@ -159,8 +160,11 @@ Checks check_low_latency_dispatch(const Tensor& x, const Tensor& topk_idx, int64
   checks.require(x.size(0) <= num_max_dispatch_tokens_per_rank, "x has ", x.size(0),
                  " tokens; allowed are at most num_max_dispatch_tokens_per_rank = ", num_max_dispatch_tokens_per_rank);
   if (!checks.on_cpu()) return checks;
-  // With ids that repeat, a token may want more rows of a rank than there is room for.
   const int64_t* ids = topk_idx.const_data_ptr<int64_t>();
+  std::vector<int32_t> counts(num_experts);
+  const std::string wrong = count_experts(ids, topk_idx.size(0), K, num_experts, counts.data());
+  checks.require(wrong.empty(), wrong);
+  // With ids that repeat, a token may want more rows of a rank than there is room for.
   for (int64_t t = 0; K > L && t < topk_idx.size(0); ++t)
     for (int64_t first = 0; first < K && checks.passed(); ++first) {
       int64_t rows = 0;

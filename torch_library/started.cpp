@@ -128,20 +128,41 @@ std::mutex& start_order() {
   return PerProcess<Order>::get().mutex;
 }
 
-Tensor start(Op op, Turn turn, Results early, Body body, const char* name) {
-  if (turn.group().spoils()) spoil(early);
+Tensor start(Op op, Turn turn, Results early, std::unique_ptr<Steps> steps, const char* name) {
+  const std::shared_ptr<Group> group = turn.shared_group();
+  if (group->spoils()) spoil(early);
   ThreadCalls& calls = ThreadCalls::mine();
   ThreadCalls of_call{.failed = calls.failed, .form = calls.form, .gradient = calls.take_gradient()};
-  Worker& worker = turn.group().worker();
   std::promise<Results> promise;
-  Started started{name, op, nullptr, promise.get_future(), turn.weak_group(), early};
+  Started started{name, op, nullptr, promise.get_future(), group, early};
+  std::optional<Turn> unsent(std::move(turn));
+  std::exception_ptr error;
+  if (unsent->has_come() && steps->sends_at_once(*group)) {
+    std::swap(calls, of_call);
+    try {
+      steps->send(*std::exchange(unsent, std::nullopt));
+    } catch (...) {
+      error = std::current_exception();
+    }
+    std::swap(calls, of_call);
+  }
+  const bool is_sent = !unsent;
   auto run = [op, early = std::move(early), of_call = std::move(of_call), promise = std::move(promise),
-              outcome = body.get_future(), body = std::move(body), turn = std::move(turn)]() mutable {
+              unsent = std::move(unsent), steps = std::move(steps), error = std::move(error)]() mutable {
     const ThreadCalls of_thread = std::exchange(ThreadCalls::mine(), std::move(of_call));
-    body(std::move(turn));
+    Results results;
+    try {
+      if (error) std::rethrow_exception(error);
+      if (unsent) steps->send(*std::exchange(unsent, std::nullopt));
+      results = steps->receive();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    steps.reset();  // ends the turn
     ThreadCalls::mine() = of_thread;
     try {
-      promise.set_value(outcome.get());
+      if (error) std::rethrow_exception(error);
+      promise.set_value(std::move(results));
     } catch (const Interrupted&) {
       fail(promise, early, std::make_exception_ptr(Error(str("deep_ep.", name_of(op), ": it was interrupted"))));
       throw;  // where the signal was meant to
@@ -152,7 +173,10 @@ Tensor start(Op op, Turn turn, Results early, Body body, const char* name) {
   started.task = std::make_shared<Worker::Task>(std::packaged_task<void()>(std::move(run)));
   std::shared_ptr<Worker::Task> task = started.task;
   Tensor ticket = ticket_for(std::move(started));
-  worker.run(std::move(task));
+  if (is_sent)
+    group->worker().leave(std::move(task));
+  else
+    group->worker().run(std::move(task));
   ++calls.entered;
   calls.completed = true;
   return ticket;

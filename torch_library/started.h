@@ -7,7 +7,7 @@
 
 #include <cstddef>
 #include <exception>
-#include <future>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -23,14 +23,25 @@ namespace deep_ep {
 
 using Results = std::vector<Tensor>;
 
-// What a call does, in its turn (src/shm/group.h).
-using Body = std::packaged_task<Results(Turn)>;
+// What a call does, in its turn (src/shm/group.h): it tells and sends the other ranks what it has to, then it receives.
+class Steps {
+ public:
+  virtual ~Steps() = default;
 
-// Runs `body` on the thread of the group, or on the one that waits for it where that comes first. It keeps the tensors
-// that it was given alive, and the caller must not write to them before the wait. `early`: the tensors that `body`
-// returns, where they can be made before the call; until it has ended, what they hold is undefined, and if it fails it
-// stays so. `name`: what wait knows the op by.
-Tensor start(Op op, Turn turn, Results early, Body body, const char* name);
+  // Whether `send` waits for nobody once the turn has come, and `receive` then needs no tensor that the call was given:
+  // what there is to send is little. Comes before `send`.
+  virtual bool sends_at_once(const Group&) { return false; }
+
+  virtual void send(Turn turn) = 0;
+  virtual Results receive() = 0;
+};
+
+// Sends, if that waits for nobody; the rest is done by who waits for the results, or by the thread of the group if
+// another call or a peer needs it before. Otherwise that does all of it, or who waits where that comes first. It keeps
+// the tensors that it was given alive, and the caller must not write to them before the wait. `early`: the tensors that
+// `steps` give, where they can be made before the call; until it has ended, what they hold is undefined, and if it
+// fails it stays so. `name`: what wait knows the op by.
+Tensor start(Op op, Turn turn, Results early, std::unique_ptr<Steps> steps, const char* name);
 
 // What `make` gives, if the arguments are right; where there is no memory for it they are not, and no rank takes part.
 template <typename Make>
@@ -50,38 +61,49 @@ auto make_early(Checks& checks, Make&& make) -> std::optional<decltype(make())> 
 //   turn                 drawn when it was made, so that it keeps its place, whether it runs at once or later
 //   run(turn)            which gives its results
 //
-// and, if results can be made before it runs, a type Early of what has to be known of them, with
+// or, if results can be made before it runs, a type Early of what has to be known of them, with
 //
 //   make_early(group)    the same, or nothing
 //   results(early)       what they are
-//   run(turn, early)     in the place of run(turn)
+//   steps(call, early)   in the place of run(turn)
 template <typename Call>
 concept HasEarly = requires { typename Call::Early; };
+
+// A call that sends and receives in one.
+template <typename Call>
+class OneStep : public Steps {
+ public:
+  explicit OneStep(Call call) : call_(std::move(call)) {}
+  void send(Turn turn) override { turn_.emplace(std::move(turn)); }
+  Results receive() override { return call_.run(*std::exchange(turn_, std::nullopt)); }
+
+ private:
+  Call call_;
+  std::optional<Turn> turn_;
+};
 
 template <typename Call>
 Results run_call(Call call) {
   Turn turn = std::move(call.turn);
-  if constexpr (HasEarly<Call>)
-    return call.run(std::move(turn), std::nullopt);
-  else
+  if constexpr (HasEarly<Call>) {
+    const std::unique_ptr<Steps> steps = Call::steps(std::move(call), std::nullopt);
+    steps->send(std::move(turn));
+    return steps->receive();
+  } else {
     return call.run(std::move(turn));
+  }
 }
 
 template <typename Call>
 Tensor start_call(Call call, const char* name) {
   const Op op = call.op();
+  Turn turn = std::move(call.turn);
   if constexpr (HasEarly<Call>) {
-    auto early = call.make_early(call.turn.group());
+    auto early = call.make_early(turn.group());
     Results results = early ? call.results(*early) : Results{};
-    Turn turn = std::move(call.turn);
-    Body body([call = std::move(call), early = std::move(early)](Turn turn) mutable {
-      return call.run(std::move(turn), std::move(early));
-    });
-    return start(op, std::move(turn), std::move(results), std::move(body), name);
+    return start(op, std::move(turn), std::move(results), Call::steps(std::move(call), std::move(early)), name);
   } else {
-    Turn turn = std::move(call.turn);
-    Body body([call = std::move(call)](Turn turn) mutable { return call.run(std::move(turn)); });
-    return start(op, std::move(turn), {}, std::move(body), name);
+    return start(op, std::move(turn), {}, std::make_unique<OneStep<Call>>(std::move(call)), name);
   }
 }
 

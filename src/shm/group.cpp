@@ -127,13 +127,20 @@ void Group::close(State state, const std::string& reason) {
 
 Turn::~Turn() {
   if (!group_) return;
-  while (!has_come_) has_come_ = group_->turns_.wait_for(number_, kHealthMilliseconds);
+  while (!comes()) continue;
   group_->turns_.end();
 }
 
+bool Turn::has_come() { return has_come_ = has_come_ || group_->turns_.has_come(number_); }
+
 void Turn::wait(Op op) {
-  while (!has_come_ && !(has_come_ = group_->turns_.wait_for(number_, kHealthMilliseconds)))
-    group_->check_interrupt(op);
+  while (!comes()) group_->check_interrupt(op);
+}
+
+bool Turn::comes() {
+  if (has_come()) return true;
+  group_->worker_.hurry();
+  return has_come_ = group_->turns_.wait_for(number_, kHealthMilliseconds);
 }
 
 }  // namespace deep_ep

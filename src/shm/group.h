@@ -68,7 +68,10 @@ class Group {
   std::optional<PoolMemory> reserve(uint64_t bytes) const;
 
   // Until the operations that have been issued have ended, or for so long. False: they have not.
-  bool join(std::chrono::milliseconds time) { return turns_.end_within(time); }
+  bool join(std::chrono::milliseconds time) {
+    worker_.hurry();
+    return turns_.end_within(time);
+  }
 
   // False once an operation has failed in its middle: no further one can work.
   bool usable() const { return control(rank_).state.load() == State::open; }
@@ -139,12 +142,18 @@ class Turn {
   ~Turn();
 
   Group& group() const { return *group_; }
-  std::weak_ptr<Group> weak_group() const { return group_; }
+  std::shared_ptr<Group> shared_group() const { return group_; }
 
-  // Returns when all operations before have ended, and `op` can begin.
+  // Whether all operations before have ended.
+  bool has_come();
+
+  // Returns when they have, and `op` can begin.
   void wait(Op op);
 
  private:
+  // The same for the time of one look at signals; false: they have not.
+  bool comes();
+
   std::shared_ptr<Group> group_;  // nullptr: moved from
   uint64_t number_;
   bool has_come_ = false;

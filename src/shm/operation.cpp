@@ -16,8 +16,11 @@ constexpr uint64_t kMargin = 512 << 10;  // of blocks for rows
 
 }  // namespace
 
-Operation::Operation(Turn turn, Contribution mine, const std::function<std::string(const Operation&)>& check)
-    : turn_(std::move(turn)), group_(turn_.group()), op_(mine.post.op) {
+Operation::Operation(Turn turn, Contribution mine, const Check& check) : Operation(std::move(turn), std::move(mine)) {
+  receive(check);
+}
+
+Operation::Operation(Turn turn, Contribution mine) : turn_(std::move(turn)), group_(turn_.group()), op_(mine.post.op) {
   turn_.wait(op_);
   begin_ = std::chrono::steady_clock::now();
   const Control& own = group_.control(group_.rank_);
@@ -38,18 +41,23 @@ Operation::Operation(Turn turn, Contribution mine, const std::function<std::stri
   if (mine.rejected.empty() && !mine.reserved)
     offered_ = group_.own_->pool.take(with_margin(std::max(mine.expected, wanted())), mine.least);
   open_ = true;
+  in_step([&] { send(mine); });
+  stopwatch_.pause();
+}
 
+template <typename Step>
+void Operation::in_step(Step&& step) {
   try {
-    enter(mine, check);
+    step();
   } catch (const std::exception& error) {
     // Still in its turn, so that the call's next operation, whichever thread makes it, knows.
-    if (calls.failed) *calls.failed = error.what();
+    if (const auto& failed = ThreadCalls::mine().failed) *failed = error.what();
     abandon();
     throw;
   }
 }
 
-void Operation::enter(const Contribution& mine, const std::function<std::string(const Operation&)>& check) {
+void Operation::send(const Contribution& mine) {
   Post& post = group_.post(group_.rank_, sequence_);
   post = mine.post;
   post.rejected = !mine.rejected.empty();
@@ -62,7 +70,23 @@ void Operation::enter(const Contribution& mine, const std::function<std::string(
   std::copy(mine.words.begin(), mine.words.end(), reinterpret_cast<int32_t*>(&post + 1));
   group_.control(group_.rank_).sequence.store(sequence_, std::memory_order_release);
   group_.ring_all();
+}
 
+void Operation::receive(const Check& check) {
+  stopwatch_.resume();
+  in_step([&] {
+    wait_for_posts();
+    const std::string wrong = verdict(check);
+    stopwatch_.enter(Phase::allocate);
+    if (wrong.empty()) return;
+    needed_ = 0;
+    group_.own_->pool.undo(std::exchange(offered_, {}));
+    end();
+    throw Error(str(prefix(), wrong));
+  });
+}
+
+void Operation::wait_for_posts() {
   const auto missing = [this](int r) { return group_.control(r).sequence.load(std::memory_order_acquire) < sequence_; };
   const auto all_posted = [&] {
     for (int r = 0; r < size(); ++r)
@@ -77,19 +101,11 @@ void Operation::enter(const Contribution& mine, const std::function<std::string(
     if (group_.control(r).state.load(std::memory_order_acquire) == State::broken)
       give_up(str(prefix(), "rank ", r, " gave up: ", group_.control(r).reason));
   }
-
-  const std::string wrong = verdict(check);
-  stopwatch_.enter(Phase::allocate);
-  if (wrong.empty()) return;
-  needed_ = 0;
-  group_.own_->pool.undo(std::exchange(offered_, {}));
-  end();
-  throw Error(str(prefix(), wrong));
 }
 
 bool Operation::attach(const Contribution& mine) {
   if (!mine.rejected.empty() || !mine.attach || mine.attached_bytes > kAttachmentBytes) return false;
-  if (size() == 1) return true;
+  if (size() == 1 && !mine.attaches_own) return true;
   if (mine.attached_bytes > group_.attachable_) {
     const uint64_t bytes = std::min(round_up(mine.attached_bytes + mine.attached_bytes / 4, kPage), kAttachmentBytes);
     for (uint64_t sequence : {0, 1})
@@ -145,7 +161,7 @@ void Operation::give_up(const std::string& reason) {
 }
 
 // The same on all ranks: it depends on the posts only.
-std::string Operation::verdict(const std::function<std::string(const Operation&)>& check) const {
+std::string Operation::verdict(const Check& check) const {
   const auto differ = [this](const char* what, auto Post::* field, auto name) {
     const auto value = [&](int r) { return post(r).*field; };
     std::string text;

@@ -2,10 +2,10 @@
 //
 // R ranks · T local tokens · H hidden · K top-k · E experts · N rows.
 //
-// An operation has two steps. Opening it (`Operation`) publishes a post, waits for the posts of all ranks and checks
-// that they fit together; all ranks see the same posts and reach the same verdict, so an operation that is
-// rejected is rejected everywhere before a byte of payload moves, and the group stays usable. `exchange` then
-// moves rows into slots of the receivers' windows.
+// An operation has three steps. Opening it (`Operation`) publishes a post, and waits for nobody once its turn has come.
+// `receive` waits for the posts of all ranks and checks that they fit together; all ranks see the same posts and reach
+// the same verdict, so an operation that is rejected is rejected everywhere before a byte of payload moves, and the
+// group stays usable. `exchange` then moves rows into slots of the receivers' windows.
 #pragma once
 
 #include <chrono>
@@ -36,21 +36,34 @@ struct Contribution {
   // What this rank has to send, for an operation of little data: `attach` writes these bytes.
   uint64_t attached_bytes = 0;
   std::function<void(std::byte*)> attach;
+  // Whether it attaches that even if it is alone, to receive from its attachment what it sends to itself.
+  bool attaches_own = false;
 };
 
 class Operation {
  public:
-  // Enters `mine.post.op` on the group of `turn`. `check` runs once all posts are there, may look at all of them, must
-  // come to the same result on every rank, and returns what is wrong (or throws Error), or nothing.
-  Operation(Turn turn, Contribution mine, const std::function<std::string(const Operation&)>& check = {});
+  using Check = std::function<std::string(const Operation&)>;
+
+  // Enters `mine.post.op` on the group of `turn`.
+  Operation(Turn turn, Contribution mine);
+
+  // The same and `receive`.
+  Operation(Turn turn, Contribution mine, const Check& check);
 
   // Without finish() before it, the operation failed on this rank alone: the group is given up, and peers raise.
   ~Operation();
+
+  // Waits for the posts of all ranks. `check` runs once they are there, may look at all of them, must come to the same
+  // result on every rank, and returns what is wrong (or throws Error), or nothing.
+  void receive(const Check& check);
 
   int rank() const { return group_.rank_; }
   int size() const { return group_.size_; }
   const Post& post(int rank) const { return group_.post(rank, sequence_); }
   const int32_t* words(int rank) const { return reinterpret_cast<const int32_t*>(&post(rank) + 1); }
+
+  // Whether this rank has attached what it has to send.
+  bool has_attached() const { return post(rank()).attached != 0; }
 
   // Whether all ranks have attached what they have to send: there is nothing to exchange. A rank need not attach what
   // it sends to itself, and attaches nothing if it is alone.
@@ -85,8 +98,12 @@ class Operation {
   [[noreturn]] void fail(const std::string& reason);
 
  private:
-  void enter(const Contribution& mine, const std::function<std::string(const Operation&)>& check);
+  void send(const Contribution& mine);
   bool attach(const Contribution& mine);
+  void wait_for_posts();
+  // Runs a step; what it throws ends the operation on this rank, and the later ones of its call.
+  template <typename Step>
+  void in_step(Step&& step);
   // What such operations have needed of the pool.
   uint64_t& wanted() const { return group_.wanted_[static_cast<int>(op_)]; }
   // Of the pool, for `bytes` of this operation: routing varies, and more where tokens are few.
@@ -101,7 +118,7 @@ class Operation {
             const std::function<bool(int)>& needed);
   void wait_until(const char* phase, const std::function<bool()>& ready, const std::function<bool(int)>& missing,
                   const std::function<bool(int)>& needed);
-  std::string verdict(const std::function<std::string(const Operation&)>& check) const;
+  std::string verdict(const Check& check) const;
   [[noreturn]] void give_up(const std::string& reason);
   std::string failure() const;
   std::string prefix() const;

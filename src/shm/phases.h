@@ -33,6 +33,10 @@ class Stopwatch {
     return phase;
   }
 
+  // From here on, until `resume`, time counts for nothing.
+  void pause() { enter(phase_); }
+  void resume() { since_ = Clock::now(); }
+
   const Nanoseconds& spent() const { return spent_; }
 
  private:

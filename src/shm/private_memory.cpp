@@ -33,11 +33,14 @@ struct Mapping {
 };
 
 // Mappings that are not in use. To map memory anew and to touch it for the first time takes longer than to write it.
-// What is in use and what is not has, together, no more bytes than were in use at once not long ago.
+// What is in use and what is not has, together, no more bytes than were in use at once not long ago; or twice as many,
+// where little of a mapping is touched: then calls of two kinds can have one each.
 class Spare {
  public:
-  // Of at least `bytes`, a multiple of pages; without memory if it is new, and then filled with 0.
-  Mapping take(uint64_t bytes, bool huge, bool* is_new) {
+  explicit Spare(bool is_dense) : allowance_(is_dense ? 1 : 2) {}
+
+  // Of at least `bytes`, a multiple of pages; without memory if it is new.
+  Mapping take(uint64_t bytes, bool huge) {
     std::vector<Mapping> dropped;
     Mapping taken{nullptr, bytes, huge};
     {
@@ -45,7 +48,7 @@ class Spare {
       // The smallest one, if it is not much too large; of equal ones the newest, which may be in the caches.
       auto best = spare_.end();
       for (auto at = spare_.begin(); at != spare_.end(); ++at)
-        if (at->huge == huge && at->bytes >= bytes && at->bytes - bytes <= bytes / kSlack)
+        if (at->bytes >= bytes && at->bytes - bytes <= bytes / kSlack)
           if (best == spare_.end() || at->bytes <= best->bytes) best = at;
       if (best != spare_.end()) {
         taken = *best;
@@ -57,8 +60,7 @@ class Spare {
       shrink(dropped);
     }
     unmap(dropped);
-    *is_new = taken.memory == nullptr;
-    if (!*is_new) return taken;
+    if (taken.memory != nullptr) return taken;
     try {
       require(bytes);
       taken.memory = map(bytes);
@@ -85,8 +87,11 @@ class Spare {
       shrink(dropped);
     }
     unmap(dropped);
-    if (first) sweep_when_idle([] { return PerProcess<Spare>::get().sweep(); });
+    if (first) sweep_when_idle([huge = mapping.huge] { return of(huge).sweep(); });
   }
+
+  // Those in huge pages, which are written from end to end, and the others.
+  static Spare& of(bool huge);
 
   uint64_t bytes() {
     std::lock_guard lock(mutex_);
@@ -122,7 +127,7 @@ class Spare {
   // The oldest ones go.
   void shrink(std::vector<Mapping>& dropped) {
     auto end = spare_.begin();
-    for (; end != spare_.end() && used_ + spare_bytes_ > std::max(peak_, peak_before_); ++end)
+    for (; end != spare_.end() && used_ + spare_bytes_ > allowance_ * std::max(peak_, peak_before_); ++end)
       spare_bytes_ -= end->bytes;
     move_out(end, dropped);
   }
@@ -152,6 +157,7 @@ class Spare {
     return more;
   }
 
+  const uint64_t allowance_;
   std::mutex mutex_;
   std::vector<Mapping> spare_;  // in the order in which they were given back
   uint64_t spare_bytes_ = 0, used_ = 0;
@@ -160,9 +166,18 @@ class Spare {
   bool watched_ = false;
 };
 
+struct Spares {
+  Spare dense{true}, sparse{false};
+};
+
+Spare& Spare::of(bool huge) {
+  Spares& spares = PerProcess<Spares>::get();
+  return huge ? spares.dense : spares.sparse;
+}
+
 // The mapping, which goes back when the pointer dies.
 std::shared_ptr<std::byte> held(const Mapping& mapping) {
-  return {mapping.memory, [mapping](std::byte*) { PerProcess<Spare>::get().give_back(mapping); }};
+  return {mapping.memory, [mapping](std::byte*) { Spare::of(mapping.huge).give_back(mapping); }};
 }
 
 }  // namespace
@@ -173,24 +188,40 @@ std::shared_ptr<std::byte> private_memory(uint64_t bytes) {
     if (memory == nullptr) throw Error(str("cannot allocate ", bytes, " bytes"));
     return {memory, [](std::byte* memory) { std::free(memory); }};
   }
-  bool is_new;
-  return held(PerProcess<Spare>::get().take(round_up(bytes, kHugePage), true, &is_new));
+  return held(Spare::of(true).take(round_up(bytes, kHugePage), true));
+}
+
+std::shared_ptr<std::byte> pages(uint64_t bytes) {
+  return held(Spare::of(false).take(round_up(std::max<uint64_t>(bytes, 1), page_bytes()), false));
+}
+
+void clear_but(std::byte* memory, uint64_t bytes, const std::vector<Part>& written) {
+  // Pages are taken away, and come back as zeros. Those that the process has locked stay, and are written.
+  const auto clear = [&](uint64_t begin, uint64_t end) {
+    const uint64_t first = round_up(begin, page_bytes());
+    const uint64_t last = end == bytes ? round_up(end, page_bytes()) : end / page_bytes() * page_bytes();
+    if (first >= last || madvise(memory + first, last - first, MADV_DONTNEED) != 0) {
+      std::memset(memory + begin, 0, end - begin);
+      return;
+    }
+    std::memset(memory + begin, 0, first - begin);
+    if (last < end) std::memset(memory + last, 0, end - last);
+  };
+  uint64_t at = 0;
+  for (const Part& part : written) {
+    if (at < part.begin) clear(at, part.begin);
+    at = part.end;
+  }
+  if (at < bytes) clear(at, bytes);
 }
 
 std::shared_ptr<std::byte> zeros_behind(uint64_t used, uint64_t bytes) {
-  const uint64_t size = round_up(std::max<uint64_t>(bytes, 1), page_bytes());
-  bool is_new;
-  const Mapping mapping = PerProcess<Spare>::get().take(size, false, &is_new);
-  if (is_new) return held(mapping);
-  // Pages are taken away, and come back as zeros. Those that the process has locked stay, and are written.
-  const uint64_t kept = std::min(round_up(used, page_bytes()), size);
-  std::memset(mapping.memory + used, 0, kept - used);
-  if (kept < mapping.bytes && madvise(mapping.memory + kept, mapping.bytes - kept, MADV_DONTNEED) != 0)
-    std::memset(mapping.memory + kept, 0, mapping.bytes - kept);
-  return held(mapping);
+  std::shared_ptr<std::byte> memory = pages(bytes);
+  clear_but(memory.get(), bytes, {{0, used}});
+  return memory;
 }
 
-uint64_t spare_private_memory() { return PerProcess<Spare>::get().bytes(); }
+uint64_t spare_private_memory() { return Spare::of(true).bytes() + Spare::of(false).bytes(); }
 
 bool can_map(uint64_t bytes) {
   void* const made = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -4,11 +4,23 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace deep_ep {
 
 // In huge pages where there are some.
 std::shared_ptr<std::byte> private_memory(uint64_t bytes);
+
+// In pages that are in no other memory. There may be anything in them.
+std::shared_ptr<std::byte> pages(uint64_t bytes);
+
+struct Part {
+  uint64_t begin, end;
+};
+
+// Makes memory of `pages` 0, but for the parts, in their order, that are about to be written. That takes neither time
+// nor memory, unless memory is locked; what is written may have memory from before.
+void clear_but(std::byte* memory, uint64_t bytes, const std::vector<Part>& written);
 
 // Of which all beyond the first `used` bytes are 0. That takes neither time nor memory until somebody touches it,
 // unless memory is locked. In the first bytes there may be anything.

@@ -15,6 +15,12 @@ class Turns {
     return drawn_++;
   }
 
+  // Whether all turns drawn before `number` have ended.
+  bool has_come(uint64_t number) {
+    std::lock_guard lock(mutex_);
+    return ended_ == number;
+  }
+
   // Returns true once all turns drawn before `number` have ended, false after at most `milliseconds`.
   bool wait_for(uint64_t number, int milliseconds) {
     std::unique_lock lock(mutex_);

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <deque>
 #include <future>
 #include <memory>
@@ -23,6 +25,8 @@ class Worker {
     // Does it, and throws what it throws; nothing where a thread has begun with it. Returns whether it has done it.
     bool run();
 
+    bool has_begun() const { return begun_; }
+
    private:
     std::atomic<bool> begun_ = false;
     std::packaged_task<void()> body_;  // and what it holds, until it is done
@@ -30,16 +34,37 @@ class Worker {
 
   ~Worker();
 
+  // The thread does it as soon as it can, after what it was given before.
   void run(std::shared_ptr<Task> task);
 
+  // Somebody is expected to do it soon. The thread does if nobody has for a while, or is in a hurry: to wake it takes
+  // longer than small tasks do.
+  void leave(std::shared_ptr<Task> task);
+
+  // What was left is needed.
+  void hurry();
+
  private:
+  // After one to two of these the thread does what was left. It looks as often while there is something, and sleeps
+  // when there was nothing for as long.
+  static constexpr std::chrono::milliseconds kPatience{10};
+
   struct Queue {
     std::mutex mutex;
     std::condition_variable changed;
-    std::deque<std::shared_ptr<Task>> tasks;
+    std::deque<std::shared_ptr<Task>> tasks;  // somebody may have begun with the first ones
+    uint64_t popped = 0;                      // that were in there, and are not any more
+    bool hurries = false;                     // with what is in there
+    bool looks = false;                       // the thread wakes up by itself
     bool closed = false;
+
+    uint64_t added() const { return popped + tasks.size(); }
+    // The first one that nobody has begun with; nullptr if there is none.
+    Task* next();
+    std::shared_ptr<Task> pop();
   };
 
+  void add(std::shared_ptr<Task> task, bool hurries);
   static void work(std::shared_ptr<Queue> queue);
 
   std::mutex mutex_;

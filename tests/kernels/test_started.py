@@ -403,6 +403,38 @@ def test_what_is_sent_must_not_be_freed(pool: RankPool, strategy: str) -> None:
         assert "x was freed between the start of the call and its wait" in message, message
 
 
+def freed_at_once(ctx: RankContext, strategy: str, number: int) -> tuple[str, str] | None:
+    """Rank 0 frees what it sends before its peer has begun; what is little has been sent by then."""
+    buffer, (x, ids) = make_buffer(ctx, strategy, "rank"), inputs(ctx)
+    weights, key = torch.ones(3, K), f"freed at once {number}"
+    rows, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, 4, E, use_fp8=False)
+    expected, rows = (x * K, rows.clone()), rows.clone()  # that of the op cannot be freed
+    combine = partial(buffer.low_latency_combine, return_recv_hook=True)
+    dispatch = partial(buffer.low_latency_dispatch, use_fp8=False, return_recv_hook=True)
+    error = None
+    for n, (start, sent) in enumerate(
+        ((lambda y: combine(y, ids, weights, handle), rows), (lambda x: dispatch(x, ids, 4, E), x))
+    ):
+        if ctx.rank == 1:
+            ctx.store.wait([f"{key} {n}"])
+        result, *_, hook = start(sent)
+        if ctx.rank == 0:
+            sent.untyped_storage().resize_(0)
+            ctx.store.set(f"{key} {n}", "")
+            error = error_of(hook)
+        else:
+            hook()
+        assert_same("result", result, expected[n])
+    return error
+
+
+def test_what_is_little_is_sent_when_the_call_is_issued(pool: RankPool) -> None:
+    """Its peer has it, and so has the rank itself, whose wait says that it could not be relied on."""
+    error, of_peer = pool.run(2, freed_at_once, "default", next(_reads))
+    assert of_peer is None
+    assert error[0] == "RuntimeError" and "x was freed between the start of the call and its wait" in error[1], error
+
+
 def overwritten_in_inference(ctx: RankContext, strategy: str) -> None:
     """Rank 0 writes to what it sends before the other one has begun."""
     buffer, group = make_buffer(ctx, strategy, "rank"), ctx.prepared_group(strategy)

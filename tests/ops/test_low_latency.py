@@ -426,6 +426,36 @@ def test_only_rows_that_have_come_are_touched(
         assert all(touched <= most for touched, most in found), found
 
 
+def fresh_pages(ctx: RankContext, hooks: bool, alternates: bool) -> int:
+    """The pages that the kernel has made for ten calls whose rows come to where those of the call before were; with
+    `alternates`, calls of other sizes lie between.
+    """
+    buffer, M, H = make_buffer(ctx, Settings("default", "rank")), 256, 4096
+    x = torch.tensor([1.0, 2.0]).unsqueeze(1).expand(2, H).contiguous()
+    ids = torch.tensor([[0, 2, 4, 6]] * 2)
+    expected, faults = torch.zeros(8, 6, H), 0
+    expected[::2, :2] = x
+    for step in range(12):
+        if alternates:
+            buffer.low_latency_dispatch(x, ids, M // 2, 8, use_fp8=False)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        rows, counts, _, _, hook = buffer.low_latency_dispatch(x, ids, M, 8, use_fp8=False, return_recv_hook=hooks)
+        hook()
+        faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before if step >= 2 else 0
+        assert_same("rows", rows[:, :6], expected)
+        assert_same("counts", counts, torch.tensor([2, 0] * 4, dtype=torch.int32))
+        rows[0, 5] = 7  # which is in no later result
+        del rows, hook
+    return faults
+
+
+@pytest.mark.parametrize(("hooks", "alternates"), [(False, False), (True, False), (False, True)])
+def test_rows_come_to_pages_that_are_there(pool: RankPool, hooks: bool, alternates: bool) -> None:
+    """In ten calls, 8 rows of 4 pages each. What the program touches besides is made anew."""
+    (faults,) = pool.run(1, fresh_pages, hooks, alternates)
+    assert faults < 10 * 8 * 4 / 2, faults
+
+
 def touched_by_backward(ctx: RankContext, strategy: str, hooks: bool) -> list[tuple[int, int]]:
     """The pages that backward has touched of gradients and saved rows, or anywhere, and the most that may be."""
     buffer, M, H, L, tokens = make_buffer(ctx, Settings(strategy, "rank")), 256, 4096, 8, 3

@@ -5,10 +5,13 @@ T local tokens, H hidden, K top-k, E experts, R ranks, N received rows.
 
 import contextlib
 import gc
+import itertools
 import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,8 @@ from torch.utils.checkpoint import checkpoint
 
 import deep_ep
 from deep_ep.kernels import started as calls_under_way
+
+_numbers = itertools.count()
 
 
 def start(op: str, strategy: str, arguments: dict[str, Any]) -> Tensor:
@@ -524,6 +529,62 @@ def threads(strategy: str) -> int:
         with contextlib.suppress(FileNotFoundError):  # it has just ended
             names.append((task / "comm").read_text().strip())
     return names.count("deep_ep")
+
+
+def wakings() -> int:
+    """How often the threads of this process's groups have gone to sleep."""
+    count = 0
+    for task in Path("/proc/self/task").iterdir():
+        if (task / "comm").read_text().strip() == "deep_ep":
+            count += int((task / "status").read_text().split("\nvoluntary_ctxt_switches:")[1].split()[0])
+    return count
+
+
+def hooks_in_turn(ctx: RankContext) -> tuple[int, float]:
+    buffer = deep_ep.Buffer(ctx.prepared_group("default"), rows="rank")
+    x, ids, weights = torch.ones(2, 8), torch.tensor([[0], [1]]), torch.ones(2, 1)
+    begun, before = time.monotonic(), 0
+    for step in range(501):
+        if step == 1:  # the thread has begun
+            begun, before = time.monotonic(), wakings()
+        rows, _, handle, _, hook = buffer.low_latency_dispatch(x, ids, 2, 2, use_fp8=False, return_recv_hook=True)
+        hook()
+        combined, _, hook = buffer.low_latency_combine(rows, ids, weights, handle, return_recv_hook=True)
+        hook()
+        assert_same("combined", combined, x)
+    return wakings() - before, time.monotonic() - begun
+
+
+def test_a_hook_of_little_data_wakes_no_thread(pool: RankPool) -> None:
+    """It looks from time to time whether somebody waits for calls, however many there are."""
+    ((count, seconds),) = pool.run(1, hooks_in_turn)
+    assert count <= 10 + seconds / 0.01, (count, seconds)
+
+
+def left_to_the_thread(ctx: RankContext, number: int) -> None:
+    """Rank 0 has little to send, and waits for nothing before its peer, which has much, has received it."""
+    buffer, key, T = deep_ep.Buffer(ctx.prepared_group("default"), rows="rank"), f"left {number}", 1 << 16
+    assert T * 8 * 8 > 2 << 20  # what may be attached
+    x = torch.full((T if ctx.rank == 1 else 3, 8), ctx.rank + 1.0)
+    ids, weights = torch.arange(len(x)).unsqueeze(1) % 2, torch.ones(len(x), 1)
+
+    def receive(step: str, hook: Callable[[], None]) -> None:
+        if ctx.rank == 0:
+            ctx.store.wait([f"{key} {step}"])
+        hook()
+        if ctx.rank == 1:
+            ctx.store.set(f"{key} {step}", "")
+
+    rows, counts, handle, _, hook = buffer.low_latency_dispatch(x, ids, T, 2, use_fp8=False, return_recv_hook=True)
+    receive("dispatch", hook)
+    combined, _, hook = buffer.low_latency_combine(rows, ids, weights, handle, return_recv_hook=True)
+    receive("combine", hook)
+    assert_same("counts", counts, torch.tensor([T // 2 + 2 - ctx.rank], dtype=torch.int32))
+    assert_same("combined", combined, x)
+
+
+def test_a_peer_with_much_data_does_not_wait_for_a_hook(pool: RankPool) -> None:
+    pool.run(2, left_to_the_thread, next(_numbers))
 
 
 def count_threads(ctx: RankContext, strategy: str) -> list[int]:

@@ -21,7 +21,7 @@ class BlockRows {
   BlockRows(const Blocks& blocks, const Tensor& x) : rows_(blocks.size * blocks.count) {
     for (const Tensor& like : blocks.parts.empty() ? std::vector{x} : blocks.parts) {
       const uint64_t row_bytes = row_bytes_of(like);
-      parts_.push_back({zeros_behind(0, rows_ * row_bytes), row_bytes, {}});
+      parts_.push_back({pages(rows_ * row_bytes), row_bytes, {}});
       const Shape shape = like.sizes();
       std::vector<int64_t> sizes{blocks.count, blocks.size}, strides;
       sizes.insert(sizes.end(), shape.begin() + 1, shape.end());
@@ -32,9 +32,21 @@ class BlockRows {
     }
   }
 
-  // Makes them 0 again, if something has been written there.
-  void clear() {
-    for (const Part& part : parts_) std::memset(part.memory.get(), 0, rows_ * part.row_bytes);
+  // Makes all rows 0 but those at `places`, in their order, which are about to be put there. Until then there may be
+  // anything.
+  void clear_but(const std::vector<int64_t>& places) {
+    std::vector<deep_ep::Part> written;
+    for (const Part& part : parts_) {
+      written.clear();
+      for (const int64_t place : places) {
+        const uint64_t begin = place * part.row_bytes;
+        if (!written.empty() && written.back().end == begin)
+          written.back().end += part.row_bytes;
+        else
+          written.push_back({begin, begin + part.row_bytes});
+      }
+      deep_ep::clear_but(part.memory.get(), rows_ * part.row_bytes, written);
+    }
   }
 
   void put(int64_t place, const std::byte* row) {

@@ -138,12 +138,40 @@ std::string too_much_memory(const Operation& op, const Routing& routing, int64_t
   return text;
 }
 
-// A call on its way. Its functions are its steps, in this order.
-class Dispatching {
+// A call on its way.
+class Dispatching : public Steps {
  public:
-  Dispatching(DispatchCall& call, const Group& group, std::optional<EarlyDispatched> early)
-      : call_(call), low_latency_(call.is_low_latency()), spoils_(group.spoils()), early_(std::move(early)) {}
+  Dispatching(DispatchCall call, std::optional<EarlyDispatched> early)
+      : call_(std::move(call)), low_latency_(call_.is_low_latency()), early_(std::move(early)) {}
 
+  bool sends_at_once(const Group&) override {
+    return keeps_ = !call_.checks.passed() || attached().bytes <= kAttachmentBytes;
+  }
+
+  void send(Turn turn) override {
+    call_.checks.memory("x", call_.x).memory("topk_idx", call_.topk_idx);
+    if (!low_latency_) call_.checks.memory("topk_weights", *call_.topk_weights);
+    spoils_ = turn.group().spoils();
+    Contribution mine = contribute(turn.group());
+    op_.emplace(std::move(turn), std::move(mine));
+    if (!keeps_ || !op_->has_attached()) return;
+    const std::byte* const at = op_->attachment(op_->rank());
+    const AttachedTokens kept = attached();
+    rows_ = at;
+    ids_ = kept.ids(at);
+    if (!low_latency_) weights_ = kept.weights(at);
+  }
+
+  Results receive() override {
+    Operation& op = *op_;
+    op.receive([&](const Operation& op) { return route(op); });
+    allocate(op);
+    move_rows(op);
+    count(op);
+    return call_.in_order(finish(op));
+  }
+
+ private:
   // What this rank brings.
   Contribution contribute(const Group& group) {
     Contribution mine;
@@ -189,7 +217,6 @@ class Dispatching {
     out_ = early_ ? std::move(early_->out)
                   : make_results(call_.x, call_.topk_idx, low_latency_, call_.num_experts, R, N, nullptr);
     if (call_.blocks) {
-      if (spoils_) recv_.blocks().clear();
       recv_.set_places(places_ = arrange(*routing_, op.rank(), *call_.blocks, *out_->padded));
       src_info_ = out_->padded->src_info.mutable_data_ptr<int32_t>();
     }
@@ -242,7 +269,16 @@ class Dispatching {
     return std::move(*out_);
   }
 
- private:
+  // Where the tokens lie in an attachment; for right arguments.
+  AttachedTokens attached() const {
+    Post post{};
+    post.op = call_.op();
+    post.tokens = call_.x.size(0);
+    post.hidden = call_.x.size(1);
+    post.top_k = call_.topk_idx.size(1);
+    return {post, static_cast<uint64_t>(call_.x.element_size())};
+  }
+
   // Right arguments: the post, the counts, and the tokens themselves where they are few.
   void describe_tokens(Contribution& mine, const Group& group) {
     const Tensor& x = call_.x;
@@ -263,13 +299,14 @@ class Dispatching {
     mine.words.resize(call_.num_experts);
     const std::string wrong = count_experts(ids_, T, K, call_.num_experts, mine.words.data());
     call_.checks.require(wrong.empty(), wrong);
-    const AttachedTokens attached(post, x.element_size());
+    const AttachedTokens attached = this->attached();
     const int64_t rows = call_.num_rows > 0 ? call_.num_rows : T * K;
     mine.expected = rows * (attached.row_bytes + sizeof(RowMeta));
     mine.least = call_.num_rows * attached.row_bytes;
     look_at_memory(call_.checks, mine, group, rows * row_memory(post, attached.row_bytes));
     mine.attached_bytes = attached.bytes;
     mine.attach = [this, attached](std::byte* to) { attached.write(to, rows_, ids_, weights_); };
+    mine.attaches_own = keeps_;
   }
 
   // What goes with row n, of all but the row itself.
@@ -346,15 +383,17 @@ class Dispatching {
 
   int32_t* head() { return out_->send_head.mutable_data_ptr<int32_t>(); }
 
-  DispatchCall& call_;
-  const bool low_latency_, spoils_;
+  DispatchCall call_;
+  const bool low_latency_;
+  bool keeps_ = false;  // the tokens, in the attachment
+  bool spoils_ = false;
   std::optional<EarlyDispatched> early_;
   RecvRows recv_;
   std::optional<Routing> routing_;
   std::optional<Dispatched> out_;
   std::vector<int64_t> places_;  // of rows, in blocks
   int64_t T = 0, K = 0, R = 0, L = 0;
-  // Of this rank's tokens:
+  // Of this rank's tokens, where the call was given them or in the attachment:
   const std::byte* rows_ = nullptr;
   const int64_t* ids_ = nullptr;
   const float* weights_ = nullptr;
@@ -363,6 +402,7 @@ class Dispatching {
   int32_t* src_info_ = nullptr;
   int64_t* recv_ids_ = nullptr;
   float* recv_weights_ = nullptr;
+  std::optional<Operation> op_;  // ends before what it writes to
 };
 
 }  // namespace
@@ -381,16 +421,8 @@ std::optional<EarlyDispatched> DispatchCall::make_early(const Group& group) {
   });
 }
 
-Results DispatchCall::run(Turn turn, std::optional<EarlyDispatched> early) {
-  checks.memory("x", x).memory("topk_idx", topk_idx);
-  if (topk_weights) checks.memory("topk_weights", *topk_weights);
-  Dispatching steps(*this, turn.group(), std::move(early));
-  Contribution mine = steps.contribute(turn.group());
-  Operation op(std::move(turn), std::move(mine), [&](const Operation& op) { return steps.route(op); });
-  steps.allocate(op);
-  steps.move_rows(op);
-  steps.count(op);
-  return in_order(steps.finish(op));
+std::unique_ptr<Steps> DispatchCall::steps(DispatchCall call, std::optional<EarlyDispatched> early) {
+  return std::make_unique<Dispatching>(std::move(call), std::move(early));
 }
 
 namespace {

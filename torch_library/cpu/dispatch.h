@@ -1,6 +1,7 @@
 // Sends rows to the ranks of their experts: what dispatch and low_latency_dispatch are made of.
 #pragma once
 
+#include <memory>
 #include <optional>
 
 #include "arguments.h"
@@ -50,7 +51,7 @@ struct DispatchCall {
   // Nothing in exact mode.
   std::optional<EarlyDispatched> make_early(const Group& group);
   Results results(const EarlyDispatched& early) const { return in_order(early.out); }
-  Results run(Turn turn, std::optional<EarlyDispatched> early);
+  static std::unique_ptr<Steps> steps(DispatchCall call, std::optional<EarlyDispatched> early);
 };
 
 }  // namespace deep_ep

@@ -21,7 +21,10 @@ class RecvRows {
   void make_blocks(const Blocks& blocks, const Tensor& like) { blocks_.emplace(blocks, like); }
   BlockRows& blocks() { return *blocks_; }
   // Where row n of those that arrive belongs, in blocks.
-  void set_places(std::vector<int64_t> places) { places_ = std::move(places); }
+  void set_places(std::vector<int64_t> places) {
+    blocks_->clear_but(places);
+    places_ = std::move(places);
+  }
 
   // For an operation that begins later: the tensor of as many rows, to which they will come. `sparse`: few of them may.
   Tensor make_early(const Group& group, const Tensor& like, int64_t rows, uint64_t meta_bytes, bool sparse) {

@@ -7,21 +7,32 @@
 
 namespace deep_ep {
 
-void SendBack::attach_to(Contribution& mine) const {
+uint64_t SendBack::attached_bytes(bool own) const {
   int64_t rows_sent = 0;
-  for (int64_t n = 0; n < handle.num_rows; ++n) rows_sent += handle.goes_away(n);
-  mine.attached_bytes = Attached(*this, handle.num_rows).rows_at + rows_sent * row_bytes();
-  mine.attach = [back = *this](std::byte* to) {
-    const Attached at(back, back.handle.num_rows);
-    const uint64_t row_bytes = back.row_bytes();
-    std::memcpy(to, back.scalars, back.handle.num_rows * back.scalar_bytes());
+  for (int64_t n = 0; n < handle.num_rows; ++n) rows_sent += attaches(n, own);
+  return Attached(*this, handle.num_rows).rows_at + rows_sent * row_bytes();
+}
+
+void SendBack::attach_to(Contribution& mine, bool own) const {
+  mine.attached_bytes = attached_bytes(own);
+  mine.attach = [this, own](std::byte* to) {
+    const Attached at(*this, handle.num_rows);
+    std::memcpy(to, scalars, handle.num_rows * scalar_bytes());
     int32_t place = 0;
-    for (int64_t n = 0; n < back.handle.num_rows && row_bytes > 0; ++n) {
-      if (!back.handle.goes_away(n)) continue;
+    for (int64_t n = 0; n < handle.num_rows && hidden > 0; ++n) {
+      if (!attaches(n, own)) continue;
       std::memcpy(to + at.places_at + n * sizeof place, &place, sizeof place);
-      std::memcpy(to + at.rows_at + place++ * row_bytes, back.row(n), row_bytes);
+      std::memcpy(to + at.rows_at + place++ * row_bytes(), row(n), row_bytes());
     }
   };
+  mine.attaches_own = own;
+}
+
+void SendBack::read_attached(const std::byte* at) {
+  const Attached attached(*this, handle.num_rows);
+  const auto* of_row = reinterpret_cast<const int32_t*>(at + attached.places_at);
+  places.assign(of_row, of_row + handle.num_rows);
+  rows = at + attached.rows_at;
 }
 
 std::vector<Region> SendBack::place(const Operation& op) const {
@@ -163,30 +174,83 @@ std::optional<Tensor> CombineCall::make_early(const Group&) {
   return deep_ep::make_early(checks, [&] { return empty_tensor(x, {topk_idx.size(0), x.size(x.dim() - 1)}); });
 }
 
-Results CombineCall::run(Turn turn, std::optional<Tensor> early) {
-  checks.memory("x", x).memory("topk_idx", topk_idx).memory("topk_weights", topk_weights);
-  HandleArguments arguments(code, turn.group(), checks, x, topk_idx, recv_src_idx, send_head, num_experts, num_ranks,
-                            layout_range ? &*layout_range : nullptr);
-  SendBack back{.handle = arguments.handle};
-  if (arguments.right()) {
-    back.dtype = dtype_of(x);
-    back.hidden = arguments.contribution.post.hidden;
-    back.rows = x.const_data_ptr();
-    if (x.dim() == 3) back.places = places_in_blocks(arguments.handle, x.size(1), arguments.contribution.rejected);
-    back.weights = topk_weights.const_data_ptr<float>();
-    back.attach_to(arguments.contribution);
-  }
-  std::vector<Region> regions;
-  Operation op(std::move(turn), arguments.contribution, [&](const Operation& op) {
-    regions = back.place(op);
-    return Handle::check(op);
-  });
+namespace {
 
-  Tensor combined = early ? *early : empty_tensor(x, {topk_idx.size(0), back.hidden});
-  back.sums = combined.mutable_data_ptr();
-  back.run(op, regions);
-  op.finish();
-  return {combined};
+// A call on its way.
+class Combining : public Steps {
+ public:
+  Combining(CombineCall call, std::optional<Tensor> early) : call_(std::move(call)), early_(std::move(early)) {}
+
+  bool sends_at_once(const Group&) override {
+    if (!call_.checks.passed()) return true;
+    const Tensor &x = call_.x, &sources = call_.recv_src_idx;
+    const int64_t N = sources.size(0);
+    if (N * 3 * sizeof(int32_t) > kAttachmentBytes) return false;  // too many to look at
+    SendBack all{.handle = {.recv_src_idx = sources.const_data_ptr<int32_t>(), .num_rows = N},
+                 .dtype = dtype_of(x),
+                 .hidden = x.size(x.dim() - 1)};
+    return keeps_ = all.attached_bytes(true) <= kAttachmentBytes;
+  }
+
+  void send(Turn turn) override {
+    const Tensor &x = call_.x, &topk_idx = call_.topk_idx, &topk_weights = call_.topk_weights;
+    call_.checks.memory("x", x).memory("topk_idx", topk_idx).memory("topk_weights", topk_weights);
+    HandleArguments arguments(call_.code, turn.group(), call_.checks, x, topk_idx, call_.recv_src_idx, call_.send_head,
+                              call_.num_experts, call_.num_ranks, call_.layout_range ? &*call_.layout_range : nullptr);
+    back_.handle = arguments.handle;
+    if (arguments.right()) {
+      back_.dtype = dtype_of(x);
+      back_.hidden = arguments.contribution.post.hidden;
+      back_.rows = x.const_data_ptr();
+      if (x.dim() == 3) back_.places = places_in_blocks(arguments.handle, x.size(1), arguments.contribution.rejected);
+      back_.weights = topk_weights.const_data_ptr<float>();
+      back_.attach_to(arguments.contribution, keeps_);
+    }
+    op_.emplace(std::move(turn), std::move(arguments.contribution));
+    if (keeps_ && op_->has_attached()) keep();
+  }
+
+  Results receive() override {
+    std::vector<Region> regions;
+    op_->receive([&](const Operation& op) {
+      regions = back_.place(op);
+      return Handle::check(op);
+    });
+    Tensor combined = early_ ? *early_ : empty_tensor(call_.x, {call_.topk_idx.size(0), back_.hidden});
+    back_.sums = combined.mutable_data_ptr();
+    back_.run(*op_, regions);
+    op_->finish();
+    return {combined};
+  }
+
+ private:
+  // What the program may write to from here on is not looked at any more.
+  void keep() {
+    Handle& handle = back_.handle;
+    const int64_t slots = handle.num_tokens * handle.top_k;
+    ids_.assign(handle.topk_idx, handle.topk_idx + slots);
+    heads_.assign(handle.send_head, handle.send_head + slots);
+    weights_.assign(back_.weights, back_.weights + slots);
+    handle.topk_idx = ids_.data();
+    handle.send_head = heads_.data();
+    back_.weights = weights_.data();
+    back_.read_attached(op_->attachment(op_->rank()));
+  }
+
+  CombineCall call_;
+  std::optional<Tensor> early_;
+  SendBack back_;
+  bool keeps_ = false;  // rows, in the attachment, and:
+  std::vector<int64_t> ids_;
+  std::vector<int32_t> heads_;
+  std::vector<float> weights_;
+  std::optional<Operation> op_;  // ends before what it writes to
+};
+
+}  // namespace
+
+std::unique_ptr<Steps> CombineCall::steps(CombineCall call, std::optional<Tensor> early) {
+  return std::make_unique<Combining>(std::move(call), std::move(early));
 }
 
 }  // namespace deep_ep

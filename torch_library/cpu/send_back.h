@@ -2,6 +2,8 @@
 // combine, dispatch_backward and the second half of combine_backward are made of.
 #pragma once
 
+#include <memory>
+
 #include "arguments.h"
 #include "shm/handle.h"
 #include "started.h"
@@ -26,8 +28,14 @@ struct SendBack {
   }
   uint64_t scalar_bytes() const { return has_scalars ? sizeof(float) : 0; }
 
-  // Attaches what there is to send.
-  void attach_to(Contribution& mine) const;
+  // What `attach_to` attaches. Needs of the handle only recv_src_idx, num_rows and rank.
+  uint64_t attached_bytes(bool own) const;
+
+  // Attaches what there is to send; with `own`, what goes to this rank itself, too. `mine` is for as long as this is.
+  void attach_to(Contribution& mine, bool own = false) const;
+
+  // From here on, rows are those of the own attachment at `at`, which has them all.
+  void read_attached(const std::byte* at);
 
   // A place for all slots of every rank; for use in the check of an Operation.
   std::vector<Region> place(const Operation& op) const;
@@ -36,8 +44,11 @@ struct SendBack {
   void run(Operation& op, const std::vector<Region>& regions) const;
 
  private:
-  // What a rank of `num_rows` rows attaches: the scalars of all; an int32 for each, its place among those that go to
-  // other ranks; and the latter, in row order.
+  // Whether row n is attached.
+  bool attaches(int64_t n, bool own) const { return own ? handle.recv_src_idx[3 * n] >= 0 : handle.goes_away(n); }
+
+  // What a rank of `num_rows` rows attaches: the scalars of all; an int32 for each, its place among those that are
+  // attached; and the latter, in row order.
   struct Attached {
     uint64_t places_at, rows_at;
 
@@ -75,7 +86,7 @@ struct CombineCall {
   Op op() const { return code; }
   std::optional<Tensor> make_early(const Group& group);
   Results results(const Tensor& early) const { return {early}; }
-  Results run(Turn turn, std::optional<Tensor> early);
+  static std::unique_ptr<Steps> steps(CombineCall call, std::optional<Tensor> early);
 };
 
 // Made of the op's arguments. `check`: check_handle, or check_padded_handle.

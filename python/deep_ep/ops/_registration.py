@@ -1,5 +1,6 @@
 """What is the same for all ops: where their parts are registered."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -57,6 +58,21 @@ def _only_backward(overload: str, formula: Callable[..., Any]) -> Callable[..., 
             calls.gradient(0)
 
     return checked
+
+
+_nothing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
+def past_autograd() -> contextlib.AbstractContextManager[Any]:
+    """Where no derivative is wanted, ops go past the formulas, which would find that out one by one."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return _nothing
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 _fragment = _Fragment("deep_ep", "FRAGMENT")

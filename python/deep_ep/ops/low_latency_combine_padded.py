@@ -17,10 +17,10 @@ from ..arguments import flat, like_tokens
 from ..groups import GroupInfo
 from ..kernels import alltoall
 from . import low_latency_combine as packed_op
-from ._registration import Start, register, reject
+from ._registration import Start, past_autograd, register, reject
 from .low_latency_dispatch import LowLatencyHandle
 from .low_latency_dispatch_padded import as_sent, pack, pad_gradient, used
-from .wait import Completion, Started, as_issued, completes, issued
+from .wait import Completion, Started, as_issued, completes, issued, says_itself
 
 
 def call(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: LowLatencyHandle) -> Tensor:
@@ -36,7 +36,8 @@ def start(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, ha
     op = getattr(torch.ops.deep_ep.low_latency_combine_padded_start, overload)
     x = as_sent(x, handle.layout_range, handle.src_info, info.size)
     tensors = _tensors(x, as_issued(topk_idx), as_issued(topk_weights), handle)
-    ticket = op(*tensors, handle.num_experts, info.size, info.name)
+    with past_autograd():
+        ticket = op(*tensors, handle.num_experts, info.size, info.name)
     tokens = topk_idx.shape[:-1]
     return issued(ticket, info, overload, "low_latency_combine_padded", tensors, handle.num_experts, 0, tokens)
 
@@ -52,7 +53,9 @@ complete, arriving = packed_op.complete, packed_op.arriving
 
 
 def wrong(info: GroupInfo, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: LowLatencyHandle) -> str | None:
-    """What is wrong with the arguments of `call`, as far as that needs no values."""
+    """What is wrong with the arguments of `call`, as far as that needs no values, unless `arriving` says it."""
+    if says_itself(info, x):
+        return None
     tensors = _tensors(x, topk_idx, topk_weights, handle)
     return checks.low_latency_combine_padded(*tensors, handle.num_experts, info.size)
 

@@ -23,9 +23,9 @@ from ..handles import readable_by_name
 from ..kernels import alltoall
 from ..kernels.started import spoil, write
 from . import low_latency_dispatch as packed_op
-from ._registration import Start, register, reject
+from ._registration import Start, past_autograd, register, reject
 from .low_latency_dispatch import LowLatencyHandle
-from .wait import Completion, Started, as_issued, completes, issued
+from .wait import Completion, Started, as_issued, completes, issued, says_itself
 
 Parts = list[Tensor]
 """What rows are made of: (data, scales) as `deep_ep.quantization.pack` takes them, or nothing for rows as they are."""
@@ -84,7 +84,9 @@ def start(
 ) -> "_Started":
     """As `call`. The tensors must not be written to before it has been waited for."""
     x, topk_idx, M = as_issued(x), as_issued(topk_idx), num_max_dispatch_tokens_per_rank
-    ticket = _overload(info, "_start")(x, topk_idx, parts, M, num_experts, info.size, info.name)
+    op = _overload(info, "_start")
+    with past_autograd():
+        ticket = op(x, topk_idx, parts, M, num_experts, info.size, info.name)
     tensors = x, topk_idx, *parts
     name = info.low_latency.value
     started = issued(ticket, info, name, "low_latency_dispatch_padded", tensors, num_experts, M, topk_idx.shape[:-1])
@@ -123,7 +125,9 @@ def arriving(one: _Started) -> PaddedOutput:
 def wrong(
     info: GroupInfo, x: Tensor, topk_idx: Tensor, parts: Parts, M: int, num_experts: int, hidden: int
 ) -> str | None:
-    """What is wrong with the arguments of `call`, as far as this rank alone can tell."""
+    """What is wrong with the arguments of `call`, as far as this rank alone can tell, unless `arriving` says it."""
+    if says_itself(info, x):
+        return None
     error = _error(x, topk_idx, parts, M, num_experts, info.size)
     return error or (_ids_error(topk_idx, num_experts) if checks.has_values(topk_idx) else None)
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..ep_strategy import LowLatencyStrategy
 from ..groups import GroupInfo
 from ..kernels.started import arriving, finish, spoiled, write_all
 from ..npu import ge
-from ._registration import register, reject
+from ._registration import past_autograd, register, reject
 
 
 class Started(NamedTuple):
@@ -70,7 +71,8 @@ class Started(NamedTuple):
 
     def _call(self, packet: Any) -> list[Tensor]:
         sizes = self.num_experts, self.info.size, self.num_max
-        return getattr(packet, self.overload)(self.ticket, self.op, list(self.arguments), *sizes, self.info.name)
+        with past_autograd():
+            return getattr(packet, self.overload)(self.ticket, self.op, list(self.arguments), *sizes, self.info.name)
 
     def _check_contents(self) -> None:
         """RuntimeError: an argument was written to, or freed, while it may have been sent."""
@@ -100,6 +102,11 @@ def issued(
     contents = () if torch.compiler.is_compiling() else tuple(map(_contents, arguments))
     sizes = num_experts, num_max, tokens
     return Started(ticket, info, overload, op, arguments, *sizes, torch.is_grad_enabled(), contents, is_token_in_rank)
+
+
+def says_itself(info: GroupInfo, x: Tensor) -> bool:
+    """Whether `arriving` raises at once what is wrong with a low-latency call's arguments: its kernel has looked."""
+    return info.low_latency is LowLatencyStrategy.DEFAULT and x.device.type == "cpu"
 
 
 def as_issued(tensor: Tensor) -> Tensor:
