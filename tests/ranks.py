@@ -119,6 +119,11 @@ class RankContext:
             self._num_bytes[strategy] = num_bytes
         return group
 
+    def unprepare(self, strategy: str) -> None:
+        """Of this group: for a test that changes what all its calls do, as DEBUG_MODE does. Collective over it."""
+        deep_ep.destroy(self._groups[strategy])
+        del self._num_bytes[strategy]
+
 
 @dataclass
 class Outcome:

@@ -306,6 +306,7 @@ def check_call_log(ctx: RankContext) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert logged(buffer, lambda: torch.testing.assert_close(compiled(x), 2 * x, rtol=0, atol=0)) == []
+    ctx.unprepare("default")
 
 
 def test_call_log(pool: RankPool) -> None:

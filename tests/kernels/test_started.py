@@ -511,6 +511,7 @@ def too_early(ctx: RankContext, strategy: str, number: int) -> bool:
         ctx.store.set(f"read {number}", "")
     results[-1].current_stream_wait()
     assert not results[0].isnan().any() and not results[2].isnan().any()
+    ctx.unprepare(strategy)
     return is_nothing
 
 
