@@ -217,7 +217,10 @@ int launch(void* planned, void* workspace, void* stream, char* error) noexcept {
   });
 }
 
-void discard(void* planned) noexcept { delete static_cast<Plan*>(planned); }
+void discard(void* planned) noexcept {
+  const std::unique_ptr<Plan> plan(static_cast<Plan*>(planned));
+  aclDestroyAclOpExecutor(plan->executor);
+}
 
 }  // namespace
 }  // namespace deep_ep::aclnn

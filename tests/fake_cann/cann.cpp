@@ -30,6 +30,7 @@ HcclResult window(uint64_t rank, void** address, uint64_t* bytes) {
 }
 
 std::array<uint64_t, 3> cleared;
+int destroyed = 0;
 
 bool is_mesh() { return std::getenv("FAKE_CANN_MESH") != nullptr; }
 
@@ -57,6 +58,15 @@ int aclDestroyIntArray(const aclIntArray* array) {
   delete array;
   return 0;
 }
+
+int aclDestroyAclOpExecutor(aclOpExecutor* executor) {
+  delete reinterpret_cast<std::string*>(executor);
+  ++destroyed;
+  return 0;
+}
+
+// How many executors were destroyed that nothing was run with.
+int fake_cann_destroyed() { return destroyed; }
 
 // acl
 

@@ -500,6 +500,16 @@ def test_the_package_is_laid_out_as_by_cann(wheel: Callable[[Build], Wheel], bui
 
 
 @over_fake_cann
+def test_wrappers_of_kernels_have_their_options_and_no_path_of_the_build(wheel: Callable[[Build], Wheel]) -> None:
+    made = wheel(SPACED_9)
+    wrappers = list((made.operators.tbe / "deep_ep_impl" / "dynamic").glob("*.py"))
+    assert len(wrappers) == len(operators())
+    assert {path.read_text() for path in wrappers} == {
+        "    custom_all_compile_options = {'__ALLSOC__': ['--cce-auto-sync=off']},\n"
+    }
+
+
+@over_fake_cann
 def test_the_package_has_what_all_packages_have(wheel: Callable[[Build], Wheel]) -> None:
     assert wheel(SPACED_9).operators.tree() >= frozenset.intersection(*(frozenset(one.tree()) for one in references()))
 
@@ -677,6 +687,21 @@ def test_errors_of_calls(wheel: Callable[[Build], Wheel]) -> None:
     assert kernels.prepare(call, plan, size, error) == 0
     assert kernels.launch(plan, None, None, error) != 0
     assert error.value == b"aclnnDeepEpCombine failed: 1: EZ9999: what CANN says"
+
+
+@over_fake_cann
+def test_a_plan_that_is_not_launched_leaves_nothing_behind(wheel: Callable[[Build], Wheel]) -> None:
+    kernels = kernels_of(wheel(AT_HOME))
+    destroyed = ctypes.CDLL(f"lib{LIBRARIES[0]}.so").fake_cann_destroyed
+    error, plan, size = ctypes.create_string_buffer(512), P(), ctypes.c_uint64()
+    before = destroyed()
+    for is_launched in (True, False):
+        assert kernels.prepare(call_of("DeepEpCombine")[0], plan, size, error) == 0, error.value
+        if is_launched:
+            assert kernels.launch(plan, P(555), P(666), error) == 0, error.value
+        else:
+            kernels.discard(plan)
+        assert destroyed() == before + (not is_launched)
 
 
 REQUEST = {

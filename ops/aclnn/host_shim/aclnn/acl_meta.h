@@ -17,6 +17,7 @@ aclTensor* aclCreateTensor(const int64_t* sizes, uint64_t num_sizes, aclDataType
 int aclDestroyTensor(const aclTensor* tensor);
 aclIntArray* aclCreateIntArray(const int64_t* values, uint64_t count);
 int aclDestroyIntArray(const aclIntArray* array);
+int aclDestroyAclOpExecutor(aclOpExecutor* executor);
 
 #ifdef __cplusplus
 }
