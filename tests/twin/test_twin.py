@@ -156,6 +156,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
     "int32": torch.int32,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
 }
 
 
@@ -271,13 +272,19 @@ def test_int8_product(transposed: bool, arch: int) -> None:
         torch.testing.assert_close(found.out, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_float_product(dtype: torch.dtype, transposed: bool, arch: int) -> None:
+FLOATS = [(dtype, dtype, arch) for dtype in (torch.float16, torch.bfloat16) for arch in ARCHS]
+FLOATS8 = (torch.float8_e4m3fn, torch.float8_e5m2, 3510)
+
+
+@pytest.mark.parametrize(
+    ("a_dtype", "b_dtype", "arch", "transposed"),
+    [(*types, transposed) for types in FLOATS for transposed in (True, False)] + [(*FLOATS8, True)],
+)
+def test_float_product(a_dtype: torch.dtype, b_dtype: torch.dtype, arch: int, transposed: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     m, k, n = 70, 240, 96
-    a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((m, k), (n, k) if transposed else (k, n)))
+    a = torch.randn((m, k), generator=generator).to(a_dtype)
+    b = torch.randn((n, k) if transposed else (k, n), generator=generator).to(b_dtype)
     whole = b.T if transposed else b
     exact = a.double() @ whole.double()
     # What fp32 sums of k products can be wrong by, in any order.

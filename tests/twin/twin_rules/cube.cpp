@@ -379,6 +379,12 @@ RULE(check_mmad_m_breaks, .breaks = {", M: m is 4096, at most 4095"}, .fast = tr
   Cube q(w);
   CAUGHT(q.multiply(true, 0, 4096));
 }
+RULE(check_fp8_breaks, .breaks = {", M: Mmad of fp8 is one of 3510"}, .arch = 2201, .fast = true, .mix = true) {
+  if (!Core::current().is_cube() || Core::current().arch() == 3510) return;
+  Cube q(w);
+  CAUGHT(Mmad(q.c, q.a.ReinterpretCast<fp8_e4m3fn_t>(), q.b.ReinterpretCast<fp8_e5m2_t>(),
+              MmadParams(32, 32, 32, 0, false, true)));
+}
 RULE(check_mmad_of_nothing_keeps, .mix = true) {
   if ASCEND_IS_AIV
     return;

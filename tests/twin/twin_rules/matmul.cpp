@@ -24,10 +24,10 @@ void order() {
   WaitFlag<event>(0);
 }
 
-template <typename T, typename C>
+template <typename T, typename C, typename U = T>  // of a, c and b
 class Matmul {
  public:
-  Matmul(const Problem& p, T* a, T* b, C* slots, float* rows, float* columns, float* out) : p_(p) {
+  Matmul(const Problem& p, T* a, U* b, C* slots, float* rows, float* columns, float* out) : p_(p) {
     a_.SetGlobalBuffer(a);
     b_.SetGlobalBuffer(b);
     slots_.SetGlobalBuffer(slots + GetBlock() * kM * kN);
@@ -110,8 +110,8 @@ class Matmul {
   void multiply(uint32_t m0, uint32_t n0, uint32_t k0, uint32_t m, uint32_t n, uint32_t k) {
     constexpr uint32_t kC0 = 32 / sizeof(T), kFractal = 16 * kC0;
     const uint32_t ms = round_up(m, 16) / 16, ns = round_up(n, 16) / 16, ks = round_up(k, kC0) / kC0;
-    const LocalTensor<T> a1 = a1_.template Get<T>(), b1 = b1_.template Get<T>();
-    const LocalTensor<T> a2 = a2_.template Get<T>(), b2 = b2_.template Get<T>();
+    const LocalTensor<T> a1 = a1_.template Get<T>(), a2 = a2_.template Get<T>();
+    const LocalTensor<U> b1 = b1_.template Get<U>(), b2 = b2_.template Get<U>();
     WaitFlag<HardEvent::MTE1_MTE2>(1);
     DataCopy(a1, a_[m0 * p_.k + k0], nd2nz(m, k, p_.k, ms * 16));
     if (p_.transposed)
@@ -128,7 +128,7 @@ class Matmul {
     }
     if (p_.transposed) {
       LoadData(b2, b1, LoadData2DParams(0, ns * ks, 1, 0, 0, false, 0));
-    } else if constexpr (sizeof(T) == 2) {
+    } else if constexpr (sizeof(U) == 2) {
       for (uint32_t i = 0; i < ks; ++i) LoadData(b2[i * ns * kFractal], b1, LoadData2DParams(i, ns, ks, 0, 0, true, 0));
     } else {
       for (uint32_t i = 0; i < ns / 2; ++i)
@@ -154,15 +154,16 @@ class Matmul {
   TBuf<TPosition::B2> b2_;
   TBuf<TPosition::CO1> c_;
   TBuf<> words_, floats_, scales_, row_;
-  GlobalTensor<T> a_, b_;
+  GlobalTensor<T> a_;
+  GlobalTensor<U> b_;
   GlobalTensor<C> slots_;
   GlobalTensor<float> rows_, columns_, out_;
 };
 
-template <typename T, typename C>
+template <typename T, typename C, typename U = T>
 void run(const Problem& p, void* a, void* b, void* slots, float* rows, float* columns, float* out) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
-  Matmul<T, C> matmul(p, static_cast<T*>(a), static_cast<T*>(b), static_cast<C*>(slots), rows, columns, out);
+  Matmul<T, C, U> matmul(p, static_cast<T*>(a), static_cast<U*>(b), static_cast<C*>(slots), rows, columns, out);
   if ASCEND_IS_AIC
     matmul.multiply();
   if ASCEND_IS_AIV
@@ -171,14 +172,14 @@ void run(const Problem& p, void* a, void* b, void* slots, float* rows, float* co
 
 }  // namespace
 
-// a [m, k], b [n, k] or [k, n], of int8, half or bfloat16; fp32 scales rows [m] and columns [n]; fp32 out [m, n]. With
-// `seed` below 0 in fast mode. Returns the first violation.
+// a [m, k], b [n, k] or [k, n], of int8, half or bfloat16, or of fp8_e4m3fn and fp8_e5m2; fp32 scales rows [m] and
+// columns [n]; fp32 out [m, n]. With `seed` below 0 in fast mode. Returns the first violation.
 extern "C" const char* twin_matmul(const char* type, int arch, int64_t seed, int cores, int m, int n, int k,
                                    int transposed, void* a, void* b, float* rows, float* columns, float* out) {
   static thread_local std::string text;
   const std::string name = type;
   const Problem p{static_cast<uint32_t>(m), static_cast<uint32_t>(n), static_cast<uint32_t>(k), transposed != 0, arch};
-  const uint64_t element = name == "int8" ? 1 : 2, size = sizeof(float);
+  const uint64_t element = name == "int8" || name == "fp8_e4m3fn" ? 1 : 2, size = sizeof(float);
   std::vector<float> slots(cores * kM * kN);
   const std::vector<twin::Region> regions = {{a, m * k * element, "a", true, -1, false},
                                              {b, n * k * element, "b", true, -1, false},
@@ -191,6 +192,8 @@ extern "C" const char* twin_matmul(const char* type, int arch, int64_t seed, int
   const twin::Report report = twin::run(settings, "matmul", regions, [&] {
     if (name == "int8")
       run<int8_t, int32_t>(p, a, b, slots.data(), rows, columns, out);
+    else if (name == "fp8_e4m3fn")
+      run<fp8_e4m3fn_t, float, fp8_e5m2_t>(p, a, b, slots.data(), rows, columns, out);
     else if (name == "half")
       run<half, float>(p, a, b, slots.data(), rows, columns, out);
     else

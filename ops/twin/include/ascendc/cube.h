@@ -350,7 +350,7 @@ void fixpipe(AscendC::CO2Layout format, const AscendC::GlobalTensor<T>& dst, con
     check_space(*scales, {L1}, at, FIX);
     uses.push_back({scales->span(0, p.nSize), false, kBlock});
   }
-  core.write_rows(more, at, uses, [=, &core](std::vector<uint8_t>& rows) {
+  const auto execute = [=, &core](std::vector<uint8_t>& rows) {
     uint8_t* to = rows.data();
     for (uint32_t i = 0; i < matrices; ++i)
       for (uint32_t column = 0; column < p.nSize; column += width)
@@ -369,7 +369,8 @@ void fixpipe(AscendC::CO2Layout format, const AscendC::GlobalTensor<T>& dst, con
             const T result = quantise<T>(value, p.quantPre, scale, at);
             std::memcpy(to, &result, sizeof(T));
           }
-  });
+  };
+  core.write_rows(more, at, uses, execute);
 }
 
 }  // namespace twin
@@ -457,11 +458,12 @@ template <typename T, typename U, typename V>
 void Mmad(const LocalTensor<T>& c, const LocalTensor<U>& a, const LocalTensor<V>& b, const MmadParams& p,
           Site at = Site::here()) {
   using namespace twin;
-  static_assert(std::is_same_v<U, V>, "operands of one type");
-  static_assert(
-      (std::is_same_v<U, int8_t> && std::is_same_v<T, int32_t>) || (is_float16<U> && std::is_same_v<T, float>),
-      "Mmad: int8 to int32, half and bfloat16_t to float");
+  static_assert(std::is_same_v<U, V> || (is_float8<U> && is_float8<V>), "operands of one type, or any of fp8");
+  static_assert(std::is_same_v<U, int8_t> ? std::is_same_v<T, int32_t>
+                                          : (is_float16<U> || is_float8<U>) && std::is_same_v<T, float>,
+                "Mmad: int8 to int32; half, bfloat16_t and fp8 to float");
   Core& core = Core::current();
+  if (is_float8<U> && core.arch() != 3510) core.fail(at, M, "Mmad of fp8 is one of 3510");
   check_space(c, {L0C}, at, M);
   check_space(a, {L0A}, at, M);
   check_space(b, {L0B}, at, M);
@@ -481,46 +483,45 @@ void Mmad(const LocalTensor<T>& c, const LocalTensor<U>& a, const LocalTensor<V>
   const Use use_c{c.span(0, ms * ns * kRows * kRows), true, 2 * kFractal, true};
   for (const Use& use : {use_a, use_b, use_c}) core.check_span(use.span, use.alignment, at, M);
   const Clock more = core.begin_mmad(use_c.span, p.unitFlag, ms * ns >= 10, at);
-  core.issue_after(more, M, at, std::array{use_a, use_b, use_c},
-                   [=, &core, order = core.choice(8), garbage = static_cast<uint8_t>(core.choice(256))] {
-                     const auto check = [&](const Span& span, uint32_t element, uint32_t bytes) {
-                       core.check_written(span.space, span.begin + element * sizeof(U), bytes, at, M);
-                     };
-                     // Rows of A and columns of B, as they are multiplied.
-                     const auto rows_of = [&](const Span& span, uint32_t rows, auto place) {
-                       const auto* from = reinterpret_cast<const U*>(core.memory(span.space, span.begin));
-                       std::vector<T> values(size_t{rows} * p.k);
-                       for (uint32_t row = 0; row < rows; ++row)
-                         for (uint32_t k = 0; k < p.k; ++k) {
-                           const uint32_t element = place(row, k);
-                           if (k % kColumns == 0) check(span, element, std::min(kColumns, p.k - k) * sizeof(U));
-                           values[size_t{row} * p.k + k] = static_cast<T>(from[element]);
-                         }
-                       return values;
-                     };
-                     const std::vector<T> x =
-                         rows_of(use_a.span, p.m, [&](uint32_t m, uint32_t k) { return is_row ? k : place_a(m, k); });
-                     const std::vector<T> y = rows_of(use_b.span, p.n, place_b);
-                     for (uint32_t m = 0; m < ms * kRows; ++m)
-                       for (uint32_t n = 0; n < ns * kRows; ++n) {
-                         const uint32_t element = (n / kRows * ms * kRows + m) * kRows + n % kRows;
-                         const bool is_used = m < p.m && n < p.n;
-                         uint8_t* const to = core.memory(L0C, use_c.span.begin + element * sizeof(T));
-                         T value;
-                         if (is_used) {
-                           T begin{};
-                           if (!p.cmatrixInitVal) {
-                             core.check_written(L0C, use_c.span.begin + element * sizeof(T), sizeof(T), at, M);
-                             std::memcpy(&begin, to, sizeof(T));
-                           }
-                           value = sum_of_products(begin, p.k, order, &x[size_t{m} * p.k], &y[size_t{n} * p.k]);
-                         } else {
-                           std::memset(&value, garbage, sizeof(T));  // the product of what fills up the fractals
-                         }
-                         std::memcpy(to, &value, sizeof(T));
-                         std::memset(core.written(L0C, use_c.span.begin + element * sizeof(T)), is_used, sizeof(T));
-                       }
-                   });
+  const auto execute = [=, &core, order = core.choice(8), garbage = static_cast<uint8_t>(core.choice(256))] {
+    const auto check = [&](const Span& span, uint32_t element, uint32_t bytes) {
+      core.check_written(span.space, span.begin + element * sizeof(U), bytes, at, M);
+    };
+    // Rows of A and columns of B, as they are multiplied.
+    const auto rows_of = [&](const auto* from, const Span& span, uint32_t rows, auto place) {
+      std::vector<T> values(size_t{rows} * p.k);
+      for (uint32_t row = 0; row < rows; ++row)
+        for (uint32_t k = 0; k < p.k; ++k) {
+          const uint32_t element = place(row, k);
+          if (k % kColumns == 0) check(span, element, std::min(kColumns, p.k - k) * sizeof(U));
+          values[size_t{row} * p.k + k] = static_cast<T>(from[element]);
+        }
+      return values;
+    };
+    const std::vector<T> x =
+        rows_of(a.data(), use_a.span, p.m, [&](uint32_t m, uint32_t k) { return is_row ? k : place_a(m, k); });
+    const std::vector<T> y = rows_of(b.data(), use_b.span, p.n, place_b);
+    for (uint32_t m = 0; m < ms * kRows; ++m)
+      for (uint32_t n = 0; n < ns * kRows; ++n) {
+        const uint32_t element = (n / kRows * ms * kRows + m) * kRows + n % kRows;
+        const bool is_used = m < p.m && n < p.n;
+        uint8_t* const to = core.memory(L0C, use_c.span.begin + element * sizeof(T));
+        T value;
+        if (is_used) {
+          T begin{};
+          if (!p.cmatrixInitVal) {
+            core.check_written(L0C, use_c.span.begin + element * sizeof(T), sizeof(T), at, M);
+            std::memcpy(&begin, to, sizeof(T));
+          }
+          value = sum_of_products(begin, p.k, order, &x[size_t{m} * p.k], &y[size_t{n} * p.k]);
+        } else {
+          std::memset(&value, garbage, sizeof(T));  // the product of what fills up the fractals
+        }
+        std::memcpy(to, &value, sizeof(T));
+        std::memset(core.written(L0C, use_c.span.begin + element * sizeof(T)), is_used, sizeof(T));
+      }
+  };
+  core.issue_after(more, M, at, std::array{use_a, use_b, use_c}, execute);
 }
 
 // C to global memory, as [m, n] or Nz.
