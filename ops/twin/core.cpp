@@ -18,17 +18,20 @@ std::string Site::text() const {
 Core::Core(Launch& launch, int index)
     : launch_(launch),
       index_(index),
+      is_cube_(index >= launch.vector_cores()),
       adversarial_(launch.settings.adversarial),
       random_state_((launch.settings.seed + 1) * 0x9e3779b97f4a7c15 ^ (index + 1) * 0xd1b54a32d192ed03),
-      ub_bytes_(static_cast<uint32_t>(launch.settings.unified_buffer_bytes)),
-      known_(std::make_shared<const Known>(launch.settings.cores)),
+      known_(std::make_shared<const Known>(launch.cores())),
       place_(launch.places[index]) {
-  ub_memory_.reset(new uint8_t[ub_bytes_ + kLinkBlock]);
-  const auto address = reinterpret_cast<uintptr_t>(ub_memory_.get());
-  ub_ = ub_memory_.get() + (kLinkBlock - address % kLinkBlock) % kLinkBlock;
-  std::memset(ub_, 0xa5, ub_bytes_);  // what a former kernel has left
-  written_.resize(ub_bytes_);
-  pages_.resize(adversarial_ ? ub_bytes_ / Page::kBytes + 1 : 0);
+  if (is_cube_) {
+    const bool is_2201 = arch() == 2201;
+    spaces_[L1] = Space(is_2201 ? 512 * 1024 - 256 : 512 * 1024, adversarial_);
+    spaces_[L0A] = Space(64 * 1024, adversarial_);
+    spaces_[L0B] = Space(64 * 1024, adversarial_);
+    spaces_[L0C] = Space(is_2201 ? 128 * 1024 : 256 * 1024, adversarial_);
+  } else {
+    spaces_[UB] = Space(static_cast<uint32_t>(launch.settings.unified_buffer_bytes), adversarial_);
+  }
   counters_.read.resize(launch.num_regions);
   counters_.written.resize(launch.num_regions);
   issued_[S] = 1;
@@ -41,12 +44,25 @@ Core::Core(Launch& launch, int index)
 
 Core::~Core() = default;
 
+Space::Space(uint32_t bytes, bool adversarial)
+    : memory(new uint8_t[bytes + kLinkBlock]),
+      bytes(bytes),
+      written(bytes),
+      pages(adversarial ? bytes / Page::kBytes + 1 : 0) {
+  const auto address = reinterpret_cast<uintptr_t>(memory.get());
+  data = memory.get() + (kLinkBlock - address % kLinkBlock) % kLinkBlock;
+  std::memset(data, 0xa5, bytes);  // what a former kernel has left
+}
+
 int Core::arch() const { return launch_.settings.arch; }
-int Core::cores() const { return launch_.settings.cores; }
+int Core::cores() const { return launch_.vector_cores(); }
+int Core::blocks() const { return launch_.settings.cores; }
+int Core::block() const { return is_cube_ ? index_ - cores() : index_; }
+bool Core::is_mix() const { return launch_.settings.mix; }
 
 void Core::fail(Site at, Pipe pipe, const std::string& what) {
   failed_ = true;
-  launch_.report("kernel " + launch_.kernel + ", core " + std::to_string(index_) + ", " + at.text() + ", " +
+  launch_.report("kernel " + launch_.kernel + ", " + launch_.name_of(index_) + ", " + at.text() + ", " +
                  kPipeNames[pipe] + ": " + what);
   throw Violation();
 }
@@ -88,6 +104,11 @@ std::string flag_text(Pipe from, Pipe to, int id) {
 }  // namespace
 
 Core::Event& Core::checked_event(Pipe from, Pipe to, int id, Site at, Pipe pipe) {
+  const auto has = [&](Pipe p) { return is_cube_ ? p == MTE2 || p == MTE1 || p == M || p == FIX : p < LINK; };
+  if (!has(from) || !has(to))
+    fail(at, pipe,
+         std::string("a ") + (is_cube_ ? "cube" : "vector") + " core has no flag " + kPipeNames[from] + "_" +
+             kPipeNames[to]);
   if (id < 0 || id >= kEvents) fail(at, pipe, "flag " + flag_text(from, to, id) + ": ids are 0 to 7");
   return event(from, to, id);
 }
@@ -101,6 +122,7 @@ void Core::set_flag(Pipe from, Pipe to, int id, Site at) {
   flag.set = true;
   flag.site = at;
   flag.snapshot = snapshot(from, to);
+  flag.known = known_alone_[from];
   if (from == S) ++issued_[S];
   ++counters_.events;
   if (adversarial_) tick(false);
@@ -111,6 +133,10 @@ void Core::wait_flag(Pipe from, Pipe to, int id, Site at) {
   if (!flag.set) fail(at, to, "WaitFlag " + flag_text(from, to, id) + " of a flag that is not set: it waits for ever");
   flag.set = false;
   after_[to].join(flag.snapshot);
+  if (flag.known) {
+    SharedKnown& known = to == S ? known_ : known_alone_[to];
+    known = joined(known, flag.known);
+  }
   if (to != S) return;
   check_stopped();
   force(flag.snapshot);
@@ -119,6 +145,8 @@ void Core::wait_flag(Pipe from, Pipe to, int id, Site at) {
 
 void Core::barrier(Pipe pipe, Site at) {
   if (pipe == S) fail(at, S, "PipeBarrier<PIPE_S> is illegal: S is in order by itself");
+  if (is_cube_ ? pipe == V || pipe == MTE3 : pipe > LINK)
+    fail(at, pipe, std::string("a ") + (is_cube_ ? "cube" : "vector") + " core has no such pipe");
   ++counters_.barriers;
   after_[pipe].join(after_[S]);
   after_[pipe][pipe] = issued_[pipe];
@@ -137,12 +165,23 @@ void Core::complete_all() {
   for (int p = 0; p < kPipes; ++p) all[p] = issued_[p];
   force(all);
   for (Clock& clock : after_) clock.join(all);
+  for (SharedKnown& known : known_alone_)
+    if (known) known_ = joined(known_, std::exchange(known, nullptr));
   ++issued_[S];
+}
+
+void Core::set_kernel_type(int type, Site at) {
+  if ((type == KERNEL_TYPE_MIX_AIC_1_2) != is_mix())
+    fail(at, S,
+         is_mix() ? "a block has cube cores with KERNEL_TYPE_MIX_AIC_1_2 only"
+                  : "KERNEL_TYPE_MIX_AIC_1_2: the launch has no cube cores");
+  meets_ = type != KERNEL_TYPE_AIV_ONLY;
 }
 
 void Core::sync_all(Site at) {
   ++counters_.syncs;
   check_stopped();
+  if (is_cube_) fail(at, S, "SyncAll<true> is one of vector cores");
   if (!meets_)
     fail(at, S, "SyncAll waits for ever in a kernel of KERNEL_TYPE_AIV_ONLY: KERNEL_TYPE_MIX_AIV_1_0 has it");
   // Rule 5. On 3510 what is ordered is what MTE3 has done, and S itself.
@@ -155,9 +194,7 @@ void Core::sync_all(Site at) {
   auto known = std::make_shared<Known>(*known_);
   (*known)[index_].join(mine);
   known_ = std::move(known);
-  wrote_ = true;
-  const int ended = launch_.meet(launch_.hard_gate, cores(), place_, &known_);
-  if (ended >= 0) fail(at, S, "SyncAll waits for ever: core " + std::to_string(ended) + " has ended without it");
+  meet(launch_.hard_gate, cores(), at);
 }
 
 void Core::sync_all(void* workspace, Span own, int cores_used, Site at) {
@@ -185,13 +222,18 @@ void Core::sync_all(void* workspace, Span own, int cores_used, Site at) {
   ++soft_syncs_[workspace];
   ++count;
   std::memcpy(slot, &count, sizeof(count));
-  std::memset(&written_[own.begin], 1, bytes);
+  std::memset(written(own.space, own.begin), 1, bytes);
   auto known = std::make_shared<Known>(*known_);
   (*known)[index_].join(after_[S]);
   known_ = std::move(known);
+  meet(launch_.gate_of(workspace), used, at);
+}
+
+void Core::meet(Gate& gate, int cores, Site at) {
   wrote_ = true;
-  const int ended = launch_.meet(launch_.gate_of(workspace), used, place_, &known_);
-  if (ended >= 0) fail(at, S, "SyncAll waits for ever: core " + std::to_string(ended) + " has ended without it");
+  const int missing = launch_.meet(gate, cores, place_, &known_);
+  if (missing == Launch::kAllWait) fail(at, S, "SyncAll waits for ever: all cores wait");
+  if (missing >= 0) fail(at, S, "SyncAll waits for ever: " + launch_.name_of(missing) + " has ended without it");
 }
 
 void Core::set_atomic(AtomicFunction function, uint32_t element, Site at) {
@@ -202,10 +244,11 @@ void Core::set_atomic(AtomicFunction function, uint32_t element, Site at) {
 
 // ---- Operations that have been issued and not yet executed.
 
-Core::Operation& Core::queue_operation(Pipe pipe, Site at, uint32_t pieces, std::function<void(uint32_t)> effect) {
+Core::Operation& Core::queue_operation(Pipe pipe, Site at, const Clock& after, uint32_t pieces,
+                                       std::function<void(uint32_t)> effect) {
   auto operation = std::make_unique<Operation>();
   operation->pipe = pipe;
-  operation->after = clock_of(pipe);
+  operation->after = after;
   operation->number = ++issued_[pipe];
   operation->site = at;
   operation->effect = std::move(effect);
@@ -331,7 +374,11 @@ void Core::finish() {
           fail(flag.site, Pipe(from),
                "flag " + flag_text(Pipe(from), Pipe(to), id) +
                    " is set and never waited for: it is left to the next kernel");
-  if (atomic_) fail(atomic_site_, MTE3, "SetAtomicNone is missing: the mode is left to the next kernel");
+  for (const Unit& unit : units_)
+    if (unit.full)
+      fail(unit.site, M, "unitFlag: no Fixpipe with unitFlag takes what it has done: it is left to the next kernel");
+  if (atomic_)
+    fail(atomic_site_, is_cube_ ? FIX : MTE3, "SetAtomicNone is missing: the mode is left to the next kernel");
   if (!unclean_.empty()) {
     const auto& [address, unclean] = *unclean_.begin();
     Memory* memory = launch_.find(address + __builtin_ctzll(unclean.mask));

@@ -13,8 +13,8 @@ std::string hex(uint64_t value) {
   return text;
 }
 
-std::string ub_text(uint64_t begin, uint64_t bytes) {
-  return "unified buffer " + hex(begin) + ".." + hex(begin + bytes);
+std::string text_of(SpaceId space, uint64_t begin, uint64_t bytes) {
+  return std::string(kSpaceNames[space]) + " " + hex(begin) + ".." + hex(begin + bytes);
 }
 
 constexpr const char* verb(Kind kind) {
@@ -73,20 +73,20 @@ const Access* Page::add(const Access& access, Ordered&& ordered) {
 
 void Core::check_span(Span span, uint32_t alignment, Site at, Pipe pipe) {
   const uint64_t end = uint64_t{span.begin} + span.bytes;
-  if (end > ub_bytes_)
-    fail(at, pipe, "accesses " + ub_text(span.begin, span.bytes) + ", which has " + hex(ub_bytes_) + " bytes");
-  if (end > span.limit)
-    fail(at, pipe,
-         "accesses " + ub_text(span.begin, span.bytes) + ", beyond its buffer, which ends at " + hex(span.limit));
+  const Space& space = spaces_[span.space];
+  const auto text = [&] { return text_of(span.space, span.begin, span.bytes); };
+  if (end > space.bytes) fail(at, pipe, "accesses " + text() + ", which has " + hex(space.bytes) + " bytes");
+  if (end > span.limit) fail(at, pipe, "accesses " + text() + ", beyond its buffer, which ends at " + hex(span.limit));
   if (span.begin % alignment != 0)
-    fail(at, pipe, ub_text(span.begin, span.bytes) + " is not aligned to " + std::to_string(alignment) + " bytes");
+    fail(at, pipe, text() + " is not aligned to " + std::to_string(alignment) + " bytes");
 }
 
-void Core::check_written(uint32_t begin, uint32_t bytes, Site at, Pipe pipe) {
-  const void* hole = std::memchr(written_.data() + begin, 0, bytes);
+void Core::check_written(SpaceId space, uint32_t begin, uint32_t bytes, Site at, Pipe pipe) {
+  const std::vector<uint8_t>& written = spaces_[space].written;
+  const void* hole = std::memchr(written.data() + begin, 0, bytes);
   if (hole == nullptr) return;
-  const uint64_t byte = static_cast<const uint8_t*>(hole) - written_.data();
-  fail(at, pipe, "reads " + ub_text(begin, bytes) + ", whose byte " + hex(byte) + " has never been written");
+  const uint64_t byte = static_cast<const uint8_t*>(hole) - written.data();
+  fail(at, pipe, "reads " + text_of(space, begin, bytes) + ", whose byte " + hex(byte) + " has never been written");
 }
 
 Memory* Core::memory_of(const void* address, uint64_t bytes, bool write, Site at, Pipe pipe) {
@@ -106,20 +106,25 @@ Memory* Core::memory_of(const void* address, uint64_t bytes, bool write, Site at
 }
 
 bool Core::ordered(const Access& earlier, const Access& access, const Clock& after) const {
-  if (earlier.core != index_) return (*known_)[earlier.core][earlier.pipe] >= earlier.number;
+  if (earlier.core != index_) {
+    const SharedKnown& alone = known_alone_[access.pipe];
+    return (*known_)[earlier.core][earlier.pipe] >= earlier.number ||
+           (alone && (*alone)[earlier.core][earlier.pipe] >= earlier.number);
+  }
   if (earlier.pipe == access.pipe && (earlier.pipe == S || earlier.number == access.number)) return true;
   return after[earlier.pipe] >= earlier.number;
 }
 
 void Core::fail_race(Site at, const Access& access, const Access& earlier, const std::string& where) {
   std::string text = std::string(verb(access.kind)) + " " + where + ", which ";
-  if (earlier.core != index_) text += "core " + std::to_string(earlier.core) + "'s ";
+  if (earlier.core != index_) text += launch_.name_of(earlier.core) + "'s ";
   text += std::string(kPipeNames[earlier.pipe]) + " " + verb(earlier.kind) + " at " + earlier.site.text();
   text += earlier.dirty ? " and has not cleaned out of its data cache" : ": nothing orders the two";
   fail(at, access.pipe, text);
 }
 
-void Core::note(uint32_t begin, uint32_t bytes, Pipe pipe, uint64_t number, const Clock& after, Kind kind, Site at) {
+void Core::note(SpaceId space, uint32_t begin, uint32_t bytes, Pipe pipe, uint64_t number, const Clock& after,
+                Kind kind, Site at) {
   const uint64_t end = uint64_t{begin} + bytes;
   for (uint64_t from = begin; from < end;) {
     const uint64_t page = from / Page::kBytes, to = std::min(end, (page + 1) * Page::kBytes);
@@ -131,8 +136,9 @@ void Core::note(uint32_t begin, uint32_t bytes, Pipe pipe, uint64_t number, cons
                         index_,
                         number,
                         at};
-    const Access* earlier = pages_[page].add(access, [&](const Access& e) { return ordered(e, access, after); });
-    if (earlier) fail_race(at, access, *earlier, ub_text(from, to - from));
+    const auto is_ordered = [&](const Access& e) { return ordered(e, access, after); };
+    const Access* earlier = spaces_[space].pages[page].add(access, is_ordered);
+    if (earlier) fail_race(at, access, *earlier, text_of(space, from, to - from));
     from = to;
   }
 }
@@ -165,35 +171,44 @@ void Core::note(Memory* memory, const uint8_t* address, uint64_t bytes, Pipe pip
 
 void Core::scalar(Span span, bool write, Site at) {
   last_site_ = at;
+  if (span.space != UB) fail(at, S, std::string("S has no way to ") + kSpaceNames[span.space]);
   check_span(span, span.bytes, at, S);
-  if (adversarial_) note(span.begin, span.bytes, S, issued_[S], clock_of(S), write ? Kind::write : Kind::read, at);
+  if (adversarial_) note(UB, span.begin, span.bytes, S, issued_[S], clock_of(S), write ? Kind::write : Kind::read, at);
   if (write)
-    std::memset(&written_[span.begin], 1, span.bytes);
+    std::memset(written(UB, span.begin), 1, span.bytes);
   else
-    check_written(span.begin, span.bytes, at, S);
+    check_written(UB, span.begin, span.bytes, at, S);
 }
 
 // ---- Transfers.
 
+void Core::check_atomic(Pipe pipe, Site at) {
+  if (!atomic_) return;
+  for (const Segment& segment : segments_)
+    if (segment.bytes % atomic_element_ != 0 || reinterpret_cast<uintptr_t>(segment.gm) % atomic_element_ != 0)
+      fail(at, pipe, "an atomic on part of an element: " + segment.memory->text(segment.gm));
+}
+
+void Core::count_transfer(Pipe pipe, const std::vector<Segment>& segments) {
+  if (pipe == MTE2) {
+    for (const Segment& segment : segments) note_read(segment.gm);
+    polled_ = segments[0].gm;
+  } else {
+    idle_ = 0;
+    act();
+  }
+  std::vector<Moved>& moved = pipe == MTE2 ? counters_.read : counters_.written;
+  ++moved[segments[0].memory->index].transfers;
+  for (const Segment& segment : segments)
+    if (segment.source == Segment::copy) moved[segment.memory->index].bytes += segment.bytes;
+}
+
 void Core::transfer(Pipe pipe, Site at) {
   last_site_ = at;
   if (segments_.empty()) return;
-  if (pipe == MTE3 && atomic_)
-    for (const Segment& segment : segments_)
-      if (segment.bytes % atomic_element_ != 0 || reinterpret_cast<uintptr_t>(segment.gm) % atomic_element_ != 0)
-        fail(at, MTE3, "an atomic on part of an element: " + segment.memory->text(segment.gm));
+  if (pipe != MTE2) check_atomic(pipe, at);
   const bool polling = pipe == MTE2 && polled_ == segments_[0].gm;
-  if (pipe == MTE3) {
-    idle_ = 0;
-    act();
-  } else {
-    for (const Segment& segment : segments_) note_read(segment.gm);
-  }
-  if (pipe == MTE2) polled_ = segments_[0].gm;
-  std::vector<Moved>& moved = pipe == MTE2 ? counters_.read : counters_.written;
-  ++moved[segments_[0].memory->index].transfers;
-  for (const Segment& segment : segments_)
-    if (segment.source == Segment::copy) moved[segment.memory->index].bytes += segment.bytes;
+  count_transfer(pipe, segments_);
   if (!adversarial_) {
     ++counters_.operations[pipe];
     for (const Segment& segment : segments_) pipe == MTE2 ? move_in(segment, at) : move_out(segment, atomic_, at);
@@ -214,13 +229,13 @@ void Core::read_later(Site at) {
   const Clock after = clock_of(MTE2);
   const uint64_t number = issued_[MTE2] + 1;
   for (const Segment& segment : segments_) {
-    note(segment.ub, segment.bytes, MTE2, number, after, Kind::write, at);
+    note(segment.space, segment.ub, segment.bytes, MTE2, number, after, Kind::write, at);
     const uint64_t read = segment.source == Segment::copy ? segment.bytes : 0;
     if (read) note(segment.memory, segment.gm, read, MTE2, number, after, Kind::read, false, at);
   }
   if (segments_[0].memory->window()) split_segments();
   const auto pieces = static_cast<uint32_t>(segments_.size());
-  queue_operation(MTE2, at, pieces, [this, at, segments = segments_](uint32_t i) { move_in(segments[i], at); });
+  queue_operation(MTE2, at, after, pieces, [this, at, segments = segments_](uint32_t i) { move_in(segments[i], at); });
 }
 
 void Core::write_later(Site at) {
@@ -228,11 +243,11 @@ void Core::write_later(Site at) {
   const uint64_t number = issued_[MTE3] + 1;
   const Kind kind = atomic_ ? Kind::atomic : Kind::write;
   for (const Segment& segment : segments_) {
-    note(segment.ub, segment.bytes, MTE3, number, after, Kind::read, at);
+    note(segment.space, segment.ub, segment.bytes, MTE3, number, after, Kind::read, at);
     note(segment.memory, segment.gm, segment.bytes, MTE3, number, after, kind, false, at);
   }
   const auto pieces = static_cast<uint32_t>(segments_.size());
-  queue_operation(MTE3, at, pieces, [this, at, segments = segments_, atomic = atomic_](uint32_t i) {
+  queue_operation(MTE3, at, after, pieces, [this, at, segments = segments_, atomic = atomic_](uint32_t i) {
     move_out(segments[i], atomic, at);
   });
 }
@@ -243,7 +258,7 @@ void Core::send_later(Site at) {
   const uint64_t number = issued_[MTE3] + 1, link_number = issued_[LINK] + 1;
   const Kind kind = atomic_ ? Kind::atomic : Kind::write;
   for (const Segment& segment : segments_) {
-    note(segment.ub, segment.bytes, MTE3, number, after, Kind::read, at);
+    note(segment.space, segment.ub, segment.bytes, MTE3, number, after, Kind::read, at);
     note(segment.memory, segment.gm, segment.bytes, LINK, link_number, after, kind, false, at);
   }
   split_segments();
@@ -256,16 +271,15 @@ void Core::send_later(Site at) {
     places->push_back(total);
     total += segment.bytes;
   }
-  Operation& link = queue_operation(LINK, at, static_cast<uint32_t>(segments_.size()),
+  Operation& link = queue_operation(LINK, at, after, static_cast<uint32_t>(segments_.size()),
                                     [this, data, places, segments = segments_, atomic = atomic_](uint32_t i) {
                                       deliver(segments[i], atomic, data->data() + (*places)[i]);
                                     });
-  link.after = after;
   link.ready = false;
-  queue_operation(MTE3, at, 1, [this, at, data, places, segments = segments_, link = &link](uint32_t) {
+  queue_operation(MTE3, at, after, 1, [this, at, data, places, segments = segments_, link = &link](uint32_t) {
     for (size_t i = 0; i < segments.size(); ++i) {
-      check_written(segments[i].ub, segments[i].bytes, at, MTE3);
-      std::memcpy(data->data() + (*places)[i], ub_ + segments[i].ub, segments[i].bytes);
+      check_written(segments[i].space, segments[i].ub, segments[i].bytes, at, MTE3);
+      std::memcpy(data->data() + (*places)[i], memory(segments[i].space, segments[i].ub), segments[i].bytes);
     }
     link->ready = true;
   });
@@ -314,7 +328,7 @@ void repeat(uint8_t* to, uint32_t bytes, const void* element, uint32_t element_b
 }  // namespace
 
 void Core::move_in(const Segment& segment, Site at) {
-  uint8_t* to = ub_ + segment.ub;
+  uint8_t* to = memory(segment.space, segment.ub);
   if (segment.source == Segment::copy) {
     if (const Memory& memory = *segment.memory; memory.written) {
       const uint64_t offset = segment.gm - memory.begin();
@@ -335,12 +349,12 @@ void Core::move_in(const Segment& segment, Site at) {
   } else {
     for (uint32_t i = 0; i < segment.bytes; ++i) to[i] = static_cast<uint8_t>(random());
   }
-  std::memset(&written_[segment.ub], segment.source != Segment::garbage, segment.bytes);
+  std::memset(written(segment.space, segment.ub), segment.source != Segment::garbage, segment.bytes);
 }
 
 void Core::move_out(const Segment& segment, AtomicFunction atomic, Site at) {
-  check_written(segment.ub, segment.bytes, at, MTE3);
-  deliver(segment, atomic, ub_ + segment.ub);
+  check_written(segment.space, segment.ub, segment.bytes, at, MTE3);
+  deliver(segment, atomic, memory(segment.space, segment.ub));
 }
 
 void Core::deliver(const Segment& segment, AtomicFunction atomic, const uint8_t* from) {

@@ -12,19 +12,20 @@ constexpr const char* name_of(Buffer::State state) {
 
 }  // namespace
 
-Buffer* Core::allocate(uint32_t bytes, Site at) {
+Buffer* Core::allocate(uint32_t bytes, Site at, SpaceId id) {
   last_site_ = at;
   if (pipe_object == nullptr) fail(at, S, "InitBuffer without a TPipe");
   const uint64_t rounded = (uint64_t{bytes} + kBlock - 1) / kBlock * kBlock;
   if (bytes == 0) fail(at, S, "InitBuffer of 0 bytes");
-  if (ub_used_ + rounded > ub_bytes_)
+  Space& space = spaces_[id];
+  if (space.used + rounded > space.bytes)
     fail(at, S,
-         "InitBuffer of " + std::to_string(bytes) + " bytes at " + std::to_string(ub_used_) +
-             ": the unified buffer has " + std::to_string(ub_bytes_));
-  buffers_.push_back({ub_used_, static_cast<uint32_t>(rounded), Buffer::free, -1, -1, at});
-  std::memset(&written_[ub_used_], 0, rounded);
-  ub_used_ += rounded;
-  counters_.unified_buffer_peak = std::max<uint64_t>(counters_.unified_buffer_peak, ub_used_);
+         "InitBuffer of " + std::to_string(bytes) + " bytes at " + std::to_string(space.used) + ": the " +
+             kSpaceNames[id] + " has " + std::to_string(space.bytes));
+  buffers_.push_back({space.used, static_cast<uint32_t>(rounded), Buffer::free, -1, -1, at, id});
+  std::memset(&space.written[space.used], 0, rounded);
+  space.used += rounded;
+  counters_.unified_buffer_peak = std::max<uint64_t>(counters_.unified_buffer_peak, spaces_[UB].used);
   return &buffers_.back();
 }
 
@@ -110,7 +111,7 @@ void Core::reset_buffers(Site at, bool end) {
     }
   }
   first_queue_ = queues_.size();
-  ub_used_ = 0;
+  for (Space& space : spaces_) space.used = 0;
   if (end) pipe_object = nullptr;
 }
 

@@ -18,9 +18,15 @@ Core& Core::current() { return *this_core; }
 
 Launch::Launch(const Settings& settings, const Group& group, const std::string& kernel,
                const std::vector<Region>& regions)
-    : settings(settings), kernel(kernel), num_regions(regions.size()), group(group), ended_(settings.cores) {
-  report_.counters.resize(settings.cores);
-  for (int core = 0; core < settings.cores; ++core) places.emplace_back(ranks);
+    : settings(settings),
+      kernel(kernel),
+      num_regions(regions.size()),
+      group(group),
+      ended_(cores()),
+      live_(cores()),
+      counters_(settings.mix ? cores() * (kIds + kIdsOfMode4) : 0) {
+  report_.counters.resize(cores());
+  for (int core = 0; core < cores(); ++core) places.emplace_back(ranks);
   ranks.begin_launch();
   for (const Region& region : regions) {
     if (region.bytes == 0) continue;
@@ -56,6 +62,7 @@ void Launch::report(const std::string& violation) {
 void Launch::end(Core& core) {
   std::lock_guard lock(mutex_);
   ended_[core.index()] = true;
+  --live_;
   places[core.index()].ends();
   report_.counters[core.index()] = core.counters_;
   changed_.notify_all();
@@ -66,32 +73,40 @@ Gate& Launch::gate_of(const void* workspace) {
   return soft_gates_[workspace];
 }
 
-int Launch::meet(Gate& gate, int cores, Place& place, std::shared_ptr<const Known>* known) {
+std::string Launch::name_of(int core) const {
+  const bool is_cube = core >= vector_cores();
+  return (is_cube ? "cube core " : "core ") + std::to_string(is_cube ? core - vector_cores() : core);
+}
+
+void Launch::release(Waiter& waiter) {
+  if (stopped()) return;  // it may wait no more
+  waiter.released = true;
+  --waiting_;
+  waiter.place.meets_no_more();
+  changed_.notify_all();
+}
+
+int Launch::meet(Gate& gate, int cores, Place& place, SharedKnown* known) {
   std::unique_lock lock(mutex_);
-  gate.joined.resize(settings.cores);
-  for (int core = 0; core < settings.cores; ++core) gate.joined[core].join((**known)[core]);
-  const uint64_t generation = gate.generation;
+  gate.joined.resize(this->cores());
+  for (int core = 0; core < this->cores(); ++core) gate.joined[core].join((**known)[core]);
   if (++gate.arrived == cores) {
     gate.arrived = 0;
-    ++gate.generation;
     gate.known = std::make_shared<const Known>(gate.joined);
-    for (Place* waiting : gate.waiting) waiting->meets_no_more();
+    for (Waiter* waiting : gate.waiting) release(*waiting);
     gate.waiting.clear();
-    changed_.notify_all();
   } else {
-    gate.waiting.push_back(&place);
-    place.meets();
+    Waiter waiter{place};
+    gate.waiting.push_back(&waiter);
+    const auto ended = [&] {
+      const auto found = std::find(ended_.begin(), ended_.begin() + cores, true);
+      return found == ended_.begin() + cores ? kAllWait : static_cast<int>(found - ended_.begin());
+    };
+    wait(lock, waiter, [&] { return ended() != kAllWait; });
+    if (!waiter.released) return ended();
   }
-  int ended = -1;
-  changed_.wait(lock, [&] {
-    if (gate.generation != generation || stopped()) return true;
-    for (int core = 0; core < cores; ++core)
-      if (ended_[core]) ended = core;
-    return ended >= 0;
-  });
-  if (gate.generation == generation && stopped()) throw Stopped();
-  if (ended < 0) *known = gate.known;
-  return ended;
+  *known = gate.known;
+  return kAllMet;
 }
 
 BlockLock::BlockLock(const Launch& launch, const Memory* memory, const uint8_t* address) {
@@ -122,14 +137,15 @@ Report run(const Settings& settings, const std::string& kernel, const std::vecto
   const auto refuse = [&](int block, const std::string& why) {
     launch.report("kernel " + kernel + ", core " + std::to_string(block) + ", begins when others have ended: " + why);
   };
-  if (settings.cores > settings.vector_cores)
-    refuse(settings.vector_cores, "there are " + std::to_string(settings.cores) + " blocks, and " +
-                                      std::to_string(settings.vector_cores) + " vector cores");
+  const int room = settings.mix ? settings.vector_cores / 2 : settings.vector_cores;
+  if (settings.cores > room)
+    refuse(room, "there are " + std::to_string(settings.cores) + " blocks, and " + std::to_string(room) +
+                     (settings.mix ? " cube cores" : " vector cores"));
   else if (settings.cores > 1 && !settings.together)
     refuse(1, "SetScheduleMode(1) is missing");
   if (launch.stopped()) return launch.take_report();
   std::vector<std::thread> threads;
-  for (int index = 0; index < settings.cores; ++index) {
+  for (int index = 0; index < launch.cores(); ++index) {
     threads.emplace_back([&launch, &body, index] {
       prctl(PR_SET_TIMERSLACK, 50'000);  // whatever the process has: a nap of Core::relax is as long as it says
       Core core(launch, index);
@@ -140,13 +156,14 @@ Report run(const Settings& settings, const std::string& kernel, const std::vecto
       } catch (const Violation&) {
       } catch (const Stopped&) {
       } catch (const std::exception& error) {
-        launch.report("kernel " + launch.kernel + ", core " + std::to_string(index) + ": " + error.what());
+        launch.report("kernel " + launch.kernel + ", " + launch.name_of(index) + ": " + error.what());
       }
       launch.end(core);
       this_core = nullptr;
     });
   }
   for (std::thread& thread : threads) thread.join();
+  launch.check_flags();
   return launch.take_report();
 }
 

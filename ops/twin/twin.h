@@ -63,6 +63,7 @@ struct Settings {
   int vector_cores;              // that the SoC has
   bool together;                 // all blocks start at the same time: SetScheduleMode(1)
   const Group* group = nullptr;  // nullptr: no other rank takes part
+  bool mix = false;              // KERNEL_TYPE_MIX_AIC_1_2: a block is a cube core and two vector cores
 };
 
 // Between the unified buffer and global memory. A transfer is one DataCopy or DataCopyPad, however many blocks it has;
@@ -76,7 +77,7 @@ struct Moved {
 };
 
 struct Counters {
-  std::array<uint64_t, 5> operations{};  // of V, MTE2 and MTE3, at 1 to 3; of the link at 4, in adversarial mode
+  std::array<uint64_t, 9> operations{};  // by Pipe (core.h); of the link in adversarial mode
   std::vector<Moved> read;               // by region: by MTE2. A transfer counts where it begins
   std::vector<Moved> written;            // by region: by MTE3
   uint64_t barriers = 0;                 // PipeBarrier
@@ -93,8 +94,10 @@ struct Report {
 
 // Blocks that begin when others have ended are refused: these may wait for them.
 //
-// Runs `body` once per core, each on a thread of its own; returns when all have ended. A violation ends its core's
-// program, and the other cores where they next synchronise or poll. Any number of runs may be under way in a process.
+// Runs `body` once per core, each on a thread of its own; returns when all have ended. With `mix` these are the vector
+// cores, two to a block, and behind them the cube cores: so they are numbered in the report. A violation ends its
+// core's program, and the other cores where they next synchronise or poll. Any number of runs may be under way in a
+// process.
 Report run(const Settings& settings, const std::string& kernel, const std::vector<Region>& regions,
            const std::function<void()>& body);
 

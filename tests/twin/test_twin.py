@@ -53,7 +53,8 @@ class Rule(NamedTuple):
             assert violations, "it is not caught"
             text = violations[0]
             lines = [line for line in (caught, other) if line != "0"]
-            for part in (f"kernel {self.name}, core ", *self.breaks, *(f".cpp:{line}" for line in lines)):
+            assert re.match(rf"kernel {self.name}, (cube )?core ", text), text
+            for part in (*self.breaks, *(f".cpp:{line}" for line in lines)):
                 assert part in text, f"{part!r} is not in {text!r}"
         else:
             assert not violations, violations
@@ -155,6 +156,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
     "int32": torch.int32,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
 }
 
 
@@ -219,3 +221,78 @@ def test_integers() -> None:
     assert_same_numbers(
         cast(torch.tensor([3e9, -3e9]), "float", "int32", "rint"), torch.tensor([2**31 - 1, -(2**31)]).int()
     )
+
+
+# ---- Cube cores.
+
+
+class Product(NamedTuple):
+    violation: str
+    out: torch.Tensor
+
+
+def multiply(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor],
+    transposed: bool,
+    arch: int,
+    seed: int | None,
+    cores: int = 2,
+) -> Product:
+    """[M, K] x [K, N] on cube cores, times scales of rows and of columns on vector cores: twin_rules/matmul.cpp."""
+    (m, k), n = a.shape, b.shape[0 if transposed else 1]
+    out = torch.full((m, n), float("nan"))
+    name = next(name for name, dtype in DTYPES.items() if dtype == a.dtype)
+    lib = library()
+    lib.twin_matmul.restype = ctypes.c_char_p
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (a, b, *scales, out)]
+    answer = lib.twin_matmul(
+        name.encode(), arch, ctypes.c_int64(-1 if seed is None else seed), cores, m, n, k, transposed, *pointers
+    )
+    return Product(answer.decode(), out)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_int8_product(transposed: bool, arch: int) -> None:
+    for seed in (None, *SEEDS):
+        generator = torch.Generator().manual_seed(seed or 0)
+        # Tiles are of [48, 64, 96]: whole ones and parts in each direction.
+        m, k, n = 70, 240, 160
+        a, b = (
+            torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
+            for shape in ((m, k), (n, k) if transposed else (k, n))
+        )
+        rows, columns = torch.rand(m, generator=generator), torch.rand(n, generator=generator)
+        found = multiply(a, b, (rows, columns), transposed, arch, seed)
+        assert found.violation == ""
+        exact = a.numpy().astype("int32") @ (b.numpy().T if transposed else b.numpy()).astype("int32")
+        expected = torch.from_numpy(exact).float() * columns * rows[:, None]
+        torch.testing.assert_close(found.out, expected, rtol=0, atol=0)
+
+
+FLOATS = [(dtype, dtype, arch) for dtype in (torch.float16, torch.bfloat16) for arch in ARCHS]
+FLOATS8 = (torch.float8_e4m3fn, torch.float8_e5m2, 3510)
+
+
+@pytest.mark.parametrize(
+    ("a_dtype", "b_dtype", "arch", "transposed"),
+    [(*types, transposed) for types in FLOATS for transposed in (True, False)] + [(*FLOATS8, True)],
+)
+def test_float_product(a_dtype: torch.dtype, b_dtype: torch.dtype, arch: int, transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    m, k, n = 70, 240, 96
+    a = torch.randn((m, k), generator=generator).to(a_dtype)
+    b = torch.randn((n, k) if transposed else (k, n), generator=generator).to(b_dtype)
+    whole = b.T if transposed else b
+    exact = a.double() @ whole.double()
+    # What fp32 sums of k products can be wrong by, in any order.
+    bound = k * 2.0**-24 * (a.double().abs() @ whole.double().abs()) * 1.01
+    outs = []
+    for seed in (None, *SEEDS):
+        found = multiply(a, b, (torch.ones(m), torch.ones(n)), transposed, arch, seed)
+        assert found.violation == ""
+        assert ((found.out.double() - exact).abs() <= bound).all()
+        outs.append(found.out)
+    assert any(not torch.equal(outs[0], out) for out in outs[1:]), "the order of sums never varies"

@@ -1,4 +1,4 @@
-// AscendC's device API on the host, as far as vector kernels use it: the same names, templates and parameters as
+// AscendC's device API on the host, as far as kernels use it: the same names, templates and parameters as
 // CANN's kernel_operator.h. Every function that the twin checks has one more parameter, with a default: the place of
 // the call. core.h has the model; what an instruction promises is in AscendC's documentation.
 //
@@ -6,6 +6,8 @@
 #pragma once
 
 #include "ascendc/copy.h"
+#include "ascendc/cross_core.h"
+#include "ascendc/cube.h"
 #include "ascendc/numbers.h"
 #include "ascendc/pipe.h"
 #include "ascendc/sync.h"

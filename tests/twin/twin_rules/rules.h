@@ -56,9 +56,10 @@ struct Case {
   std::vector<std::string> breaks = {};  // what the violation says besides the lines; empty: there is none
   int arch = 0;                          // what has `breaks` or `seen` has it on this one only; 0: on both
   bool fast = false;                     // in fast mode as well
-  int cores = 1;
-  int vector_cores = 0;  // of the SoC; 0: as many as the launch has blocks
-  bool together = true;  // SetScheduleMode(1)
+  int cores = 1;                         // blocks
+  bool mix = false;                      // each of a cube core and two vector cores
+  int vector_cores = 0;                  // of the SoC; 0: as many as the launch has blocks
+  bool together = true;                  // SetScheduleMode(1)
   int launches = 1;
   // What the kernel reports with `seen`: never, in some seed of adversarial mode, or always.
   enum Seen { kNever, kSometimes, kAlways } seen = kNever;

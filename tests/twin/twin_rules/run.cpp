@@ -31,8 +31,12 @@ std::vector<twin::Region> regions_of(rules::World& w) {
 twin::Settings settings_of(const rules::Case& expected, int arch, bool adversarial, uint64_t seed) {
   const uint64_t unified_buffer = arch == 2201 ? 192 * 1024 - 256 : 248 * 1024;
   const uint64_t clock_hz = arch == 2201 ? 50'000'000 : 1'000'000'000;
-  const int vector_cores = expected.vector_cores != 0 ? expected.vector_cores : expected.cores;
-  return {arch, expected.cores, adversarial, seed, unified_buffer, clock_hz, vector_cores, expected.together};
+  const int launched = expected.mix ? 2 * expected.cores : expected.cores;
+  const int vector_cores = expected.vector_cores != 0 ? expected.vector_cores : launched;
+  twin::Settings settings{arch,           expected.cores, adversarial,  seed,
+                          unified_buffer, clock_hz,       vector_cores, expected.together};
+  settings.mix = expected.mix;
+  return settings;
 }
 
 thread_local std::string text;

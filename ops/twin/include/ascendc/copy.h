@@ -1,4 +1,4 @@
-// Transfers between global memory and the unified buffer, by MTE2 and MTE3, and atomics of MTE3.
+// Transfers between global memory and the unified buffer, by MTE2 and MTE3, and into L1; and atomics of MTE3.
 #pragma once
 
 #include "sync.h"
@@ -69,6 +69,8 @@ void transfer(const AscendC::LocalTensor<T>& local, const AscendC::GlobalTensor<
               Pipe pipe, Site at) {
   Core& core = Core::current();
   const Span first = local.span(0, 0);
+  if (first.space != UB && (pipe != MTE2 || first.space != L1))
+    core.fail(at, pipe, std::string("has no way between global memory and ") + kSpaceNames[first.space]);
   auto* gm = reinterpret_cast<uint8_t*>(global.GetPhyAddr(0));
   auto& segments = core.segments();
   segments.clear();
@@ -76,10 +78,11 @@ void transfer(const AscendC::LocalTensor<T>& local, const AscendC::GlobalTensor<
   for (uint32_t i = 0; i < blocks.count; ++i, gm += blocks.global_stride) {
     const uint64_t begin = first.begin + i * blocks.ub_stride;
     core.check_span({static_cast<uint32_t>(std::min<uint64_t>(begin, UINT32_MAX)), static_cast<uint32_t>(blocks.length),
-                     first.limit},
+                     first.limit, first.space},
                     i == 0 ? kBlock : 1, at, pipe);
     Memory* memory = core.memory_of(gm, blocks.length, pipe == MTE3, at, pipe);
     segments.push_back({gm, memory, static_cast<uint32_t>(begin), static_cast<uint32_t>(blocks.length)});
+    segments.back().space = first.space;
   }
 }
 
@@ -182,10 +185,10 @@ void DataCopyPad(const LocalTensor<T>& dst, const GlobalTensor<T>& src, const Da
   const size_t blocks = segments.size();
   for (size_t i = 0; i < blocks; ++i) {
     const uint32_t begin = segments[i].ub;
-    core.check_span({begin, static_cast<uint32_t>(padded), dst.span(0, 0).limit}, 1, at, kPipe);
+    core.check_span({begin, static_cast<uint32_t>(padded), dst.span(0, 0).limit, segments[i].space}, 1, at, kPipe);
     segments[i].ub += left;
     // Documented: with isPad its value; without it, and without padding, the block's first element; else garbage.
-    Segment rest{segments[i].gm, segments[i].memory, 0, 0, Segment::garbage, sizeof(T)};
+    Segment rest{segments[i].gm, segments[i].memory, 0, 0, Segment::garbage, sizeof(T), 0, segments[i].space};
     if (pad.isPad) rest.source = Segment::value;
     if (pad.isPad) std::memcpy(&rest.pad, &pad.paddingValue, sizeof(T));
     if (!pad.isPad && left + right == 0) rest.source = Segment::repeat;

@@ -117,6 +117,23 @@ struct bfloat16_t {
   explicit operator float() const { return twin::Float16<7>::widen(bits); }
 };
 
+// Of 8 bits, which only Mmad on 3510 reads.
+struct fp8_e4m3fn_t {
+  uint8_t bits = 0;
+  explicit operator float() const {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    if ((bits & 127) == 127) return NAN;
+    const float magnitude =
+        std::ldexp(static_cast<float>(exponent == 0 ? mantissa : 8 + mantissa), std::max(exponent, 1) - 10);
+    return bits & 128 ? -magnitude : magnitude;
+  }
+};
+
+struct fp8_e5m2_t {
+  uint8_t bits = 0;
+  explicit operator float() const { return twin::Float16<10>::widen(static_cast<uint16_t>(bits << 8)); }
+};
+
 namespace AscendC {
 
 inline float ToFloat(const bfloat16_t& x) { return static_cast<float>(x); }
@@ -132,6 +149,8 @@ template <typename T>
 constexpr bool is_floating = is_float16<T> || std::is_same_v<T, float>;
 template <typename T, typename... Ts>
 constexpr bool one_of = (std::is_same_v<T, Ts> || ...);
+template <typename T>
+constexpr bool is_float8 = one_of<T, fp8_e4m3fn_t, fp8_e5m2_t>;
 
 // Integers saturate; floating point numbers overflow as their rounding mode says.
 template <typename To, typename From>

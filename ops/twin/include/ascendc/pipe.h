@@ -19,6 +19,7 @@ constexpr twin::Pipe consumer_of(TPosition from, TPosition to) {
 template <TPosition src, TPosition dst, int32_t depth, auto mask = 0>
 class TQueBind {
   static_assert(depth > 0, "the twin has no queues of depth 0");
+  static_assert(space_of(src) == twin::UB && space_of(dst) == twin::UB, "the twin has no queues of cube cores");
 
  public:
   template <typename T>
@@ -88,8 +89,9 @@ class TBuf {
     Core& core = Core::current();
     if (buffer_ == nullptr) core.fail(at, twin::S, "the TBuf has no buffer: InitBuffer is missing");
     const uint32_t limit = buffer_->offset + buffer_->bytes;
-    core.check_span({buffer_->offset + offset, static_cast<uint32_t>(size * sizeof(T)), limit}, 1, at, twin::S);
-    return {buffer_->offset + offset, size, limit, buffer_};
+    core.check_span({buffer_->offset + offset, static_cast<uint32_t>(size * sizeof(T)), limit, buffer_->space}, 1, at,
+                    twin::S);
+    return {buffer_->offset + offset, size, limit, buffer_, buffer_->space};
   }
 
  private:
@@ -121,7 +123,7 @@ class TPipe {
   }
   template <TPosition position>
   bool InitBuffer(TBuf<position>& buffer, uint32_t bytes, Site at = Site::here()) {
-    buffer.buffer_ = Core::current().allocate(bytes, at);
+    buffer.buffer_ = Core::current().allocate(bytes, at, space_of(position));
     return true;
   }
   void Reset(Site at = Site::here()) { Core::current().reset_buffers(at, false); }

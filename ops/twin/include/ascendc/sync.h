@@ -8,6 +8,16 @@ namespace AscendC {
 using TEventID = int8_t;
 
 enum class HardEvent : uint8_t {
+  MTE2_MTE1,
+  MTE1_MTE2,
+  MTE1_M,
+  M_MTE1,
+  MTE2_M,
+  M_MTE2,
+  M_FIX,
+  FIX_M,
+  MTE1_FIX,
+  FIX_MTE1,
   MTE2_V,
   V_MTE2,
   MTE3_V,
@@ -23,15 +33,34 @@ enum class HardEvent : uint8_t {
   MTE3_S,
 };
 
-constexpr twin::Pipe from_of(HardEvent event) {
-  constexpr twin::Pipe kFrom[] = {twin::MTE2, twin::V, twin::MTE3, twin::V,    twin::V, twin::MTE3, twin::MTE2,
-                                  twin::S,    twin::V, twin::S,    twin::MTE2, twin::S, twin::MTE3};
-  return kFrom[static_cast<int>(event)];
-}
-constexpr twin::Pipe to_of(HardEvent event) {
-  constexpr twin::Pipe kTo[] = {twin::V, twin::MTE2, twin::V,    twin::MTE3, twin::V,    twin::MTE2, twin::MTE3,
-                                twin::V, twin::S,    twin::MTE2, twin::S,    twin::MTE3, twin::S};
-  return kTo[static_cast<int>(event)];
+constexpr twin::Pipe kEventPipes[][2] = {
+    {twin::MTE2, twin::MTE1}, {twin::MTE1, twin::MTE2}, {twin::MTE1, twin::M}, {twin::M, twin::MTE1},
+    {twin::MTE2, twin::M},    {twin::M, twin::MTE2},    {twin::M, twin::FIX},  {twin::FIX, twin::M},
+    {twin::MTE1, twin::FIX},  {twin::FIX, twin::MTE1},  {twin::MTE2, twin::V}, {twin::V, twin::MTE2},
+    {twin::MTE3, twin::V},    {twin::V, twin::MTE3},    {twin::V, twin::V},    {twin::MTE3, twin::MTE2},
+    {twin::MTE2, twin::MTE3}, {twin::S, twin::V},       {twin::V, twin::S},    {twin::S, twin::MTE2},
+    {twin::MTE2, twin::S},    {twin::S, twin::MTE3},    {twin::MTE3, twin::S},
+};
+constexpr twin::Pipe from_of(HardEvent event) { return kEventPipes[static_cast<int>(event)][0]; }
+constexpr twin::Pipe to_of(HardEvent event) { return kEventPipes[static_cast<int>(event)][1]; }
+
+constexpr twin::Pipe pipe_of(pipe_t pipe) {
+  switch (pipe) {
+    case PIPE_V:
+      return twin::V;
+    case PIPE_M:
+      return twin::M;
+    case PIPE_MTE1:
+      return twin::MTE1;
+    case PIPE_MTE2:
+      return twin::MTE2;
+    case PIPE_MTE3:
+      return twin::MTE3;
+    case PIPE_FIX:
+      return twin::FIX;
+    default:
+      return twin::S;
+  }
 }
 
 template <HardEvent event>
@@ -46,25 +75,26 @@ void WaitFlag(int32_t id, Site at = Site::here()) {
 
 template <pipe_t pipe>
 void PipeBarrier(Site at = Site::here()) {
-  static_assert(pipe != PIPE_M && pipe != PIPE_MTE1, "the twin has no cube unit");
   Core& core = Core::current();
   if constexpr (pipe == PIPE_ALL)
     core.barrier_all();
   else
-    core.barrier(pipe == PIPE_S ? twin::S : pipe == PIPE_V ? twin::V : pipe == PIPE_MTE2 ? twin::MTE2 : twin::MTE3, at);
+    core.barrier(pipe_of(pipe), at);
 }
 
 template <bool isAIVOnly = true>
 void SyncAll(Site at = Site::here()) {
-  static_assert(isAIVOnly, "the twin has no cube unit");
-  Core::current().sync_all(at);
+  if constexpr (isAIVOnly)
+    Core::current().sync_all(at);
+  else
+    Core::current().sync_all_mix(at);
 }
 
 // `workspace`: zeros, 32 bytes per core; `ub`: as many. 0 cores: all.
 template <bool isAIVOnly = true>
 void SyncAll(const GlobalTensor<int32_t>& workspace, const LocalTensor<int32_t>& ub, int32_t usedCores = 0,
              Site at = Site::here()) {
-  static_assert(isAIVOnly, "the twin has no cube unit");
+  static_assert(isAIVOnly, "the twin has soft SyncAll of vector cores only");
   Core::current().sync_all(workspace.GetPhyAddr(0), ub.span(0, ub.GetSize()), usedCores, at);
 }
 
@@ -78,8 +108,10 @@ void DataCacheCleanAndInvalid(const GlobalTensor<T>& tensor, Site at = Site::her
   Core::current().clean(tensor.GetPhyAddr(0), extent == CacheLine::ENTIRE_DATA_CACHE, at);
 }
 
-inline int64_t GetBlockIdx() { return Core::current().index(); }
-inline int64_t GetBlockNum() { return Core::current().cores(); }
+inline int64_t GetBlockIdx() { return Core::current().block(); }
+inline int64_t GetBlockNum() { return Core::current().blocks(); }
+inline int64_t GetSubBlockIdx() { return Core::current().is_mix() && ASCEND_IS_AIV ? Core::current().index() % 2 : 0; }
+inline int64_t GetTaskRatio() { return Core::current().is_mix() && ASCEND_IS_AIV ? 2 : 1; }
 inline int64_t GetSystemCycle() { return Core::current().system_cycle(); }
 
 }  // namespace AscendC

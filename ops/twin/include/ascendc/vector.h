@@ -540,8 +540,8 @@ void Gather(const LocalTensor<T>& dst, const LocalTensor<T>& src, const LocalTen
                  if (offset % sizeof(T) != 0) core.fail(at, twin::V, "an offset is not aligned to the element");
                  const twin::Span where = from.span(offset / sizeof(T), 1);
                  core.check_span(where, sizeof(T), at, twin::V);
-                 core.check_written(where.begin, sizeof(T), at, twin::V);
-                 std::memcpy(to + i, core.unified_buffer(where.begin), sizeof(T));
+                 core.check_written(where.space, where.begin, sizeof(T), at, twin::V);
+                 std::memcpy(to + i, core.memory(where.space, where.begin), sizeof(T));
                }
              });
 }
