@@ -47,7 +47,7 @@ class Worker {
  private:
   // After one to two of these the thread does what was left. It looks as often while there is something, and sleeps
   // when there was nothing for as long.
-  static constexpr std::chrono::milliseconds kPatience{10};
+  static constexpr std::chrono::milliseconds kPatience{2};
 
   struct Queue {
     std::mutex mutex;

@@ -558,7 +558,7 @@ def hooks_in_turn(ctx: RankContext) -> tuple[int, float]:
 def test_a_hook_of_little_data_wakes_no_thread(pool: RankPool) -> None:
     """It looks from time to time whether somebody waits for calls, however many there are."""
     ((count, seconds),) = pool.run(1, hooks_in_turn)
-    assert count <= 10 + seconds / 0.01, (count, seconds)
+    assert count <= 10 + seconds / 0.001, (count, seconds)
 
 
 def left_to_the_thread(ctx: RankContext, number: int) -> None:
