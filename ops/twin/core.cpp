@@ -103,12 +103,15 @@ std::string flag_text(Pipe from, Pipe to, int id) {
 
 }  // namespace
 
-Core::Event& Core::checked_event(Pipe from, Pipe to, int id, Site at, Pipe pipe) {
-  const auto has = [&](Pipe p) { return is_cube_ ? p == MTE2 || p == MTE1 || p == M || p == FIX : p < LINK; };
-  if (!has(from) || !has(to))
+void Core::check_flag(Pipe from, Pipe to, Site at, Pipe pipe) {
+  if (!has_flags(from) || !has_flags(to))
     fail(at, pipe,
          std::string("a ") + (is_cube_ ? "cube" : "vector") + " core has no flag " + kPipeNames[from] + "_" +
              kPipeNames[to]);
+}
+
+Core::Event& Core::checked_event(Pipe from, Pipe to, int id, Site at, Pipe pipe) {
+  check_flag(from, to, at, pipe);
   if (id < 0 || id >= kEvents) fail(at, pipe, "flag " + flag_text(from, to, id) + ": ids are 0 to 7");
   return event(from, to, id);
 }
@@ -367,12 +370,12 @@ void Core::finish() {
   Clock all;
   for (int p = 0; p < kPipes; ++p) all[p] = issued_[p];
   force(all);
-  for (int from = 0; from < kPipes; ++from)
-    for (int to = 0; to < kPipes; ++to)
+  for (int from = 0; from < kLanes; ++from)
+    for (int to = 0; to < kLanes; ++to)
       for (int id = 0; id < kEvents; ++id)
-        if (const Event& flag = event(Pipe(from), Pipe(to), id); flag.set)
-          fail(flag.site, Pipe(from),
-               "flag " + flag_text(Pipe(from), Pipe(to), id) +
+        if (const Event& flag = event(pipe_of(from), pipe_of(to), id); flag.set)
+          fail(flag.site, pipe_of(from),
+               "flag " + flag_text(pipe_of(from), pipe_of(to), id) +
                    " is set and never waited for: it is left to the next kernel");
   for (const Unit& unit : units_)
     if (unit.full)
