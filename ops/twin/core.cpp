@@ -259,6 +259,7 @@ Core::Operation& Core::queue_operation(Pipe pipe, Site at, const Clock& after, u
   for (uint32_t i = 0; i < pieces; ++i) operation->pieces[i] = i;
   ++counters_.operations[pipe];
   pending_[pipe].push_back(std::move(operation));
+  ++num_pending_;
   return *pending_[pipe].back();
 }
 
@@ -299,6 +300,7 @@ void Core::execute(Operation* operation) {
   const bool overtakes = pending.front().get() != operation;
   if (operation->pipe == LINK && (overtakes || (!operation->pieces.empty() && random() % 4 == 0))) let_peers_look();
   if (!operation->pieces.empty()) return;
+  --num_pending_;
   pending.erase(std::find_if(pending.begin(), pending.end(), [&](const auto& p) { return p.get() == operation; }));
 }
 
@@ -324,11 +326,10 @@ void Core::force(const Clock& clock) {
 // Time passes.
 void Core::tick(bool polling) {
   constexpr size_t kMostPending = 256;
-  size_t pending = 0;
-  for (const auto& operations : pending_) pending += operations.size();
-  if (pending == 0) return;
+  if (!has_pending()) return;
+  const bool too_many = num_pending_ > kMostPending;
   execute_one(nullptr, polling);
-  if (pending <= kMostPending) return;
+  if (!too_many) return;
   Clock all;
   all.done.fill(UINT64_MAX);
   execute_one(&all, false);
@@ -345,10 +346,6 @@ bool Core::relax() {
   const timespec pause{0, 50'000};
   nanosleep(&pause, nullptr);
   return true;
-}
-
-bool Core::has_pending() const {
-  return std::any_of(pending_.begin(), pending_.end(), [](const auto& operations) { return !operations.empty(); });
 }
 
 int64_t Core::system_cycle() {

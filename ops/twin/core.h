@@ -340,7 +340,7 @@ class Core {
 
   uint64_t random();
   void check_stopped();
-  bool has_pending() const;
+  bool has_pending() const { return num_pending_ != 0; }
   // The core writes to global memory: others may wait for that.
   void act() {
     wrote_ = true;
@@ -378,6 +378,7 @@ class Core {
   SharedKnown known_;
   std::array<SharedKnown, kPipes> known_alone_;  // by a pipe that has waited, on 3510, and by those it has told
   std::array<std::deque<std::unique_ptr<Operation>>, kPipes> pending_;
+  size_t num_pending_ = 0;
   std::vector<Operation*> candidates_;  // of execute_one
   std::array<Event, kLanes * kLanes * kEvents> events_;
 
