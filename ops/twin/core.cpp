@@ -103,12 +103,15 @@ std::string flag_text(Pipe from, Pipe to, int id) {
 
 }  // namespace
 
-Core::Event& Core::checked_event(Pipe from, Pipe to, int id, Site at, Pipe pipe) {
-  const auto has = [&](Pipe p) { return is_cube_ ? p == MTE2 || p == MTE1 || p == M || p == FIX : p < LINK; };
-  if (!has(from) || !has(to))
+void Core::check_flag(Pipe from, Pipe to, Site at, Pipe pipe) {
+  if (!has_flags(from) || !has_flags(to))
     fail(at, pipe,
          std::string("a ") + (is_cube_ ? "cube" : "vector") + " core has no flag " + kPipeNames[from] + "_" +
              kPipeNames[to]);
+}
+
+Core::Event& Core::checked_event(Pipe from, Pipe to, int id, Site at, Pipe pipe) {
+  check_flag(from, to, at, pipe);
   if (id < 0 || id >= kEvents) fail(at, pipe, "flag " + flag_text(from, to, id) + ": ids are 0 to 7");
   return event(from, to, id);
 }
@@ -256,6 +259,7 @@ Core::Operation& Core::queue_operation(Pipe pipe, Site at, const Clock& after, u
   for (uint32_t i = 0; i < pieces; ++i) operation->pieces[i] = i;
   ++counters_.operations[pipe];
   pending_[pipe].push_back(std::move(operation));
+  ++num_pending_;
   return *pending_[pipe].back();
 }
 
@@ -296,6 +300,7 @@ void Core::execute(Operation* operation) {
   const bool overtakes = pending.front().get() != operation;
   if (operation->pipe == LINK && (overtakes || (!operation->pieces.empty() && random() % 4 == 0))) let_peers_look();
   if (!operation->pieces.empty()) return;
+  --num_pending_;
   pending.erase(std::find_if(pending.begin(), pending.end(), [&](const auto& p) { return p.get() == operation; }));
 }
 
@@ -321,11 +326,10 @@ void Core::force(const Clock& clock) {
 // Time passes.
 void Core::tick(bool polling) {
   constexpr size_t kMostPending = 256;
-  size_t pending = 0;
-  for (const auto& operations : pending_) pending += operations.size();
-  if (pending == 0) return;
+  if (!has_pending()) return;
+  const bool too_many = num_pending_ > kMostPending;
   execute_one(nullptr, polling);
-  if (pending <= kMostPending) return;
+  if (!too_many) return;
   Clock all;
   all.done.fill(UINT64_MAX);
   execute_one(&all, false);
@@ -342,10 +346,6 @@ bool Core::relax() {
   const timespec pause{0, 50'000};
   nanosleep(&pause, nullptr);
   return true;
-}
-
-bool Core::has_pending() const {
-  return std::any_of(pending_.begin(), pending_.end(), [](const auto& operations) { return !operations.empty(); });
 }
 
 int64_t Core::system_cycle() {
@@ -367,12 +367,12 @@ void Core::finish() {
   Clock all;
   for (int p = 0; p < kPipes; ++p) all[p] = issued_[p];
   force(all);
-  for (int from = 0; from < kPipes; ++from)
-    for (int to = 0; to < kPipes; ++to)
+  for (int from = 0; from < kLanes; ++from)
+    for (int to = 0; to < kLanes; ++to)
       for (int id = 0; id < kEvents; ++id)
-        if (const Event& flag = event(Pipe(from), Pipe(to), id); flag.set)
-          fail(flag.site, Pipe(from),
-               "flag " + flag_text(Pipe(from), Pipe(to), id) +
+        if (const Event& flag = event(pipe_of(from), pipe_of(to), id); flag.set)
+          fail(flag.site, pipe_of(from),
+               "flag " + flag_text(pipe_of(from), pipe_of(to), id) +
                    " is set and never waited for: it is left to the next kernel");
   for (const Unit& unit : units_)
     if (unit.full)

@@ -294,7 +294,12 @@ class Core {
     Site site;
   };
 
-  Event& event(Pipe from, Pipe to, int id) { return events_[(from * kPipes + to) * kEvents + id]; }
+  // Which of the pipes that have flags: S, V, MTE2 and MTE3 of a vector core, MTE2, MTE1, M and FIX of a cube core.
+  int lane_of(Pipe pipe) const { return !is_cube_ ? pipe : pipe == MTE2 ? 0 : pipe - MTE1 + 1; }
+  Pipe pipe_of(int lane) const { return Pipe(!is_cube_ ? lane : lane == 0 ? int{MTE2} : lane - 1 + MTE1); }
+  bool has_flags(Pipe pipe) const { return is_cube_ ? pipe == MTE2 || (pipe >= MTE1 && pipe <= FIX) : pipe < LINK; }
+  void check_flag(Pipe from, Pipe to, Site at, Pipe pipe);
+  Event& event(Pipe from, Pipe to, int id) { return events_[(lane_of(from) * kLanes + lane_of(to)) * kEvents + id]; }
   void meet(Gate& gate, int cores, Site at);
   void check_cross_flag(int mode, Pipe pipe, int id, Site at);
   Event& checked_event(Pipe from, Pipe to, int id, Site at, Pipe pipe);
@@ -335,7 +340,7 @@ class Core {
 
   uint64_t random();
   void check_stopped();
-  bool has_pending() const;
+  bool has_pending() const { return num_pending_ != 0; }
   // The core writes to global memory: others may wait for that.
   void act() {
     wrote_ = true;
@@ -345,7 +350,7 @@ class Core {
     reads_ += (reinterpret_cast<uintptr_t>(address) ^ 0x5bd1e995) * 0x9e3779b97f4a7c15;
   }
 
-  static constexpr int kEvents = 8;
+  static constexpr int kEvents = 8, kLanes = 4;
   Launch& launch_;
   const int index_;
   const bool is_cube_;
@@ -373,8 +378,9 @@ class Core {
   SharedKnown known_;
   std::array<SharedKnown, kPipes> known_alone_;  // by a pipe that has waited, on 3510, and by those it has told
   std::array<std::deque<std::unique_ptr<Operation>>, kPipes> pending_;
+  size_t num_pending_ = 0;
   std::vector<Operation*> candidates_;  // of execute_one
-  std::array<Event, kPipes * kPipes * kEvents> events_;
+  std::array<Event, kLanes * kLanes * kEvents> events_;
 
   std::deque<Buffer> buffers_;
   std::deque<Queue> queues_;

@@ -116,6 +116,7 @@ void Core::reset_buffers(Site at, bool end) {
 }
 
 int Core::fetch_event(Pipe from, Pipe to, Site at) {
+  check_flag(from, to, at, from);
   for (int id = 0; id < kEvents; ++id)
     if (!event(from, to, id).allocated) return id;
   fail(at, from, std::string("all 8 ids of ") + kPipeNames[from] + "_" + kPipeNames[to] + " are in use");
@@ -128,6 +129,7 @@ int Core::allocate_event(Pipe from, Pipe to, Site at) {
 }
 
 void Core::release_event(Pipe from, Pipe to, int id, Site at) {
+  check_flag(from, to, at, from);
   if (id < 0 || id >= kEvents || !event(from, to, id).allocated)
     fail(at, from, "ReleaseEventID of id " + std::to_string(id) + ", which is not allocated");
   event(from, to, id).allocated = false;
