@@ -158,7 +158,7 @@ Tensor start(Op op, Turn turn, Results early, std::unique_ptr<Steps> steps, cons
     } catch (...) {
       error = std::current_exception();
     }
-    steps.reset();  // ends the turn
+    steps->end();
     ThreadCalls::mine() = of_thread;
     try {
       if (error) std::rethrow_exception(error);

@@ -34,6 +34,10 @@ class Steps {
 
   virtual void send(Turn turn) = 0;
   virtual Results receive() = 0;
+
+  // Ends the turn, whatever became of the call, and keeps its tensors: the task that holds them lets go of them where
+  // that may be done (Worker::Task).
+  virtual void end() = 0;
 };
 
 // Sends, if that waits for nobody; the rest is done by who waits for the results, or by the thread of the group if
@@ -76,6 +80,7 @@ class OneStep : public Steps {
   explicit OneStep(Call call) : call_(std::move(call)) {}
   void send(Turn turn) override { turn_.emplace(std::move(turn)); }
   Results receive() override { return call_.run(*std::exchange(turn_, std::nullopt)); }
+  void end() override { turn_.reset(); }
 
  private:
   Call call_;

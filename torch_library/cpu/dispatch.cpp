@@ -171,6 +171,8 @@ class Dispatching : public Steps {
     return call_.in_order(finish(op));
   }
 
+  void end() override { op_.reset(); }
+
  private:
   // What this rank brings.
   Contribution contribute(const Group& group) {

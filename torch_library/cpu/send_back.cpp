@@ -223,6 +223,8 @@ class Combining : public Steps {
     return {combined};
   }
 
+  void end() override { op_.reset(); }
+
  private:
   // What the program may write to from here on is not looked at any more.
   void keep() {
