@@ -28,8 +28,12 @@ def one_rank(pool: RankPool) -> dict[str, Any]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("backend", ["none", "aot_eager", "inductor"])
 def test_four_ranks_train_as_one(pool: RankPool, one_rank: dict[str, Any], backend: str, strategy: str) -> None:
-    for metrics in pool.run(4, run, {"compile": backend, "strategy": strategy}):
-        torch.testing.assert_close(metrics["losses"], one_rank["losses"], rtol=1e-4, atol=0)
+    of_ranks = pool.run(4, run, {"compile": backend, "strategy": strategy})
+    losses = [metrics["losses"] for metrics in of_ranks]
+    for metrics in of_ranks:
+        torch.testing.assert_close(
+            metrics["losses"], one_rank["losses"], rtol=1e-4, atol=0, msg=lambda text: f"{text}\nby rank: {losses}"
+        )
         torch.testing.assert_close(metrics["held_out_loss"], one_rank["held_out_loss"], rtol=1e-4, atol=0)
         assert (metrics["graphs"], metrics["graph_breaks"]) == (0 if backend == "none" else 1, 0)
         if backend != "none":
