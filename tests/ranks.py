@@ -148,6 +148,7 @@ class Ranks:
         self._connections: list[multiprocessing.connection.Connection] = []
         self._running = 0
         self._pending: set[int] = set()
+        self._ended: dict[int, Outcome] = {}  # that `outcomes` has not returned
         self.processes: list[BaseProcess] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
@@ -178,8 +179,10 @@ class Ranks:
         """Until a rank has set the key in the store. RankError: a rank has failed, or all wait for something else."""
 
         def is_set(seconds: float) -> bool:
-            connections = [self._connections[rank] for rank in self._pending]
-            return self.store.check([key]) or bool(multiprocessing.connection.wait(connections, min(seconds, 0.01)))
+            if self.store.check([key]):
+                return True
+            self._collect(min(seconds, 0.01))
+            return not self._pending or any(outcome.exception for outcome in self._ended.values())
 
         wait_until(is_set, self.pids)
         if not self.store.check([key]):
@@ -199,28 +202,35 @@ class Ranks:
         after another one's failure, an exception or a value that is wrong, are killed; their exception is a RankHung,
         their traceback the Python stacks.
         """
-        outcomes = [Outcome() for _ in range(self._running)]
         pids = self.pids[: self._running]
         patience, failed = Patience(pids, timeout), False
         while self._pending and not patience.is_over():
-            waiting = {self._connections[rank]: rank for rank in self._pending}
-            for connection in multiprocessing.connection.wait(list(waiting), INTERVAL):
-                rank = waiting[connection]
-                self._pending.remove(rank)
-                try:
-                    outcomes[rank] = pickle.loads(connection.recv_bytes())
-                except (EOFError, ConnectionError):
-                    outcomes[rank] = self._death(rank)
-                has_failed = outcomes[rank].exception is not None or is_wrong(outcomes[rank].value)
+            for outcome in self._collect(INTERVAL):
+                has_failed = outcome.exception is not None or is_wrong(outcome.value)
                 if has_failed and grace is not None and not failed:
                     patience, failed = Patience(pids, grace), True
         for rank in self._pending:
             self.kill(rank, signal.SIGABRT)
         for rank in self._pending:
             stacks = self._death(rank).traceback
-            outcomes[rank] = Outcome(exception=RankHung(f"rank {rank} did not return"), traceback=stacks)
+            self._ended[rank] = Outcome(exception=RankHung(f"rank {rank} did not return"), traceback=stacks)
         self._pending.clear()
-        return outcomes
+        ended, self._ended = self._ended, {}
+        return [ended[rank] for rank in range(self._running)]
+
+    def _collect(self, seconds: float) -> list[Outcome]:
+        """The outcomes of the ranks that have ended, or do so in this time."""
+        waiting = {self._connections[rank]: rank for rank in self._pending}
+        collected = []
+        for connection in multiprocessing.connection.wait(list(waiting), seconds):
+            rank = waiting[connection]
+            self._pending.remove(rank)
+            try:
+                self._ended[rank] = pickle.loads(connection.recv_bytes())
+            except (EOFError, ConnectionError):
+                self._ended[rank] = self._death(rank)
+            collected.append(self._ended[rank])
+        return collected
 
     def kill(self, rank: int, signum: int = signal.SIGKILL) -> None:
         os.kill(self.processes[rank].pid, signum)
