@@ -114,7 +114,7 @@ class RankContext:
         group = self._groups[strategy]
         if self._num_bytes.get(strategy) != num_bytes:
             if strategy in self._num_bytes:
-                deep_ep.destroy(group)
+                self.unprepare(strategy)
             deep_ep.init(group, strategy=strategy, num_bytes=num_bytes)
             self._num_bytes[strategy] = num_bytes
         return group

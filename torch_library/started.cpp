@@ -137,7 +137,7 @@ Tensor start(Op op, Turn turn, Results early, std::unique_ptr<Steps> steps, cons
   Started started{name, op, nullptr, promise.get_future(), group, early};
   std::optional<Turn> unsent(std::move(turn));
   std::exception_ptr error;
-  if (unsent->has_come() && steps->sends_at_once(*group)) {
+  if (unsent->has_come() && steps->sends_at_once()) {
     std::swap(calls, of_call);
     try {
       steps->send(*std::exchange(unsent, std::nullopt));

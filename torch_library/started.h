@@ -30,7 +30,7 @@ class Steps {
 
   // Whether `send` waits for nobody once the turn has come, and `receive` then needs no tensor that the call was given:
   // what there is to send is little. Comes before `send`.
-  virtual bool sends_at_once(const Group&) { return false; }
+  virtual bool sends_at_once() { return false; }
 
   virtual void send(Turn turn) = 0;
   virtual Results receive() = 0;

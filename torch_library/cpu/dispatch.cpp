@@ -144,9 +144,7 @@ class Dispatching : public Steps {
   Dispatching(DispatchCall call, std::optional<EarlyDispatched> early)
       : call_(std::move(call)), low_latency_(call_.is_low_latency()), early_(std::move(early)) {}
 
-  bool sends_at_once(const Group&) override {
-    return keeps_ = !call_.checks.passed() || attached().bytes <= kAttachmentBytes;
-  }
+  bool sends_at_once() override { return keeps_ = !call_.checks.passed() || attached().bytes <= kAttachmentBytes; }
 
   void send(Turn turn) override {
     call_.checks.memory("x", call_.x).memory("topk_idx", call_.topk_idx);

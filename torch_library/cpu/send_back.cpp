@@ -181,7 +181,7 @@ class Combining : public Steps {
  public:
   Combining(CombineCall call, std::optional<Tensor> early) : call_(std::move(call)), early_(std::move(early)) {}
 
-  bool sends_at_once(const Group&) override {
+  bool sends_at_once() override {
     if (!call_.checks.passed()) return true;
     const Tensor &x = call_.x, &sources = call_.recv_src_idx;
     const int64_t N = sources.size(0);

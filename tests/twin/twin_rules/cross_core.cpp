@@ -106,9 +106,7 @@ RULE(rule10_half_a_pair_breaks, .breaks = {"cross-core flag 1 of mode 2 is set b
   if ASCEND_IS_AIV
     if (GetSubBlockIdx() == 0) CAUGHT(CrossCoreSetFlag<2, PIPE_MTE3>(1));
 }
-RULE(rule10_all_cube_cores_keep, .cores = 3, .mix = true) {
-  if ASCEND_IS_AIV
-    return;
+RULE(rule10_all_cube_cores_keep, .cores = 3, .cube = true) {
   if (GetBlockIdx() == 2) store(w, filled(w));
   CrossCoreSetFlag<0, PIPE_FIX>(3);
   CrossCoreWaitFlag(3);
@@ -157,9 +155,7 @@ RULE(rule10_mode_4_breaks, .breaks = {", FIX: cross-core flag 2 of mode 4: modes
   CAUGHT(CrossCoreSetFlag<4, PIPE_FIX>(2));
 }
 RULE(rule10_counter_breaks, .breaks = {", FIX: cross-core flag 0 of mode 2: the counter is more than 15"}, .fast = true,
-     .mix = true) {
-  if ASCEND_IS_AIV
-    return;
+     .cube = true) {
   for (int i = 0; i < 16; ++i) CAUGHT(CrossCoreSetFlag<2, PIPE_FIX>(0));
 }
 RULE(rule10_counter_keeps, .mix = true) {
@@ -207,9 +203,7 @@ RULE(rule10_scalar_breaks, .breaks = {", S: cross-core flag 0 of mode 2: S sets 
   CAUGHT(CrossCoreSetFlag<2, PIPE_S>(0));
 }
 RULE(rule10_pipe_of_vector_cores_breaks, .breaks = {", V: cross-core flag 0 of mode 2: this core has no such pipe"},
-     .fast = true, .mix = true) {
-  if ASCEND_IS_AIV
-    return;
+     .fast = true, .cube = true) {
   CAUGHT(CrossCoreSetFlag<2, PIPE_V>(0));
 }
 RULE(rule10_without_cube_cores_breaks, .breaks = {", V: cross-core flag 0 of mode 1: a kernel has such flags"},

@@ -58,6 +58,7 @@ struct Case {
   bool fast = false;                     // in fast mode as well
   int cores = 1;                         // blocks
   bool mix = false;                      // each of a cube core and two vector cores
+  bool cube = false;                     // the same, and the vector cores do nothing
   int vector_cores = 0;                  // of the SoC; 0: as many as the launch has blocks
   bool together = true;                  // SetScheduleMode(1)
   int launches = 1;

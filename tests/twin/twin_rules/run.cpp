@@ -31,12 +31,19 @@ std::vector<twin::Region> regions_of(rules::World& w) {
 twin::Settings settings_of(const rules::Case& expected, int arch, bool adversarial, uint64_t seed) {
   const uint64_t unified_buffer = arch == 2201 ? 192 * 1024 - 256 : 248 * 1024;
   const uint64_t clock_hz = arch == 2201 ? 50'000'000 : 1'000'000'000;
-  const int launched = expected.mix ? 2 * expected.cores : expected.cores;
+  const bool mix = expected.mix || expected.cube;
+  const int launched = mix ? 2 * expected.cores : expected.cores;
   const int vector_cores = expected.vector_cores != 0 ? expected.vector_cores : launched;
   twin::Settings settings{arch,           expected.cores, adversarial,  seed,
                           unified_buffer, clock_hz,       vector_cores, expected.together};
-  settings.mix = expected.mix;
+  settings.mix = mix;
   return settings;
+}
+
+twin::Report launch(const rules::Rule& rule, rules::World& w, const twin::Settings& settings) {
+  return twin::run(settings, rule.name, regions_of(w), [&] {
+    if (!rule.expected.cube || twin::Core::current().is_cube()) rule.kernel(w);
+  });
 }
 
 thread_local std::string text;
@@ -62,8 +69,7 @@ const char* twin_run_rule(int index, int arch, bool adversarial, uint64_t seed) 
   auto w = std::make_unique<rules::World>();
   const twin::Settings settings = settings_of(rule.expected, arch, adversarial, seed);
   twin::Report report;
-  for (; w->launch < rule.expected.launches; ++w->launch)
-    report = twin::run(settings, rule.name, regions_of(*w), [&] { rule.kernel(*w); });
+  for (; w->launch < rule.expected.launches; ++w->launch) report = launch(rule, *w, settings);
   const bool result = rule.expected.result == nullptr || !report.violations.empty() || rule.expected.result(*w);
   text = std::to_string(w->caught) + "\n" + std::to_string(w->other) + "\n" + std::to_string(w->seen) + "\n" +
          std::to_string(result);
@@ -76,14 +82,12 @@ const char* twin_run_rule(int index, int arch, bool adversarial, uint64_t seed) 
 void twin_count(int index, int arch, bool adversarial, int core, uint64_t* counts) {
   const rules::Rule& rule = rules::all()[index];
   auto w = std::make_unique<rules::World>();
-  const std::vector<twin::Region> regions = regions_of(*w);
-  const twin::Report report =
-      twin::run(settings_of(rule.expected, arch, adversarial, 0), rule.name, regions, [&] { rule.kernel(*w); });
+  const twin::Report report = launch(rule, *w, settings_of(rule.expected, arch, adversarial, 0));
   const twin::Counters& counters = report.counters[core];
   std::vector<uint64_t> found = {counters.operations[1],      counters.operations[2], counters.operations[3],
                                  counters.barriers,           counters.syncs,         counters.events,
                                  counters.unified_buffer_peak};
-  for (size_t i = 0; i < regions.size(); ++i) {
+  for (size_t i = 0; i < counters.read.size(); ++i) {
     found.insert(found.end(), {counters.read[i].bytes, counters.read[i].transfers});
     found.insert(found.end(), {counters.written[i].bytes, counters.written[i].transfers});
   }
